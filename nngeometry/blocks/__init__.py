@@ -1,0 +1,29 @@
+"""Structures of a matrix on one set of coordinates, and their common linear algebra."""
+
+from .base import Block, Compression, Diag, Eye, Product, Regul, Spectral, Sum, add, matmul
+from .dense import Dense
+from .direct import Direct, Part
+from .kron import Kron
+from .lowrank import LowRank
+from .operator import Operator
+from .quasidiag import QuasiDiag
+
+__all__ = [
+    "Block",
+    "Compression",
+    "Dense",
+    "Diag",
+    "Direct",
+    "Eye",
+    "Kron",
+    "LowRank",
+    "Operator",
+    "Part",
+    "Product",
+    "QuasiDiag",
+    "Regul",
+    "Spectral",
+    "Sum",
+    "add",
+    "matmul",
+]

@@ -1,0 +1,161 @@
+"""Dense blocks, and batches of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .base import Block, Diag, Eye, Function, Spectral, check_invertible
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Block):
+    """A dense matrix, or a batch of them along leading axes of the vectors: data ``(*batch, p, p)``.
+
+    out: shape of the vectors, ``(*batch, ...)`` with p elements after the batch. A basis has data ``(*batch, p, k)`` and takes vectors of
+    shape ``into``.
+    """
+
+    data: Tensor
+    out: tuple[int, ...] | None = None
+    is_symmetric: bool = True
+    into: tuple[int, ...] | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        return self.is_symmetric
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out or tuple(self.data.shape[:-1])
+
+    @property
+    def _into(self) -> tuple[int, ...]:
+        return self.into or self.shape
+
+    def mv(self, V: Tensor) -> Tensor:
+        batch = self.data.shape[:-2]
+        lead = V.shape[: V.ndim - len(self._into)]
+        V = V.reshape(*lead, *batch, self.data.shape[-1])
+        if not batch:
+            out = V @ self.data.T
+        elif batch == (1,):
+            out = V @ self.data[0].T
+        else:
+            n = len(batch)
+            axes = list(range(n))
+            free = list(range(n + 2, n + 2 + len(lead)))
+            out = torch.einsum(self.data, [*axes, n, n + 1], V, [*free, *axes, n + 1], [*free, *axes, n])
+        return out.reshape(*lead, *self.shape)
+
+    def to_dense(self) -> Tensor:
+        batch = self.data.shape[:-2]
+        if prod(batch) == 1:
+            return self.data.reshape(self.data.shape[-2:])
+        return torch.block_diag(*self.data.flatten(0, -3))
+
+    def diag(self) -> Tensor:
+        return self.data.diagonal(dim1=-2, dim2=-1).reshape(self.shape)
+
+    @cached_property
+    def _eig(self) -> Spectral:
+        if not self.symmetric:
+            raise NotImplementedError("the matrix is a product and not symmetric, so it has no eigendecomposition here: use to_torch()")
+        l, q = torch.linalg.eigh(self.data)
+        return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
+
+    def eig(self) -> Spectral:
+        return self._eig
+
+    def eigenvalues(self) -> Tensor:
+        if "_eig" in vars(self) or not self.symmetric:
+            return self.eig().eigenvalues()
+        return torch.linalg.eigvalsh(self.data).flatten()
+
+    def _frobenius(self) -> Tensor:
+        return torch.linalg.vector_norm(self.data)
+
+    def _cholesky(self, regul: float) -> Tensor | None:
+        """Factor of M + regul, None if it is not safely positive definite."""
+        if not self.symmetric:
+            return None
+        shifted = self.data.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(regul)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if bool(info.any()):
+            return None
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+        safe = self.numel * torch.finfo(self.dtype).eps * shifted.diagonal(dim1=-2, dim2=-1).max()
+        return factor if bool(pivots.min() > safe) else None
+
+    def _solve(self, V: Tensor, regul: float) -> Tensor:
+        factor = None if "_eig" in vars(self) else self._cholesky(regul)
+        if factor is None and self.symmetric:
+            return self.eig()._solve(V, regul)
+        batch, p = self.data.shape[:-2], self.data.shape[-1]
+        lead = V.shape[: V.ndim - len(self.shape)]
+        columns = V.reshape(-1, *batch, p).movedim(0, -1)
+        if factor is not None:
+            x = torch.cholesky_solve(columns, factor)
+        else:
+            shifted = self.data + regul * torch.eye(p, dtype=self.dtype, device=self.device)
+            check_invertible(torch.linalg.svdvals(shifted).flatten(), 0.0)
+            x = torch.linalg.solve(shifted, columns)
+        return x.movedim(-1, 0).reshape(*lead, *self.shape)
+
+    def _inv(self, regul: float) -> Block:
+        factor = self._cholesky(regul)
+        if factor is not None:
+            return Dense(torch.cholesky_inverse(factor), self.out)
+        inverse = self.eig()._inv(regul)
+        return Dense(_dense_batch(inverse), self.out)
+
+    def apply(self, f: Function) -> Dense:
+        return Dense(_dense_batch(self.eig().apply(f)), self.out)
+
+    def pow(self, exponent: float) -> Block:
+        power = super().pow(exponent)
+        return Dense(_dense_batch(power), self.out) if isinstance(power, Spectral) else power
+
+    def congruence(self, s: Tensor) -> Dense:
+        s = s.reshape(self.data.shape[:-1])
+        return Dense(s.unsqueeze(-1) * self.data * s.unsqueeze(-2), self.out)
+
+    def restrict(self, s: slice) -> Block:
+        return Dense(self.data[s, s]) if self.data.ndim == 2 else super().restrict(s)
+
+    def transpose(self) -> Dense:
+        return Dense(self.data.mT, self._into, self.symmetric, self.shape)
+
+    def scale(self, c: float) -> Dense:
+        return Dense(c * self.data, self.out, self.symmetric)
+
+    def plus(self, other: Block) -> Block | None:
+        if isinstance(other, Dense) and other.data.shape == self.data.shape:
+            return Dense(self.data + other.data, self.out, self.symmetric and other.symmetric)
+        if isinstance(other, Diag | Eye):
+            data = self.data.clone()
+            data.diagonal(dim1=-2, dim2=-1).add_(other.diag().reshape(data.shape[:-1]))
+            return Dense(data, self.out, self.symmetric)
+        if self.data.ndim == 2:
+            return Dense(self.data + other.to_dense(), self.out, self.symmetric and other.symmetric)
+        return None
+
+    def times(self, other: Block) -> Block | None:
+        if isinstance(other, Dense) and other.data.shape == self.data.shape:
+            return Dense(self.data @ other.data, self.out, is_symmetric=False)
+        if isinstance(other, Diag):
+            return Dense(self.data * other.d.reshape(self.data.shape[:-1]).unsqueeze(-2), self.out, is_symmetric=False)
+        return None
+
+    def map_square(self) -> Dense:
+        return Dense(self.data.square(), self.out)
+
+
+def _dense_batch(spectral: Spectral) -> Tensor:
+    q = spectral.basis.data  # type: ignore[attr-defined]
+    return (q * spectral.l.unsqueeze(-2)) @ q.mT

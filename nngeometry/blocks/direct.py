@@ -1,0 +1,249 @@
+"""Blocks side by side: a block-diagonal matrix on the flat parameters of several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kinds import Packing
+from .base import Block, Function, Regul, Spectral, add, matmul
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block and the flat coordinates it acts on.
+
+    slices: (start, stop) of the coordinates, one pair for each run of neighbours. packing: how they become a vector of the block.
+    """
+
+    slices: tuple[tuple[int, int], ...]
+    packing: Packing
+    block: Block
+
+    def take(self, V: Tensor) -> Tensor:
+        """The part's share of flat vectors ``(..., p)``, in the block's shape."""
+        pieces = [V[..., a:b] for a, b in self.slices]
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        return self.packing.pack(flat).reshape(*V.shape[:-1], *self.block.shape)
+
+    def give(self, W: Tensor) -> list[tuple[int, Tensor]]:
+        """From the block's shape back to flat pieces, each with where it starts."""
+        lead = W.shape[: W.ndim - len(self.block.shape)]
+        flat = self.packing.unpack(W.reshape(*lead, *self.packing.shape))
+        lengths = [b - a for a, b in self.slices]
+        return [(a, piece) for (a, _), piece in zip(self.slices, flat.split(lengths, -1), strict=True)]
+
+    def with_block(self, block: Block) -> Part:
+        return Part(self.slices, self.packing, block)
+
+
+@dataclass(frozen=True, eq=False)
+class Direct(Block):
+    """The direct sum of the blocks of its parts, which together cover the coordinates once."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(b - a for part in self.parts for a, b in part.slices),)
+
+    @property
+    def symmetric(self) -> bool:
+        return all(part.block.symmetric for part in self.parts)
+
+    def _each(self, fn: Callable[[Block], Block]) -> Direct:
+        return Direct(tuple(part.with_block(fn(part.block)) for part in self.parts))
+
+    def _join(self, fn: Callable[[Part], Tensor]) -> Tensor:
+        """Flat vectors from one vector for each part."""
+        pieces = [piece for part in self.parts for piece in part.give(fn(part))]
+        return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -1)
+
+    def mv(self, V: Tensor) -> Tensor:
+        return self._join(lambda part: part.block.mv(part.take(V)))
+
+    def to_dense(self) -> Tensor:
+        out = torch.zeros(self.numel, self.numel, dtype=self.dtype, device=self.device)
+        for part in self.parts:
+            block = part.block.to_dense().view(*part.packing.shape, *part.packing.shape)
+            half = part.packing.unpack(block).movedim(-1, 0)
+            flat = part.packing.unpack(half).T
+            index = torch.cat([torch.arange(a, b, device=self.device) for a, b in part.slices])
+            out[index.unsqueeze(1), index] = flat
+        return out
+
+    def diag(self) -> Tensor:
+        return self._join(lambda part: part.block.diag())
+
+    def eig(self) -> Direct:
+        return self._each(lambda block: block.eig())
+
+    def eigenvalues(self) -> Tensor:
+        return torch.cat([part.block.eigenvalues() for part in self.parts])
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        spectral = [part.with_block(part.block.eig()) for part in self.parts]
+        lengths = [_spectral(part.block).l.numel() for part in spectral]
+        l = torch.cat([_spectral(part.block).l.flatten() for part in spectral])
+        l, order = l.sort(descending=True)
+        rest = [float(_spectral(part.block).rest) for part, n in zip(spectral, lengths, strict=True) if n < part.block.numel]
+        if k > len(l) or (rest and k and float(l[k - 1]) < max(rest)):
+            raise ValueError(
+                f"eig(k={k}): the representation holds {len(l)} eigenvectors, outside of their span the eigenvalue is {max(rest, default=0.0):.3g}: "
+                "ask for fewer"
+            )
+        order = order[:k]
+        vectors = l.new_zeros(k, self.numel)
+        start = 0
+        for part, n in zip(spectral, lengths, strict=True):
+            mine = ((order >= start) & (order < start + n)).nonzero().flatten()
+            if len(mine):
+                for a, piece in part.give(_spectral(part.block).columns(order[mine] - start)):
+                    vectors[mine, a : a + piece.shape[-1]] = piece
+            start += n
+        return l[:k], vectors
+
+    def held(self) -> int:
+        """How many eigenpairs it holds: all coordinates, less for low rank."""
+        return sum(_spectral(part.block.eig()).l.numel() for part in self.parts)
+
+    def describe(self) -> str:
+        return " (+) ".join(part.block.describe() for part in self.parts)
+
+    def trace(self) -> Tensor:
+        return torch.stack([part.block.trace() for part in self.parts]).sum()
+
+    def _frobenius(self) -> Tensor:
+        return torch.stack([part.block.norm() for part in self.parts]).square().sum().sqrt()
+
+    def apply(self, f: Function) -> Direct:
+        return self._each(lambda block: block.apply(f))
+
+    def pow(self, exponent: float) -> Direct:
+        return self._each(lambda block: block.pow(exponent))
+
+    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
+        return self._join(lambda part: part.block.solve(part.take(V), _regul(part, regul)))
+
+    def inv(self, regul: Regul = 0.0) -> Direct:
+        return Direct(tuple(part.with_block(part.block.inv(_regul(part, regul))) for part in self.parts))
+
+    def logdet(self, regul: Regul = 0.0) -> Tensor:
+        return torch.stack([part.block.logdet(_regul(part, regul)) for part in self.parts]).sum()
+
+    def _solve(self, V: Tensor, regul: float) -> Tensor:
+        return self.solve(V, regul)
+
+    def _inv(self, regul: float) -> Direct:
+        return self.inv(regul)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self._join(lambda part: part.block.sample(part.take(noise)))
+
+    def congruence(self, s: Tensor) -> Direct:
+        return Direct(tuple(part.with_block(part.block.congruence(part.take(s))) for part in self.parts))
+
+    def restrict(self, s: slice) -> Block:
+        for part in self.parts:
+            start = 0
+            for a, b in part.slices:
+                if a <= s.start and s.stop <= b:
+                    if part.packing.view is not None:
+                        whole = Direct((Part(((0, b - a),), part.packing, part.block),))
+                        return whole if s == slice(a, b) else super().restrict(s)
+                    return part.block.restrict(slice(start + s.start - a, start + s.stop - a))
+                start += b - a
+        return super().restrict(s)
+
+    def transpose(self) -> Direct:
+        return self._each(lambda block: block.transpose())
+
+    def scale(self, c: float) -> Direct:
+        return self._each(lambda block: block.scale(c))
+
+    def _matches(self, other: Block) -> bool:
+        return isinstance(other, Direct) and [p.slices for p in self.parts] == [p.slices for p in other.parts]
+
+    def plus(self, other: Block) -> Block | None:
+        same = self._zip(other, add)
+        if same is None and len(self.parts) == 1 and self.parts[0].packing.view is None:
+            (part,) = self.parts
+            closed = part.block.plus(other)
+            return None if closed is None else Direct((part.with_block(closed),))
+        return same
+
+    def times(self, other: Block) -> Block | None:
+        return self._zip(other, matmul)
+
+    def _zip(self, other: Block, fn: Callable[[Block, Block], Block]) -> Direct | None:
+        """Part by part, if the parts are the same."""
+        if not isinstance(other, Direct) or not self._matches(other):
+            return None
+        pairs = [_aligned(p, q) for p, q in zip(self.parts, other.parts, strict=True)]
+        return Direct(tuple(p.with_block(fn(p.block, q.block)) for p, q in pairs))
+
+    def tensors(self) -> list[Tensor]:
+        return [t for part in self.parts for t in part.block.tensors()]
+
+    def map(self, fn: Function) -> Direct:
+        return self._each(lambda block: block.map(fn))
+
+    def state(self) -> dict[str, Any]:
+        parts = []
+        for part in self.parts:
+            packing = part.packing
+            parts.append(
+                {
+                    "slices": [list(pair) for pair in part.slices],
+                    "packing": [list(packing.shape), packing.view and list(packing.view), list(packing.perm), packing.bias],
+                    "block": part.block.state(),
+                }
+            )
+        return {"block": "Direct", "parts": parts}
+
+    @classmethod
+    def _rebuild(cls, state: dict[str, Any]) -> Direct:
+        parts = []
+        for part in state["parts"]:
+            shape, view, perm, bias = part["packing"]
+            packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+            slices = tuple((a, b) for a, b in part["slices"])
+            parts.append(Part(slices, packing, Block.from_state(part["block"])))
+        return cls(tuple(parts))
+
+
+def _regul(part: Part, regul: Regul) -> Regul:
+    """What a part sees of a regularisation: one number where it is constant."""
+    if not isinstance(regul, Tensor):
+        return regul
+    values = torch.cat([regul[a:b] for a, b in part.slices])
+    if bool((values == values[0]).all()):
+        return float(values[0])
+    return part.packing.pack(values)
+
+
+def _aligned(p: Part, q: Part) -> tuple[Part, Part]:
+    """Two parts on the same coordinates, seen through the same packing."""
+    if p.packing == q.packing and p.block.shape == q.block.shape:
+        return p, q
+    flat = Packing.flat(sum(b - a for a, b in p.slices))
+    return _flat(p, flat), _flat(q, flat)
+
+
+def _flat(part: Part, flat: Packing) -> Part:
+    """The same part on flat coordinates."""
+    if part.packing.view is None:
+        return part
+    inner = Part(((0, flat.shape[0]),), part.packing, part.block)
+    return Part(part.slices, flat, Direct((inner,)))
+
+
+def _spectral(block: Block) -> Spectral:
+    if not isinstance(block, Spectral):
+        raise NotImplementedError(f"{type(block).__name__} has no eigendecomposition of its own: use to_torch()")
+    return block
+

@@ -1,0 +1,129 @@
+"""Kronecker products of two blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .base import Block, Diag, Eye, Spectral
+from .dense import Dense
+
+
+@dataclass(frozen=True, eq=False)
+class Kron(Block):
+    """``left (x) right`` on vectors ``(G, rows, cols)``: left acts on the rows, right on the columns, for each of G groups.
+
+    left: a block on ``(G, rows)``; right: a block on ``(G, cols)``. They may be of any structure: with a diagonal right factor this is KFAC of
+    an embedding, with two bases it is the eigenbasis of EKFAC.
+    """
+
+    left: Block
+    right: Block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.left.shape, self.right.shape[-1])
+
+    @property
+    def symmetric(self) -> bool:
+        return self.left.symmetric and self.right.symmetric
+
+    def describe(self) -> str:
+        groups = "" if self.shape[0] == 1 else f"{self.shape[0]} x "
+        return f"{groups}Kron({self.left.describe()}, {self.right.describe()})"
+
+    def mv(self, V: Tensor) -> Tensor:
+        return left_mv(self.left, right_mv(self.right, V))
+
+    def to_dense(self) -> Tensor:
+        groups = self.shape[0]
+        left, right = self.left.to_dense(), self.right.to_dense()
+        o, i = left.shape[0] // groups, right.shape[0] // groups
+        lefts = left.view(groups, o, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
+        rights = right.view(groups, i, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
+        return torch.block_diag(*(torch.kron(a, b) for a, b in zip(lefts, rights, strict=True)))
+
+    def diag(self) -> Tensor:
+        return _outer(self.left.diag(), self.right.diag())
+
+    @cached_property
+    def _eig(self) -> Spectral:
+        left, right = _spectral(self.left), _spectral(self.right)
+        return Spectral(Kron(left.basis, right.basis), _outer(left.l, right.l), left.l.new_zeros(()))
+
+    def eig(self) -> Spectral:
+        return self._eig
+
+    def _solve(self, V: Tensor, regul: float) -> Tensor:
+        return self._eig._solve(V, regul)
+
+    def eigenvalues(self) -> Tensor:
+        groups = self.shape[0]
+        left = self.left.eigenvalues().view(groups, -1)
+        return _outer(left, self.right.eigenvalues().view(groups, -1)).flatten()
+
+    def trace(self) -> Tensor:
+        groups = self.shape[0]
+        left, right = self.left.diag().reshape(groups, -1), self.right.diag().reshape(groups, -1)
+        return (left.sum(1) * right.sum(1)).sum()
+
+    def _frobenius(self) -> Tensor:
+        if self.shape[0] == 1:
+            return self.left.norm() * self.right.norm()
+        return super()._frobenius()
+
+    def _inv(self, regul: float) -> Block:
+        if regul == 0:
+            return Kron(self.left._inv(0.0), self.right._inv(0.0))
+        return self._eig._inv(regul)
+
+    def transpose(self) -> Kron:
+        return Kron(self.left.transpose(), self.right.transpose())
+
+    def scale(self, c: float) -> Kron:
+        return Kron(self.left.scale(c), self.right)
+
+    def plus(self, other: Block) -> Block | None:
+        return self.eig().plus(other) if isinstance(other, Eye) else None
+
+    def times(self, other: Block) -> Block | None:
+        if not isinstance(other, Kron):
+            return None
+        left, right = self.left.times(other.left), self.right.times(other.right)
+        return None if left is None or right is None else Kron(left, right)
+
+    def map_square(self) -> Kron:
+        return Kron(self.left.map_square(), self.right.map_square())
+
+
+def right_mv(right: Block, V: Tensor) -> Tensor:
+    """``right`` on the last axis of V ``(..., G, rows, cols)``."""
+    if isinstance(right, Eye):
+        return right.mv(V)
+    return right.mv(V.transpose(-3, -2)).transpose(-3, -2)
+
+
+def left_mv(left: Block, V: Tensor) -> Tensor:
+    """``left`` on the second last axis of V ``(..., G, rows, cols)``."""
+    if isinstance(left, Eye):
+        return left.mv(V)
+    return left.mv(V.movedim(-1, 0)).movedim(0, -1)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def _spectral(block: Block) -> Spectral:
+    found = block.eig()
+    assert isinstance(found, Spectral), type(block)
+    return found
+
+
+def factor(statistics: Tensor) -> Block:
+    """A Kronecker factor from its second moments: dense from ``(G, d, d)``, diagonal from ``(G, d)``."""
+    return Diag(statistics) if statistics.ndim == 2 else Dense(statistics)
+

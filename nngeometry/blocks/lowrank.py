@@ -1,0 +1,72 @@
+"""Low-rank blocks: weighted sums of outer products of few vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .base import Block, Spectral
+from .dense import Dense
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Block):
+    """``sum_k w_k r_k r_k^T``: rows ``(k, p)``, weights ``(k,)`` of any sign."""
+
+    rows: Tensor
+    weights: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.shape[1],)
+
+    def mv(self, V: Tensor) -> Tensor:
+        return ((V @ self.rows.T) * self.weights) @ self.rows
+
+    def to_dense(self) -> Tensor:
+        return self.rows.T @ (self.weights.unsqueeze(1) * self.rows)
+
+    def diag(self) -> Tensor:
+        return torch.einsum("kp,kp,k->p", self.rows, self.rows, self.weights)
+
+    def trace(self) -> Tensor:
+        return self.rows.square().sum(1) @ self.weights
+
+    def _frobenius(self) -> Tensor:
+        gram = self.rows @ self.rows.T
+        return (self.weights @ gram.square() @ self.weights).clamp(min=0).sqrt()
+
+    @cached_property
+    def _eig(self) -> Spectral:
+        k, p = self.rows.shape
+        if k >= p:
+            return Dense(self.to_dense()).eig()
+        q, r = torch.linalg.qr(self.rows.T)  # M = Q (R W R^T) Q^T
+        l, u = torch.linalg.eigh((r * self.weights) @ r.T)
+        return Spectral(Dense(q @ u, (p,), into=tuple(l.shape)), l, l.new_zeros(()))
+
+    def eig(self) -> Spectral:
+        return self._eig
+
+    def _solve(self, V: Tensor, regul: float) -> Tensor:
+        return self._eig._solve(V, regul)
+
+    def _inv(self, regul: float) -> Block:
+        return self._eig._inv(regul)
+
+    def congruence(self, s: Tensor) -> LowRank:
+        return LowRank(self.rows * s, self.weights)
+
+    def restrict(self, s: slice) -> LowRank:
+        return LowRank(self.rows[:, s], self.weights)
+
+    def scale(self, c: float) -> LowRank:
+        return LowRank(self.rows, c * self.weights)
+
+    def plus(self, other: Block) -> Block | None:
+        if isinstance(other, LowRank):
+            return LowRank(torch.cat([self.rows, other.rows]), torch.cat([self.weights, other.weights]))
+        return self._eig.plus(other)

@@ -1,0 +1,89 @@
+"""From what the user passes as data to minibatches on the right device, counted as they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Batch = Any
+
+
+def is_minibatch(examples: Any) -> bool:
+    """Whether ``examples`` is one minibatch rather than a loader: a tensor, a mapping, or a tuple or list that starts with a tensor."""
+    if isinstance(examples, Tensor | Mapping) or hasattr(examples, "keys"):
+        return True
+    return isinstance(examples, tuple | list) and len(examples) > 0 and isinstance(examples[0], Tensor)
+
+
+def minibatches(examples: Any, device: torch.device | None = None, verbose: bool = False, what: str = "") -> Iterator[Batch]:
+    """The minibatches of a loader (or the one that ``examples`` is), moved to ``device``, with a progress bar when asked."""
+    loader: Iterable[Batch] = [examples] if is_minibatch(examples) else examples
+    if verbose:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError("verbose=True shows a progress bar with tqdm: pip install tqdm") from error
+        loader = tqdm(loader, desc=what or None)
+    empty = True
+    for batch in loader:
+        empty = False
+        yield move(batch, device)
+    if empty:
+        raise ValueError(
+            "the loader yielded no minibatch: it is empty, or it is an iterator that was consumed before "
+            "(pass a DataLoader or a list, which can be iterated again)"
+        )
+
+
+def require_repeatable(examples: Any, why: str) -> None:
+    """Raise unless ``examples`` can be iterated more than once."""
+    if not is_minibatch(examples) and isinstance(examples, Iterator):
+        raise ValueError(f"{why} reads the data more than once, but the loader is a one-pass iterator: pass a DataLoader or a list")
+
+
+def move(batch: Batch, device: torch.device | None) -> Batch:
+    """The same minibatch with its tensors on ``device``."""
+    if device is None:
+        return batch
+    return map_tensors(lambda t: t.to(device), batch)
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``fn`` to the tensors of a minibatch; mappings that torch does not know become plain dicts."""
+    if isinstance(tree, Mapping) or hasattr(tree, "keys"):
+        return {key: map_tensors(fn, tree[key]) for key in tree.keys()}  # noqa: SIM118
+    return pytree.tree_map_only(Tensor, fn, tree)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors of a minibatch, in order."""
+    found: list[Tensor] = []
+    map_tensors(lambda t: (found.append(t), t)[1], batch)
+    return found
+
+
+def count(batch: Batch) -> int:
+    """How many examples a minibatch has: the length of its first tensor."""
+    for tensor in tensors_of(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    raise ValueError(f"a minibatch of type {type(batch).__name__} holds no tensor with an axis of examples")
+
+
+def take(batch: Batch, index: Tensor) -> Batch:
+    """The examples ``index`` of a minibatch: every tensor as long as the batch is indexed, the rest is left alone."""
+    n = count(batch)
+
+    def one(t: Tensor) -> Tensor:
+        return t[index.to(t.device)] if t.ndim > 0 and t.shape[0] == n else t
+
+    return map_tensors(one, batch)
+
+
+def arguments(batch: Batch) -> tuple[Any, ...]:
+    """What ``function`` receives of a minibatch: the elements of a tuple or list, otherwise the minibatch itself."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

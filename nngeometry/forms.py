@@ -1,0 +1,372 @@
+"""Per-example Jacobians of one layer, kept in the algebraic form in which the layer produces them.
+
+A form represents ``J[c, b]``, the derivative of the c-th cotangent product of example b with respect to the
+parameters of one layer, arranged in the layer's *packed* shape (see :class:`nngeometry.kinds.Packing`).
+``dense()`` is the one obligation of a form; every other method is derived from it here, in chunks of the
+memory budget, and a form overrides what its structure makes cheaper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .memory import chunk_length, require
+
+Map = Callable[[Tensor], Tensor]
+
+
+class LayerJacobian(ABC):
+    """``J[c, b]`` for ``cotangents`` cotangents and ``examples`` examples, each of packed shape ``shape``."""
+
+    def __init__(self, cotangents: int, examples: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.cotangents = cotangents
+        self.examples = examples
+        self.shape = shape
+        self.dtype = dtype
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """``(C, B, *shape)``."""
+
+    @abstractmethod
+    def narrow(self, start: int, stop: int) -> LayerJacobian:
+        """The same form for the examples ``start:stop``."""
+
+    @abstractmethod
+    def fold(self, ratio: int) -> LayerJacobian:
+        """Sum every ``ratio`` consecutive examples into one (windows of an image, beams, ...)."""
+
+    def chunks(self, copies: int = 1) -> Iterator[LayerJacobian]:
+        """Pieces over the examples whose ``copies`` dense Jacobians fit a work array."""
+        size = copies * self.cotangents * prod(self.shape) * self.dtype.itemsize
+        step = chunk_length(size, self.examples)
+        if step >= self.examples:
+            yield self
+            return
+        for start in range(0, self.examples, step):
+            yield self.narrow(start, min(start + step, self.examples))
+
+    def square(self) -> Tensor:
+        """Sum of J**2 over cotangents and examples: ``(*shape)``."""
+        return _total(j.square().sum((0, 1)) for j in self._denses())
+
+    def total(self) -> Tensor:
+        """Sum of J over cotangents and examples: ``(*shape)``."""
+        return _total(j.sum((0, 1)) for j in self._denses())
+
+    def arrow(self) -> Tensor:
+        """Sum of J[..., :-1] * J[..., -1:], each row against its last column: ``(*shape[:-1], cols - 1)``."""
+        return _total((j[..., :-1] * j[..., -1:]).sum((0, 1)) for j in self._denses())
+
+    def sqnorm(self) -> Tensor:
+        """Squared norm of J[c, b]: ``(C, B)``."""
+        return torch.cat([j.flatten(2).square().sum(2) for j in self._denses()], 1)
+
+    def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
+        """J in another pair of bases: ``left`` acts on the rows axis, ``right`` on the columns (None: identity)."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
+
+    def _denses(self) -> Iterator[Tensor]:
+        return (piece.dense() for piece in self.chunks())
+
+
+class Outer(LayerJacobian):
+    """Sums over positions of outer products, ``J[c, b] = sum_t g[c, b, t] a[b, t]^T``, one for each group.
+
+    The form of linear maps with shared weights: ``nn.Linear`` (T: all axes between the first and the last),
+    convolutions (T: pixels; a: patches) and bilinear maps. With a bias the last entry of ``a`` is one.
+
+    a: ``(B, T, G, cols)``; g: ``(C, B, T, G, rows)``; packed shape ``(G, rows, cols)``.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], a.shape[3]), g.dtype)
+        self.a = a
+        self.g = g
+
+    def dense(self) -> Tensor:
+        return torch.einsum("cbtgo,btgi->cbgoi", self.g, self.a)
+
+    def narrow(self, start: int, stop: int) -> Outer:
+        return Outer(self.a[start:stop], self.g[:, start:stop])
+
+    def fold(self, ratio: int) -> Outer:
+        a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
+        g = self.g.reshape(self.cotangents, -1, ratio * self.g.shape[2], *self.g.shape[3:])
+        return Outer(a, g)
+
+    def square(self) -> Tensor:
+        if self.a.shape[1] > 1:
+            return super().square()
+        return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
+
+    def total(self) -> Tensor:
+        return torch.einsum("btgo,btgi->goi", self.g.sum(0), self.a)
+
+    def arrow(self) -> Tensor:
+        if self.a.shape[1] > 1:
+            return super().arrow()
+        a = self.a[:, 0]
+        return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
+
+    def sqnorm(self) -> Tensor:
+        t = self.a.shape[1]
+        _, rows, cols = self.shape
+        if t == 1:
+            return torch.einsum("cbg,bg->cb", self.g[:, :, 0].square().sum(-1), self.a[:, 0].square().sum(-1))
+        if t * (rows + cols) > rows * cols:
+            return super().sqnorm()
+        # |sum_t g_t a_t^T|^2 = sum_ts (g_t . g_s) (a_t . a_s): cheaper than J itself for short sequences.
+        size = (self.cotangents + 1) * self.shape[0] * t * t * self.dtype.itemsize
+        step = chunk_length(size, self.examples)
+        out = []
+        for start in range(0, self.examples, step):
+            a, g = self.a[start : start + step], self.g[:, start : start + step]
+            aa = torch.einsum("btgi,bsgi->bgts", a, a)
+            gg = torch.einsum("cbtgo,cbsgo->cbgts", g, g)
+            out.append((gg * aa).sum((2, 3, 4)))
+        return torch.cat(out, 1)
+
+    def rotate(self, left: Map | None, right: Map | None) -> Outer:
+        a = self.a if right is None else right(self.a)
+        g = self.g if left is None else left(self.g)
+        return Outer(a, g)
+
+    def without_last_column(self) -> Outer:
+        """The same layer with its bias left out."""
+        return Outer(self.a[..., :-1], self.g)
+
+    def left_factor(self, reduce: bool) -> Tensor:
+        """Sum of g g^T over cotangents and examples (and positions, or of their sum): ``(G, rows, rows)``."""
+        g = self.g.sum(2, keepdim=True) if reduce else self.g
+        return _second_moment(g.flatten(0, 2))
+
+    def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
+        """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""
+        a = self.a.mean(1, keepdim=True) if reduce else self.a
+        return _second_moment(a.flatten(0, 1)), a.shape[0] * a.shape[1]
+
+
+class Gather(LayerJacobian):
+    """An :class:`Outer` whose ``a`` is one-hot and is never built: the rows of an embedding table.
+
+    ids: ``(B, T)``, negative where the look-up has no derivative (padding); g: ``(C, B, T, rows)``, zero there;
+    packed shape ``(1, rows, size)``.
+    """
+
+    def __init__(self, ids: Tensor, g: Tensor, size: int) -> None:
+        super().__init__(g.shape[0], g.shape[1], (1, g.shape[3], size), g.dtype)
+        self.ids = ids
+        self.g = g
+        self.size = size
+
+    def dense(self) -> Tensor:
+        c, b, _, rows = self.g.shape
+        out = self.g.new_zeros(c, b, self.size, rows)
+        index = self.ids.clamp(min=0)[None, :, :, None].expand_as(self.g)
+        return out.scatter_add_(2, index, self.g).transpose(2, 3).unsqueeze(2)
+
+    def narrow(self, start: int, stop: int) -> Gather:
+        return Gather(self.ids[start:stop], self.g[:, start:stop], self.size)
+
+    def fold(self, ratio: int) -> Gather:
+        ids = self.ids.reshape(-1, ratio * self.ids.shape[1])
+        return Gather(ids, self.g.reshape(self.cotangents, *ids.shape, self.g.shape[3]), self.size)
+
+    def square(self) -> Tensor:
+        _, ids, j = self._columns()
+        return self._spread(ids, j.square().sum(0))
+
+    def total(self) -> Tensor:
+        return self._spread(self.ids.flatten().clamp(min=0), self.g.sum(0).flatten(0, 1))
+
+    def sqnorm(self) -> Tensor:
+        examples, _, j = self._columns()
+        out = j.new_zeros(self.cotangents, self.examples)
+        return out.index_add_(1, examples, j.square().sum(2))
+
+    def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
+        if right is not None:
+            return Dense(self.dense()).rotate(left, right)
+        g = self.g if left is None else left(self.g.unsqueeze(3)).squeeze(3)
+        return Gather(self.ids, g, self.size)
+
+    def left_factor(self, reduce: bool) -> Tensor:
+        g = self.g.sum(2, keepdim=True) if reduce else self.g
+        return _second_moment(g.flatten(0, 2).unsqueeze(1))
+
+    def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
+        """As in :class:`Outer`, but diagonal where it is: ``(1, size)`` for ``reduce=False``."""
+        real = self.ids >= 0
+        if not reduce or self.ids.shape[1] == 1:
+            counts = torch.bincount(self.ids[real], minlength=self.size).to(self.g.dtype)
+            return counts.unsqueeze(0), int(real.sum())
+        require(
+            self.size**2 * self.g.dtype.itemsize,
+            f"the reduced input factor of an embedding of {self.size} rows",
+            'use PMatMixed with another representation for the embedding, or PMatKFAC with sharing="expand"',
+        )
+        mean = self.g.new_zeros(self.examples, self.size)
+        mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
+        return _second_moment(mean.unsqueeze(1)), self.examples
+
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct (example, id) pairs and the column of J at each: (U,), (U,), (C, U, rows)."""
+        examples = torch.arange(self.examples, device=self.ids.device).unsqueeze(1)
+        keys = examples * self.size + self.ids.clamp(min=0)
+        keys, where = torch.unique(keys.flatten(), return_inverse=True)
+        j = self.g.new_zeros(self.cotangents, len(keys), self.g.shape[3])
+        j.index_add_(1, where, self.g.flatten(1, 2))
+        return keys // self.size, keys % self.size, j
+
+    def _spread(self, ids: Tensor, columns: Tensor) -> Tensor:
+        out = columns.new_zeros(self.size, columns.shape[1])
+        return out.index_add_(0, ids, columns).T.unsqueeze(0)
+
+
+class Dense(LayerJacobian):
+    """The Jacobian itself, for layers with few parameters: j ``(C, B, *shape)``."""
+
+    def __init__(self, j: Tensor) -> None:
+        super().__init__(j.shape[0], j.shape[1], tuple(j.shape[2:]), j.dtype)
+        self.j = j
+
+    def dense(self) -> Tensor:
+        return self.j
+
+    def narrow(self, start: int, stop: int) -> Dense:
+        return Dense(self.j[:, start:stop])
+
+    def fold(self, ratio: int) -> Dense:
+        return Dense(self.j.unflatten(1, (-1, ratio)).sum(2))
+
+    def rotate(self, left: Map | None, right: Map | None) -> Dense:
+        j = self.j  # (C, B, G, rows, cols)
+        if right is not None:
+            j = right(j.transpose(2, 3)).transpose(2, 3)
+        if left is not None:
+            j = left(j.movedim(4, 2)).movedim(2, 4)
+        return Dense(j)
+
+
+class Lazy(LayerJacobian):
+    """A Jacobian computed on demand, a slice of examples at a time, so that it is never held whole.
+
+    compute: ``(start, stop) -> (C, stop - start, *shape)``.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[int, int], Tensor],
+        cotangents: int,
+        examples: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        offset: int = 0,
+    ) -> None:
+        super().__init__(cotangents, examples, shape, dtype)
+        self.compute = compute
+        self.offset = offset
+
+    def dense(self) -> Tensor:
+        return self.compute(self.offset, self.offset + self.examples)
+
+    def narrow(self, start: int, stop: int) -> Lazy:
+        return Lazy(self.compute, self.cotangents, stop - start, self.shape, self.dtype, self.offset + start)
+
+    def fold(self, ratio: int) -> Lazy:
+        def compute(start: int, stop: int) -> Tensor:
+            whole = self.narrow(start * ratio, stop * ratio).dense()
+            return whole.unflatten(1, (-1, ratio)).sum(2)
+
+        return Lazy(compute, self.cotangents, self.examples // ratio, self.shape, self.dtype)
+
+
+def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
+    """The sum of Jacobians of the same parameters, e.g. of a module that is called several times."""
+    first = forms[0]
+    if len(forms) == 1:
+        return first
+    if all(isinstance(f, Outer) for f in forms):
+        return Outer(torch.cat([f.a for f in forms], 1), torch.cat([f.g for f in forms], 2))  # type: ignore[attr-defined]
+    if all(isinstance(f, Gather) for f in forms):
+        ids = torch.cat([f.ids for f in forms], 1)  # type: ignore[attr-defined]
+        return Gather(ids, torch.cat([f.g for f in forms], 2), first.size)  # type: ignore[attr-defined]
+
+    def compute(start: int, stop: int) -> Tensor:
+        return _total(f.narrow(start, stop).dense() for f in forms)
+
+    return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype)
+
+
+def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tensor]:
+    """Rows of the Jacobian of several layers side by side, ``unpack[k]`` taking form k to flat parameters.
+
+    Yields ``(C, b, P)`` with b examples at a time such that a piece fits a work array.
+    """
+    first = forms[0]
+    size = sum(prod(f.shape) for f in forms) * first.cotangents * first.dtype.itemsize
+    step = chunk_length(2 * size, first.examples)
+    for start in range(0, first.examples, step):
+        stop = min(start + step, first.examples)
+        yield torch.cat([u(f.narrow(start, stop).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
+
+
+def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
+    """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
+    if all(isinstance(f, Outer) and f.a.shape[1] == 1 for f in forms) and forms[0].cotangents > 1:
+        return _gram_contracted(forms, unpack)  # type: ignore[arg-type]
+    total: Tensor | None = None
+    for piece in rows(forms, unpack):
+        j = piece.flatten(0, 1)
+        total = j.T @ j if total is None else total.addmm_(j.T, j)
+    assert total is not None
+    return total
+
+
+def _gram_contracted(forms: Sequence[Outer], unpack: Sequence[Map]) -> Tensor:
+    """:func:`gram` without positions: contract the cotangents first, so that the cost does not grow with them."""
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for k, one in enumerate(forms):
+        for m, other in enumerate(forms[: k + 1]):
+            packed = _pair(one, other)  # (g1, o1, i1, g2, o2, i2)
+            half = unpack[m](packed)  # (g1, o1, i1, P2)
+            blocks[k, m] = unpack[k](half.movedim(-1, 0)).T  # (P1, P2)
+            if k != m:
+                blocks[m, k] = blocks[k, m].T
+    every = range(len(forms))
+    return torch.cat([torch.cat([blocks[k, m] for m in every], 1) for k in every], 0)
+
+
+def _pair(one: Outer, other: Outer) -> Tensor:
+    """``sum_cb J[c, b] J'[c, b]^T`` as ``sum_b (sum_c g g'^T) (x) (a a'^T)``: one GEMM over the examples."""
+    (g1, o1, i1), (g2, o2, i2) = one.shape, other.shape
+    size = (g1 * o1 * g2 * o2 + g1 * i1 * g2 * i2) * one.dtype.itemsize
+    step = chunk_length(size, one.examples)
+    out = one.a.new_zeros(g1 * g2, o1 * o2, i1 * i2)
+    for start in range(0, one.examples, step):
+        f, h = one.narrow(start, start + step), other.narrow(start, start + step)
+        s = torch.einsum("cbgo,cbhp->ghbop", f.g[:, :, 0], h.g[:, :, 0])
+        x = torch.einsum("bgi,bhj->ghbij", f.a[:, 0], h.a[:, 0])
+        out.baddbmm_(s.reshape(g1 * g2, -1, o1 * o2).mT, x.reshape(g1 * g2, -1, i1 * i2))
+    return out.view(g1, g2, o1, o2, i1, i2).permute(0, 2, 4, 1, 3, 5)
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
+    if x.shape[1] == 1:
+        x = x.squeeze(1)
+        return (x.T @ x).unsqueeze(0)
+    return torch.einsum("ngi,ngj->gij", x, x)
+
+
+def _total(pieces: Iterator[Tensor]) -> Tensor:
+    total = next(pieces)
+    for piece in pieces:
+        total = total + piece
+    return total

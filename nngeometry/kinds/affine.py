@@ -1,0 +1,131 @@
+"""Kinds of affine layers with shared weights: linear, convolution, transposed convolution, embedding, bilinear."""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..forms import Gather, Outer
+from .kind import Packing, kind, when_imported
+
+
+def _with_one(a: Tensor, bias: Tensor | None) -> Tensor:
+    """The input with a last column of ones if there is a bias to go with it."""
+    return a if bias is None else F.pad(a, (0, 1), value=1.0)
+
+
+def _rows_packing(module: nn.Module, bias: bool) -> Packing:
+    """Weight ``(rows, *cols)``."""
+    weight = module.weight
+    view = (1, weight.shape[0], weight[0].numel())
+    return Packing.matrix(view, (0, 1, 2), view[:2], bias)
+
+
+@kind(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, packing=_rows_packing, kronecker=True)
+def linear(module: nn.Linear, gy: Tensor, x: Tensor) -> Outer:
+    a = _with_one(x.reshape(x.shape[0], -1, 1, x.shape[-1]), module.bias)
+    return Outer(a, gy.reshape(*gy.shape[:2], -1, 1, gy.shape[-1]))
+
+
+@kind(nn.Bilinear, packing=_rows_packing, kronecker=True)
+def bilinear(module: nn.Bilinear, gy: Tensor, x1: Tensor, x2: Tensor) -> Outer:
+    product = (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
+    return linear(module, gy, product)  # type: ignore[arg-type]
+
+
+def _conv_packing(module: nn.Module, bias: bool) -> Packing:
+    """Weight ``(groups * rows, cols, *kernel)``."""
+    weight, groups = module.weight, module.groups
+    rows = weight.shape[0] // groups
+    return Packing.matrix((groups, rows, weight[0].numel()), (0, 1, 2), (groups, rows), bias)
+
+
+@kind(nn.Conv1d, nn.Conv2d, nn.Conv3d, packing=_conv_packing, kronecker=True)
+def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
+    # "same" padding and every padding mode leave their amounts, last axis first, in this attribute.
+    pads = module._reversed_padding_repeated_twice
+    x = F.pad(x, pads, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    a = _patches(x, module.kernel_size, module.stride, module.dilation, module.groups)
+    return Outer(_with_one(a, module.bias), _positions(gy, module.groups))
+
+
+def _conv_transpose_packing(module: nn.Module, bias: bool) -> Packing:
+    """Weight ``(groups * cols, rows, *kernel)``."""
+    weight, groups = module.weight, module.groups
+    view = (groups, weight.shape[0] // groups, weight.shape[1], prod(weight.shape[2:]))
+    return Packing.matrix(view, (0, 2, 1, 3), (groups, weight.shape[1]), bias)
+
+
+@kind(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, packing=_conv_transpose_packing, kronecker=True)
+def conv_transpose(module: nn.ConvTranspose2d, gy: Tensor, x: Tensor) -> Outer:
+    # A transposed convolution is a plain one of the input spread out with stride - 1 zeros, with the kernel flipped.
+    spatial = x.shape[2:]
+    spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(spatial, module.stride, strict=True)))
+    spread[(..., *(slice(None, None, s) for s in module.stride))] = x
+    pads: list[int] = []
+    for k, (kernel, dilation, padding) in enumerate(
+        zip(module.kernel_size, module.dilation, module.padding, strict=True)
+    ):
+        before = dilation * (kernel - 1) - int(padding)
+        after = gy.shape[3 + k] + dilation * (kernel - 1) - spread.shape[2 + k] - before
+        pads = [before, after, *pads]
+    ones = (1,) * len(spatial)
+    a = _patches(F.pad(spread, pads), module.kernel_size, ones, module.dilation, module.groups, flip=True)
+    return Outer(_with_one(a, module.bias), _positions(gy, module.groups))
+
+
+def _patches(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    flip: bool = False,
+) -> Tensor:
+    """The windows that a convolution sees: ``(B, C, *in) -> (B, T, G, C / G * prod(kernel))``."""
+    d = len(kernel)
+    for axis, (k, s, dil) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(2 + axis, dil * (k - 1) + 1, s)[..., ::dil]
+    if flip:
+        x = x.flip(tuple(range(2 + d, 2 + 2 * d)))
+    x = x.unflatten(1, (groups, -1))  # (B, G, C / G, *out, *kernel)
+    x = x.permute(0, *range(3, 3 + d), 1, 2, *range(3 + d, 3 + 2 * d))
+    return x.reshape(x.shape[0], prod(x.shape[1 : 1 + d]), groups, -1)
+
+
+def _positions(gy: Tensor, groups: int) -> Tensor:
+    """``(C, B, G * rows, *out) -> (C, B, T, G, rows)``."""
+    return gy.flatten(3).transpose(2, 3).unflatten(3, (groups, -1))
+
+
+def _columns_packing(module: nn.Module, bias: bool) -> Packing:
+    """Weight ``(cols, rows)``."""
+    cols, rows = module.weight.shape
+    return Packing.matrix((cols, 1, rows), (1, 2, 0), (1, rows), bias)
+
+
+@kind(nn.Embedding, packing=_columns_packing, kronecker=True)
+def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        option = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
+        raise NotImplementedError(
+            f"nn.Embedding with {option} has no Jacobian (its backward is not the derivative of its forward): "
+            f"set {option} off on the module"
+        )
+    ids = ids.reshape(ids.shape[0], -1)
+    g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
+    if module.padding_idx is not None:
+        padding = ids == module.padding_idx
+        ids = ids.masked_fill(padding, -1)
+        g = g.masked_fill(padding[..., None], 0.0)
+    return Gather(ids, g, module.num_embeddings)
+
+
+@when_imported("transformers.pytorch_utils")
+def _huggingface() -> None:
+    conv1d = sys.modules["transformers.pytorch_utils"].Conv1D  # a Linear whose weight is stored transposed
+    kind(conv1d, packing=_columns_packing, kronecker=True)(linear)  # type: ignore[arg-type]
+

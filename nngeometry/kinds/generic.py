@@ -1,0 +1,105 @@
+"""The generic kind: any module, exactly, by vectorised vector-Jacobian products of the module itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from ..forms import Lazy
+from .kind import whole
+
+# Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
+whole(nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+_NO_VMAP = (nn.RNNBase,)
+
+
+def generic(
+    module: nn.Module,
+    params: Mapping[str, Tensor],
+    inputs: Any,
+    axes: Sequence[int | None],
+    gys: Sequence[tuple[int, Tensor]],
+    name: str,
+    dtype: torch.dtype,
+) -> Lazy:
+    """The Jacobian of a module with respect to ``params``, flat in their order.
+
+    inputs: ``(args, kwargs)`` of the call. axes: for each leaf of ``inputs``, the axis of its examples, None if it has none.
+    gys: (leaf of the output, its cotangents ``(C, B, *rest)`` with the axis of examples in front of the rest).
+    """
+    leaves, tree = pytree.tree_flatten(inputs)
+    # One example is a batch of one: the axis that vmap hides is put back with length one.
+    leaves = [x.movedim(a, 0) if a is not None else x for x, a in zip(leaves, axes, strict=True)]
+    mapped = tuple(0 if a is not None else None for a in axes)
+    primals = {k: p.detach() for k, p in params.items()}
+    cotangents, examples = gys[0][1].shape[:2]
+    numel = sum(p.numel() for p in primals.values())
+
+    def outputs(p: dict[str, Tensor], xs: Sequence[Any]) -> tuple[Tensor, ...]:
+        batch_of_one = [x.unsqueeze(a) if a is not None else x for x, a in zip(xs, axes, strict=True)]
+        args, kwargs = pytree.tree_unflatten(batch_of_one, tree)
+        found = pytree.tree_leaves(functional_call(module, p, args, kwargs))
+        return tuple(found[k].reshape(g.shape[2:]) for k, g in gys)
+
+    def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
+        _, pull = vjp(lambda p: outputs(p, xs), primals)
+        (grads,) = vmap(pull)(gs)
+        return torch.cat([grads[k].flatten(1) for k in primals], 1)  # (C, p)
+
+    def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
+        leaf = {k: p.clone().requires_grad_() for k, p in primals.items()}
+        rows = []
+        with torch.enable_grad():
+            for b in range(gs[0].shape[1]):
+                ys = outputs(leaf, [x[b] if m == 0 else x for x, m in zip(xs, mapped, strict=True)])
+                for c in range(cotangents):
+                    grads = torch.autograd.grad(
+                        ys,
+                        list(leaf.values()),
+                        [g[c, b] for g in gs],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    rows.append(torch.cat([d.flatten() for d in grads]))
+        return torch.stack(rows).view(-1, cotangents, numel).transpose(0, 1)
+
+    def compute(start: int, stop: int) -> Tensor:
+        xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
+        gs = tuple(g[:, start:stop] for _, g in gys)
+        with _attributes_kept(module), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            if isinstance(module, _NO_VMAP):
+                return by_loop(xs, gs).to(dtype)
+            try:
+                return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"layer {name!r} ({type(module).__name__}) cannot be vectorised over examples ({reason}): its Jacobian is "
+                "computed one example and one output at a time. nngeometry.kind registers a faster one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return by_loop(xs, gs).to(dtype)
+
+    return Lazy(compute, cotangents, examples, (numel,), dtype)
+
+
+class _attributes_kept:
+    """Restore the plain tensor attributes of a module: old-style weight_norm overwrites one in every forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.kept = {k: v for k, v in vars(self.module).items() if isinstance(v, Tensor)}
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.module).update(self.kept)

@@ -1,0 +1,289 @@
+"""Which parameters are seen, in which order, and how each layer packs its own: the coordinates of parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from .kinds import Kind, Packing, kind_of
+
+#: What selects layers: a name (also of a parent module), a module type, or a predicate on layers.
+Selector = "str | type[nn.Module] | Callable[[Layer], bool]"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parameters that one module owns: their names (relative to the module), shapes and packing.
+
+    name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors.
+    """
+
+    name: str
+    params: tuple[tuple[str, tuple[int, ...]], ...]
+    packing: Packing
+    kronecker: bool
+    module_type: type[nn.Module] | None = field(default=None, compare=False)
+
+    def numel(self) -> int:
+        """Number of scalar parameters."""
+        return sum(prod(shape) for _, shape in self.params)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """Shape of the first parameter."""
+        return self.params[0][1]
+
+    @property
+    def bias(self) -> tuple[int, ...] | None:
+        """Shape of the parameter named ``bias``, None if the layer has none."""
+        return dict(self.params).get("bias")
+
+    @property
+    def kind_name(self) -> str:
+        return "?" if self.module_type is None else self.module_type.__name__
+
+    def matches(self, selector: Any) -> bool:
+        """Whether a name (of the layer or of a module above it), a module type or a predicate selects this layer."""
+        if isinstance(selector, str):
+            return self.name == selector or self.name.startswith(selector + ".")
+        if isinstance(selector, type):
+            return self.module_type is not None and issubclass(self.module_type, selector)
+        return bool(selector(self))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of a model through which collected parameters act, and where each of them belongs.
+
+    params: all parameters that the module owns or shares. routes: for each layer that takes part, which of the module's
+    parameters (by name) are which of the layer's (by position).
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    params: dict[str, nn.Parameter]
+    routes: tuple[tuple[Layer, dict[str, int]], ...]
+
+
+class LayerCollection:
+    """An ordered set of layers: the coordinates of parameter space, shared by vectors, maps and matrices.
+
+    The flat order of parameters is the order of layers, and inside a layer that of its parameters (weight before bias).
+
+    >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> lc = LayerCollection.from_model(model)
+    >>> list(lc), lc.numel()
+    (['0', '2'], 11)
+    >>> lc.select("2").numel()
+    3
+    """
+
+    def __init__(self, layers: Mapping[str, Layer] | None = None) -> None:
+        self.layers: dict[str, Layer] = dict(layers or {})
+
+    @classmethod
+    def from_model(cls, model: nn.Module, *selectors: Any, frozen: bool = False) -> LayerCollection:
+        """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
+
+        selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect parameters with
+        ``requires_grad=False``. A parameter that several modules share is one parameter of the first of them.
+
+        Raises ``ValueError`` if nothing is left.
+        """
+        owner: dict[int, tuple[str, str]] = {}
+        uses: dict[int, int] = {}
+        for name, _, _, params in _modules(model):
+            for pname, p in params.items():
+                owner.setdefault(id(p), (name, pname))
+                uses[id(p)] = uses.get(id(p), 0) + 1
+        layers = {}
+        for name, module, kind, params in _modules(model):
+            own = {k: p for k, p in params.items() if owner[id(p)] == (name, k) and (frozen or p.requires_grad)}
+            if own:
+                shared = any(uses[id(p)] > 1 for p in own.values())
+                layers[name] = _layer(name, module, kind, params, own, shared)
+        collection = cls(layers)
+        if selectors:
+            collection = collection.select(*selectors)
+        if not collection.layers:
+            hint = "" if frozen else "; pass frozen=True to collect parameters with requires_grad=False"
+            raise ValueError(f"no parameters to collect in {type(model).__name__}{hint}")
+        return collection
+
+    def add_layer(self, name: str, layer: Layer) -> None:
+        """Append a layer, in place."""
+        if name in self.layers:
+            raise ValueError(f"layer {name!r} is in the collection already")
+        self.layers[name] = layer
+
+    def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
+        """Append the layer of one module of the model, in place."""
+        names = [name for name, m in model.named_modules() if m is module]
+        if not names:
+            raise ValueError(f"the given {type(module).__name__} is not a module of the model")
+        found = LayerCollection.from_model(model, lambda layer: layer.name == names[0], frozen=True)
+        self.add_layer(names[0], found[names[0]])
+
+    def select(self, *selectors: Any) -> LayerCollection:
+        """The sub-collection of the layers that at least one selector matches.
+
+        selectors: names of layers or of modules above them, module types, or predicates ``Layer -> bool``.
+        Raises ``KeyError`` for a selector that matches nothing.
+        """
+        for selector in selectors:
+            if not any(layer.matches(selector) for layer in self.layers.values()):
+                raise KeyError(f"{selector!r} selects no layer: the collection has {', '.join(self.layers) or 'none'}")
+        return LayerCollection(
+            {name: layer for name, layer in self.layers.items() if any(layer.matches(s) for s in selectors)}
+        )
+
+    def exclude(self, *selectors: Any) -> LayerCollection:
+        """The sub-collection of the layers that no selector matches."""
+        gone = self.select(*selectors)
+        return LayerCollection({name: layer for name, layer in self.layers.items() if name not in gone.layers})
+
+    def merge(self, other: LayerCollection) -> LayerCollection:
+        """The layers of both, those of ``self`` first. Raises if a name stands for different layers."""
+        self._check_common(other)
+        return LayerCollection({**self.layers, **other.layers})
+
+    __or__ = merge
+
+    def common_layers(self, other: LayerCollection) -> LayerCollection:
+        """The layers that are in both. Raises if a name stands for different layers."""
+        self._check_common(other)
+        return LayerCollection({name: layer for name, layer in self.layers.items() if name in other.layers})
+
+    __and__ = common_layers
+
+    def _check_common(self, other: LayerCollection) -> None:
+        for name, layer in self.layers.items():
+            if name in other.layers and other.layers[name] != layer:
+                raise ValueError(f"layer {name!r} differs between the two collections: {layer} and {other.layers[name]}")
+
+    def numel(self) -> int:
+        """Number of scalar parameters."""
+        return sum(layer.numel() for layer in self.layers.values())
+
+    @property
+    def p_pos(self) -> dict[str, int]:
+        """Where each layer starts in the flat order."""
+        return {name: s.start for name, s in self.slices().items()}
+
+    def slices(self) -> dict[str, slice]:
+        """Where each layer is in the flat order."""
+        out, start = {}, 0
+        for name, layer in self.layers.items():
+            out[name] = slice(start, start + layer.numel())
+            start += layer.numel()
+        return out
+
+    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The collected parameters of a model, with their full names, in flat order.
+
+        Raises ``ValueError`` if the model does not have them.
+        """
+        for layer in self.layers.values():
+            for pname, shape in layer.params:
+                full = f"{layer.name}.{pname}" if layer.name else pname
+                try:
+                    p = model.get_parameter(full)
+                except AttributeError:
+                    p = None
+                if p is None or tuple(p.shape) != shape:
+                    found = "no such parameter" if p is None else f"shape {tuple(p.shape)}"
+                    raise ValueError(
+                        f"the layer collection is of another model: it has {full!r} of shape {shape}, "
+                        f"{type(model).__name__} has {found}. Build it with LayerCollection.from_model(model)"
+                    )
+                yield full, p
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """The collected parameters of a model, in flat order."""
+        return [p for _, p in self.named_parameters(model)]
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The modules of a model through which the collected parameters act."""
+        params = iter(self.parameters(model))
+        home = {id(next(params)): (layer, k) for layer in self.layers.values() for k in range(len(layer.params))}
+        sites = []
+        for name, module, kind, own in _modules(model):
+            routes: dict[str, tuple[Layer, dict[str, int]]] = {}
+            for pname, p in own.items():
+                if id(p) in home:
+                    layer, k = home[id(p)]
+                    routes.setdefault(layer.name, (layer, {}))[1][pname] = k
+            if routes:
+                sites.append(Site(name, module, kind, own, tuple(routes.values())))
+        return sites
+
+    def __getitem__(self, name: str) -> Layer:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerCollection):
+            return NotImplemented
+        return self is other or list(self.layers.items()) == list(other.layers.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        lines = [f"LayerCollection of {len(self)} layers, {self.numel()} parameters"]
+        for layer in self.layers.values():
+            shapes = ", ".join(f"{pname} {shape}" for pname, shape in layer.params)
+            lines.append(f"  {layer.name or '(root)'}: {layer.kind_name} ({shapes})")
+        return "\n".join(lines)
+
+
+def split(layer: Layer, flat: Tensor) -> list[Tensor]:
+    """Views of a layer's parameters in its flat ones: ``(..., p)`` to ``(..., *shape)`` each."""
+    sizes = [prod(shape) for _, shape in layer.params]
+    return [
+        piece.reshape(*flat.shape[:-1], *shape)
+        for piece, (_, shape) in zip(flat.split(sizes, -1), layer.params, strict=True)
+    ]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str, nn.Parameter]]]:
+    """Every module that owns parameters, each once, with its kind and those parameters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        kind = kind_of(module)
+        if kind.whole:
+            inside = (*inside, name + "." if name else "")
+        params = dict(module.named_parameters(recurse=kind.whole))
+        if params:
+            yield name, module, kind, params
+
+
+def _layer(
+    name: str,
+    module: nn.Module,
+    kind: Kind,
+    params: dict[str, nn.Parameter],
+    own: dict[str, nn.Parameter],
+    shared: bool,
+) -> Layer:
+    shapes = tuple((k, tuple(p.shape)) for k, p in own.items())
+    natural = kind.packing is not None and not shared and next(iter(own)) == "weight"
+    if natural and (own.keys() == params.keys() or kind.kronecker):
+        assert kind.packing is not None
+        return Layer(name, shapes, kind.packing(module, "bias" in own), kind.kronecker, type(module))
+    numel = sum(p.numel() for p in own.values())
+    return Layer(name, shapes, Packing.flat(numel), False, type(module))

@@ -1,0 +1,241 @@
+"""What the output of a model means: likelihoods give the curvature of the output space and sample from it.
+
+A likelihood never sees the model: it turns an output f into *cotangents* s_c with ``sum_c s_c s_c^T`` equal
+to (or, for samples, an unbiased estimate of) the Fisher information of p(y | f) with respect to f. An example is
+one row of f; whatever further axes f has (pixels, tokens) are independent given f, so that the log-likelihood of
+an example is the sum over them.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """``count`` vectors in output space for each example, made a slice at a time.
+
+    take: ``(start, stop) -> (stop - start, B, *out)``.
+    """
+
+    count: int
+    take: Callable[[int, int], Tensor]
+
+    @classmethod
+    def of(cls, s: Tensor) -> Cotangents:
+        """All of them at once: s ``(C, B, *out)``."""
+        return cls(s.shape[0], lambda start, stop: s[start:stop])
+
+
+class Likelihood(ABC):
+    """A family of distributions p(y | f) of the targets given the output f of a model.
+
+    To add one, give its three methods; see :class:`Poisson` for one in a dozen lines.
+    """
+
+    @abstractmethod
+    def sqrt(self, f: Tensor) -> Cotangents:
+        """The columns of a square root S of the Fisher information of f: ``H = S S^T`` exactly."""
+
+    @abstractmethod
+    def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
+        """Scores of ``trials`` draws of y from p(y | f), divided by sqrt(trials)."""
+
+    @abstractmethod
+    def hvp(self, f: Tensor, u: Tensor) -> Tensor:
+        """``H u``, in the shape of f."""
+
+
+class _Elementwise(Likelihood):
+    """Independent distributions of the elements of f: the curvature is diagonal."""
+
+    @abstractmethod
+    def scale(self, f: Tensor) -> Tensor:
+        """Square root of the Fisher information of each element, in the shape of f."""
+
+    @abstractmethod
+    def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Score of one draw for each element of f."""
+
+    def sqrt(self, f: Tensor) -> Cotangents:
+        scale = self.scale(f).flatten(1)
+
+        def take(start: int, stop: int) -> Tensor:
+            s = scale.new_zeros(stop - start, *scale.shape)
+            c = torch.arange(stop - start, device=f.device)
+            s[c, :, start + c] = scale[:, start:stop].T
+            return s.view(-1, *f.shape)
+
+        return Cotangents(scale.shape[1], take)
+
+    def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
+        draws = f.detach().expand(trials, *f.shape)
+        return Cotangents.of(self.score(draws, generator) / trials**0.5)
+
+    def hvp(self, f: Tensor, u: Tensor) -> Tensor:
+        return self.scale(f).square() * u
+
+
+@dataclass(frozen=True)
+class Gaussian(_Elementwise):
+    """Real targets with mean f and the given variance (1 by default): H = I / variance.
+
+    >>> Gaussian().sqrt(torch.zeros(5, 2)).count
+    2
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.variance <= 0:
+            raise ValueError(f"Gaussian: variance must be positive, got {self.variance}")
+
+    def scale(self, f: Tensor) -> Tensor:
+        return torch.full_like(f, self.variance**-0.5)
+
+    def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(f.shape, dtype=f.dtype, device=f.device, generator=generator)
+        return noise * self.variance**-0.5
+
+
+@dataclass(frozen=True)
+class Bernoulli(_Elementwise):
+    """Binary targets with logit f, one for each element of f: H = diag(p (1 - p))."""
+
+    def scale(self, f: Tensor) -> Tensor:
+        # In log space, because p (1 - p) loses all digits where p rounds to one.
+        return torch.exp((nn.functional.logsigmoid(f) + nn.functional.logsigmoid(-f)) / 2)
+
+    def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        p = f.sigmoid()
+        return torch.bernoulli(p, generator=generator) - p
+
+
+@dataclass(frozen=True)
+class Poisson(_Elementwise):
+    """Counts with log-rate f, as in ``nn.PoissonNLLLoss(log_input=True)``: H = diag(exp f)."""
+
+    def scale(self, f: Tensor) -> Tensor:
+        return torch.exp(f / 2)
+
+    def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        rate = f.exp()
+        return torch.poisson(rate, generator=generator) - rate
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    """One of K classes with logits f along axis ``dim`` (1, as in ``nn.CrossEntropyLoss``): H = diag(p) - p p^T.
+
+    The other axes are independent positions. The square root is the triangular one with K - 1 columns of
+    Tanabe and Sagae (1992, J. R. Stat. Soc. B 54), computed in log space so that no p underflows:
+    column i is ``sqrt(p_i P(j>i) / P(j>=i)) (e_i - softmax(f_j; j > i))``.
+
+    >>> Categorical().sqrt(torch.zeros(5, 10)).count
+    9
+    """
+
+    dim: int = 1
+
+    def _rows(self, f: Tensor) -> Tensor:
+        """``(B, positions, K)``."""
+        if f.ndim < 2:
+            raise ValueError(
+                f"Categorical: logits of shape {tuple(f.shape)} have no axis of classes; use Bernoulli for single logits"
+            )
+        rows = f.movedim(self.dim, -1)
+        if rows.shape[-1] < 2:
+            raise ValueError(
+                f"Categorical: axis {self.dim} of the output has {rows.shape[-1]} class, it needs at least 2; "
+                'use Bernoulli() or variant="classif_binary_logits" for a single logit'
+            )
+        return rows.reshape(f.shape[0], -1, rows.shape[-1])
+
+    def _unrows(self, s: Tensor, f: Tensor) -> Tensor:
+        """``(..., B, positions, K)`` back to ``(..., *f.shape)``."""
+        shape = f.movedim(self.dim, -1).shape
+        dim = self.dim if self.dim < 0 else self.dim - f.ndim
+        return s.reshape(*s.shape[:-3], *shape).movedim(-1, dim)
+
+    def sqrt(self, f: Tensor) -> Cotangents:
+        rows = self._rows(f)
+        n, positions, k = rows.shape
+        tail = rows.flip(-1).logcumsumexp(-1).flip(-1)  # log sum_{j >= i} exp f_j
+        scale = ((rows - tail[..., :1])[..., :-1] + tail[..., 1:] - tail[..., :-1]).div(2).exp()
+        after = torch.ones(k, k, dtype=torch.bool, device=f.device).triu(1)
+
+        def take(start: int, stop: int) -> Tensor:
+            c = torch.arange(start, stop, device=f.device)
+            where, i = c // (k - 1), c % (k - 1)
+            logits = rows[:, where].movedim(1, 0)  # (c, B, K)
+            rest = (logits - tail[:, where, i + 1].T.unsqueeze(-1)).masked_fill(~after[i, None], -torch.inf)
+            column = nn.functional.one_hot(i, k).unsqueeze(1) - rest.exp()
+            column = column * scale[:, where, i].T.unsqueeze(-1)
+            if positions == 1:
+                return self._unrows(column.unsqueeze(2), f)
+            s = rows.new_zeros(stop - start, n, positions, k)
+            s[torch.arange(stop - start, device=f.device), :, where] = column
+            return self._unrows(s, f)
+
+        return Cotangents(positions * (k - 1), take)
+
+    def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
+        rows = self._rows(f)
+        p = rows.softmax(-1)
+        y = torch.multinomial(p.flatten(0, 1), trials, replacement=True, generator=generator)
+        y = y.T.reshape(trials, *rows.shape[:2])
+        score = nn.functional.one_hot(y, rows.shape[-1]) - p
+        return Cotangents.of(self._unrows(score / trials**0.5, f))
+
+    def hvp(self, f: Tensor, u: Tensor) -> Tensor:
+        p = f.softmax(self.dim)
+        return p * u - p * (p * u).sum(self.dim, keepdim=True)
+
+
+#: The names of NNGeometry for the likelihoods.
+VARIANTS: dict[str, Likelihood] = {
+    "classif_logits": Categorical(),
+    "classif_binary_logits": Bernoulli(),
+    "regression": Gaussian(),
+    "segmentation_logits": Categorical(),
+}
+
+
+def likelihood_of(variant: str | Likelihood) -> Likelihood:
+    """A :class:`Likelihood` as it is, or the one that a variant's name stands for."""
+    if isinstance(variant, Likelihood):
+        return variant
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}, or a Likelihood object")
+
+
+Loss = Callable[..., Tensor]
+
+
+def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
+    """Gradient of each example's loss with respect to its output, in the shape of f.
+
+    loss: ``loss(f, *targets) -> (B, ...)``, one value (or several, which are summed) for each example. The ``reduction`` of
+    the losses of ``torch.nn`` is set to "none" on a copy, whatever it was.
+    """
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        loss = copy.copy(loss)
+        loss.reduction = "none"  # type: ignore[assignment]
+    leaf = f.detach().requires_grad_()
+    with torch.enable_grad():
+        values = loss(leaf, *targets)
+        if values.ndim == 0 or values.shape[0] != f.shape[0]:
+            raise ValueError(
+                f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
+                'return the unreduced loss (reduction="none")'
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return gradient

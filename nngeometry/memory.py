@@ -1,0 +1,54 @@
+"""The one memory knob: how many bytes an object that nobody asked for by name may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_BUDGET: ContextVar[int] = ContextVar("nngeometry_memory_budget", default=2**30)
+
+#: Work arrays are kept to this fraction of the budget. At the default budget that is 64 MiB: on the
+#: CPUs we measured, larger chunks of cotangents were slower again because they leave the cache.
+_WORK_FRACTION = 16
+
+
+@contextmanager
+def memory_budget(nbytes: int) -> Iterator[None]:
+    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB.
+
+    A dense object that a representation needs but the user did not ask for by name (the exact block of
+    a layer without Kronecker form, a densified sum of unlike matrices, ...) must fit the budget, otherwise
+    the operation raises. Temporaries are chunked to a sixteenth of it.
+
+    >>> with memory_budget(2**28):
+    ...     budget()
+    268435456
+    """
+    if nbytes <= 0:
+        raise ValueError(f"memory_budget: expected a positive number of bytes, got {nbytes}")
+    token = _BUDGET.set(int(nbytes))
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
+
+
+def budget() -> int:
+    """The current budget in bytes."""
+    return _BUDGET.get()
+
+
+def chunk_length(bytes_per_item: int, items: int) -> int:
+    """How many of ``items`` things of ``bytes_per_item`` bytes to process at once: at least one."""
+    fits = budget() // _WORK_FRACTION // max(1, bytes_per_item)
+    return max(1, min(items, fits))
+
+
+def require(nbytes: int, what: str, remedy: str) -> None:
+    """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
+    if nbytes > budget():
+        raise MemoryError(
+            f"{what} would take {nbytes / 2**20:.0f} MiB, more than the memory budget of "
+            f"{budget() / 2**20:.0f} MiB: {remedy}, or raise it with nngeometry.memory_budget(bytes)."
+        )

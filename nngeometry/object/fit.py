@@ -1,0 +1,254 @@
+"""Estimation of blocks from a stream of Jacobians: observe a chunk, merge, finish. The same for all representations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import forms
+from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from ..data import require_repeatable
+from ..forms import LayerJacobian
+from ..generator import Generator
+from ..kinds import Packing
+from ..layercollection import Layer
+from ..memory import require
+
+#: Tensors, numbers and lists, in tuples: merged entry by entry with ``+``.
+State = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the block of one group of layers is estimated.
+
+    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches and machines.
+    finish: ``(State, number of examples) -> Block``. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block.
+    refine: what estimates the block again in a second pass, given the first.
+    """
+
+    layers: tuple[Layer, ...]
+    packing: Packing
+    observe: Callable[[Sequence[LayerJacobian], int], State]
+    finish: Callable[[State, int], Block]
+    centre: Callable[[Block, Tensor], Block]
+    refine: Callable[[Block], Estimator] | None = None
+
+
+def merge(a: State, b: State) -> State:
+    """The statistic of the union of what a and b saw."""
+    return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _add(x: Any, y: Any) -> Any:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.add_(y)  # x is the accumulator: nobody else holds it
+    return x if isinstance(y, int) and y == 0 else x + y
+
+
+def fit(generator: Generator, examples: Any, estimators: Sequence[Estimator]) -> list[Part]:
+    """One part for each estimator, in one pass over the examples, and a second one for those that refine."""
+    if any(e.refine for e in estimators):
+        require_repeatable(examples, "this representation")
+    blocks, mean = _run(generator, examples, estimators)
+    again = [k for k, e in enumerate(estimators) if e.refine is not None]
+    if again:
+        second = [estimators[k].refine(blocks[k]) for k in again]  # type: ignore[misc]
+        refined, _ = _run(generator, examples, second)
+        for k, block in zip(again, refined, strict=True):
+            blocks[k] = block
+    slices = generator.layer_collection.slices()
+    parts = []
+    for e, block in zip(estimators, blocks, strict=True):
+        where = [slices[layer.name] for layer in e.layers]
+        if mean is not None:
+            block = e.centre(block, torch.cat([mean[layer.name] for layer in e.layers]))
+        parts.append(Part(_runs(where), e.packing, block))
+    return parts
+
+
+def _run(
+    generator: Generator, examples: Any, estimators: Sequence[Estimator]
+) -> tuple[list[Block], dict[str, Tensor] | None]:
+    """One pass: the blocks, and the mean Jacobian of each layer where the matrix is centred."""
+    states: list[State | None] = [None] * len(estimators)
+    mean: dict[str, Tensor] = {}
+    n = 0
+    with torch.no_grad():
+        for observation in generator.stream(examples):
+            n += observation.n
+            for k, e in enumerate(estimators):
+                new = e.observe([observation.forms[layer.name] for layer in e.layers], observation.n)
+                old = states[k]
+                states[k] = new if old is None else merge(old, new)
+            if generator.centred:
+                for e in estimators:
+                    for layer in e.layers:
+                        total = layer.packing.unpack(observation.forms[layer.name].total())
+                        mean[layer.name] = mean[layer.name] + total if layer.name in mean else total
+        blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
+    return blocks, {name: total / n for name, total in mean.items()} if generator.centred else None
+
+
+def _runs(where: Sequence[slice]) -> tuple[tuple[int, int], ...]:
+    """Slices with neighbours joined."""
+    runs: list[tuple[int, int]] = []
+    for s in where:
+        if runs and runs[-1][1] == s.start:
+            runs[-1] = (runs[-1][0], s.stop)
+        else:
+            runs.append((s.start, s.stop))
+    return tuple(runs)
+
+
+def _flat(layers: Sequence[Layer]) -> Packing:
+    return Packing.flat(sum(layer.numel() for layer in layers))
+
+
+def dense(layers: Sequence[Layer]) -> Estimator:
+    """The exact dense block of one or several layers, cross terms included."""
+    unpack = [layer.packing.unpack for layer in layers]
+    return Estimator(
+        tuple(layers),
+        _flat(layers),
+        lambda js, n: (forms.gram(js, unpack),),
+        lambda state, n: Dense(state[0].div_(n)),
+        lambda block, mean: Dense(block.data.sub_(torch.outer(mean, mean))),  # type: ignore[attr-defined]
+    )
+
+
+def diag(layer: Layer) -> Estimator:
+    """The exact diagonal."""
+    return Estimator(
+        (layer,),
+        _flat([layer]),
+        lambda js, n: (js[0].square(),),
+        lambda state, n: Diag(layer.packing.unpack(state[0] / n)),
+        lambda block, mean: Diag((block.diag() - mean.square()).clamp(min=0)),
+    )
+
+
+def quasidiag(layer: Layer) -> Estimator:
+    """The exact diagonal and products of each weight with the bias of its row; the diagonal for a layer without bias."""
+    if not layer.packing.bias:
+        return diag(layer)
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        m = layer.packing.pack(mean)
+        return QuasiDiag((block.diag() - m.square()).clamp(min=0), block.cross - m[..., :-1] * m[..., -1:])  # type: ignore[attr-defined]
+
+    return Estimator(
+        (layer,),
+        layer.packing,
+        lambda js, n: (js[0].square(), js[0].arrow()),
+        lambda state, n: QuasiDiag(state[0] / n, state[1] / n),
+        centre,
+    )
+
+
+def lowrank(layers: Sequence[Layer]) -> Estimator:
+    """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n."""
+    unpack = [layer.packing.unpack for layer in layers]
+
+    def finish(state: State, n: int) -> Block:
+        rows = torch.cat(state[0])
+        return LowRank(rows.div_(n**0.5), rows.new_ones(len(rows)))
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        less = LowRank(mean.unsqueeze(0), -mean.new_ones(1))
+        return block.plus(less) or block
+
+    return Estimator(
+        tuple(layers),
+        _flat(layers),
+        lambda js, n: ([j.flatten(0, 1) for j in forms.rows(js, unpack)],),
+        finish,
+        centre,
+    )
+
+
+def exact_block(layer: Layer, representation: str) -> Estimator:
+    """The dense block of a layer that has no Kronecker form, if it fits the memory budget."""
+    p = layer.numel()
+    require(
+        4 * p * p,
+        f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of {p} parameters",
+        "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer collection",
+    )
+    return dense([layer])
+
+
+def kron(layer: Layer, reduce: bool) -> Estimator:
+    """KFAC: ``G (x) A``, the second moments of output gradients and of inputs."""
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        (j,) = js
+        left = j.left_factor(reduce)  # type: ignore[attr-defined]
+        right, count = j.right_factor(reduce) if n else (0, 0)  # type: ignore[attr-defined]
+        return left, right, count
+
+    def finish(state: State, n: int) -> Block:
+        left, right, count = state
+        a = right / max(count, 1)
+        return Kron(Dense(left / n), Diag(a) if a.ndim == 2 else Dense(a))
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        raise NotImplementedError(
+            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its exact diagonal in "
+            "the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
+        )
+
+    return Estimator((layer,), layer.packing, observe, finish, centre)
+
+
+def ekfac(layer: Layer, reduce: bool) -> Estimator:
+    """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
+    first = kron(layer, reduce)
+    return Estimator(
+        first.layers,
+        first.packing,
+        first.observe,
+        first.finish,
+        lambda block, mean: second_moments(layer, block.eig().basis).centre(block, mean),  # type: ignore[attr-defined]
+        lambda block: second_moments(layer, block.eig().basis),  # type: ignore[attr-defined]
+    )
+
+
+def second_moments(layer: Layer, basis: Block) -> Estimator:
+    """The exact diagonal in a given Kronecker basis."""
+    left, right = basis.left.transpose(), basis.right.transpose()  # type: ignore[attr-defined]
+    to_left = None if not isinstance(left, Dense) else left.mv
+    to_right = None if not isinstance(right, Dense) else right.mv
+
+    def finish(state: State, n: int) -> Block:
+        l = state[0] / n
+        return Spectral(basis, l, l.new_zeros(()))
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        m = basis.transpose().mv(layer.packing.pack(mean))
+        return Spectral(basis, (block.l - m.square()).clamp(min=0), block.rest)  # type: ignore[attr-defined]
+
+    return Estimator(
+        (layer,),
+        layer.packing,
+        lambda js, n: (js[0].rotate(to_left, to_right).square(),),
+        finish,
+        centre,
+    )
+
+
+def eye(layers: Sequence[Layer]) -> Estimator:
+    """The multiple of the identity with the exact trace."""
+    packing = _flat(layers)
+    (p,) = packing.shape
+    return Estimator(
+        tuple(layers),
+        packing,
+        lambda js, n: (torch.stack([j.sqnorm().sum() for j in js]).sum(),),
+        lambda state, n: Eye(state[0] / (n * p), (p,)),
+        lambda block, mean: Eye((block.c - mean.square().sum() / p).clamp(min=0), (p,)),  # type: ignore[attr-defined]
+    )

@@ -1,0 +1,332 @@
+"""Matrices in parameter space: one algebra for all representations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block, Direct, add, matmul
+from ..generator import Generator
+from ..kinds import Packing
+from ..layercollection import Layer, LayerCollection
+from .fit import Estimator, fit
+from .map import PFMapDense
+from .vector import FlatArray, PVector, check_same_space
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A regularisation of ``factor`` times the mean eigenvalue (of the matrix, or of a layer's block when given for a layer).
+
+    >>> Relative(1e-3)
+    Relative(factor=0.001)
+    """
+
+    factor: float
+
+
+#: What ``regul=`` accepts: a number, Relative(factor), or one of these for each layer by name.
+RegulLike = float | Relative | Mapping[str, "float | Relative"]
+
+
+class PMat:
+    """A P x P matrix in parameter space, in some representation.
+
+    layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block that it consists of.
+    options: of the representation. Operations return new matrices and leave this one as it is.
+    """
+
+    classes: ClassVar[dict[str, type[PMat]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        PMat.classes[cls.__name__] = cls
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        generator: Generator | None = None,
+        data: Block | None = None,
+        examples: Any = None,
+        **options: Any,
+    ) -> None:
+        if (data is None) == (examples is None):
+            raise ValueError(f"{type(self).__name__}: give either data, or generator and examples")
+        if data is None:
+            if generator is None:
+                raise ValueError(f"{type(self).__name__}: estimation from examples needs a generator")
+            check_same_space(layer_collection, generator.layer_collection, "generator")
+            data = self._estimate(generator, examples, **options)
+        elif options:
+            raise TypeError(f"{type(self).__name__}: options {', '.join(options)} are for estimation from examples")
+        if data.shape != (layer_collection.numel(),):
+            raise ValueError(f"{type(self).__name__}: data of shape {data.shape} for {layer_collection.numel()} parameters")
+        self.layer_collection = layer_collection
+        self.generator = generator
+        self.root = data
+
+    @classmethod
+    def _estimate(cls, generator: Generator, examples: Any, **options: Any) -> Block:
+        layers = list(generator.layer_collection.layers.values())
+        return Direct(tuple(fit(generator, examples, cls.plan(layers, **options))))
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        """How this representation estimates a set of layers: one estimator for each of its blocks."""
+        raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
+
+    # Products
+
+    def mv(self, v: Any) -> Any:
+        """``M v`` for a PVector, or ``M`` on each row of a PFMapDense. Differentiable in v."""
+        return v._like(self.root.mv(self._of(v)))
+
+    def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
+        """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum to it."""
+        return self._per_layer(self._of(v) * self.root.mv(self._of(v)), per_layer)
+
+    def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
+        """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag". Differentiable in the map."""
+        j = self._of(pfmap)
+        forms = (j * self.root.mv(j)).sum(-1)
+        if reduction not in ("sum", "diag"):
+            raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
+        return forms.sum() if reduction == "sum" else forms
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, PMat):
+            return self._with(matmul(self.root, self._other(other)))
+        return self.mv(other) if isinstance(other, FlatArray) else NotImplemented
+
+    # Linear systems
+
+    def solve(self, b: Any, regul: RegulLike = 1e-8) -> Any:
+        """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense: exact, whatever the representation.
+
+        regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each layer.
+        Raises ``ValueError`` if M + regul is singular to working precision.
+        """
+        return b._like(self.root.solve(self._of(b), self._regul(regul)))
+
+    def inv(self, regul: RegulLike = 1e-8) -> PMat:
+        """``(M + regul)^-1``, regul as in :meth:`solve`."""
+        return self._with(self.root.inv(self._regul(regul)))
+
+    def pinv(self, rtol: float | None = None) -> PMat:
+        """Pseudo-inverse; eigenvalues smaller than ``rtol`` (by default the rounding error) times the largest count as zero."""
+        return self._with(self.root.pinv(rtol))
+
+    def logdet(self, regul: RegulLike = 0.0) -> Tensor:
+        """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        return self.root.logdet(self._regul(regul))
+
+    # Spectrum
+
+    def pow(self, exponent: float) -> PMat:
+        """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise ``ValueError``."""
+        return self._with(self.root.pow(exponent))
+
+    __pow__ = pow
+
+    def eig(self, k: int | None = None) -> tuple[Tensor, list[PVector]]:
+        """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their eigenvectors."""
+        if k is None:
+            k = len(self.eigenvalues()) if not isinstance(self.root, Direct) else self.root.held()
+        l, vectors = self.root.top(k)
+        return l, [PVector(self.layer_collection, v) for v in vectors]
+
+    def eigenvalues(self) -> Tensor:
+        """All P eigenvalues, descending."""
+        return self.root.eigenvalues().sort(descending=True).values
+
+    def norm(self, ord: int | str | None = None) -> Tensor:
+        """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
+        return self.root.norm(ord)
+
+    def trace(self, per_layer: bool = False) -> Any:
+        """Trace, a scalar. per_layer: a dict of the traces of the diagonal blocks of the layers."""
+        return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
+
+    def sample(self, generator: torch.Generator | None = None) -> PVector:
+        """A vector from the normal distribution with mean zero and covariance M."""
+        noise = torch.randn(self.size(0), dtype=self.dtype, device=self.device, generator=generator)
+        return PVector(self.layer_collection, self.root.sample(noise))
+
+    # Entries
+
+    def get_diag(self) -> Tensor:
+        """The diagonal ``(P,)``, in flat parameter order."""
+        return self.root.diag()
+
+    def to_torch(self) -> Tensor:
+        """The dense matrix ``(P, P)``."""
+        return self.root.to_dense()
+
+    def block(self, name: str) -> PMat:
+        """The diagonal block of one layer, as a matrix on that layer alone."""
+        if name not in self.layer_collection:
+            raise KeyError(f"block: no layer {name!r}, the collection has {', '.join(self.layer_collection)}")
+        lc = LayerCollection({name: self.layer_collection[name]})
+        root = self.root.restrict(self.layer_collection.slices()[name])
+        return PMat(lc, data=root) if type(self) is PMat else type(self)._of_blocks(lc, root)
+
+    def size(self, dim: int | None = None) -> Any:
+        """``(P, P)``, whatever is held in memory, or P."""
+        p = self.layer_collection.numel()
+        return (p, p) if dim is None else p
+
+    # Vector space
+
+    def __add__(self, other: Any) -> PMat:
+        return self._with(add(self.root, self._other(other))) if isinstance(other, PMat) else NotImplemented
+
+    def __radd__(self, other: Any) -> PMat:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
+
+    def __sub__(self, other: Any) -> PMat:
+        return self._with(add(self.root, self._other(other), -1.0)) if isinstance(other, PMat) else NotImplemented
+
+    def __mul__(self, c: Any) -> PMat:
+        if isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0):
+            return self._with(self.root.scale(float(c)))
+        return NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> PMat:
+        return self * (1 / c)
+
+    def __neg__(self) -> PMat:
+        return self * -1.0
+
+    # Moving and keeping
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.root.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.root.device
+
+    def nbytes(self) -> int:
+        """Bytes held in tensors."""
+        return self.root.nbytes()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same matrix on another device or in another dtype."""
+        return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read."""
+        layers = [
+            {
+                "name": layer.name,
+                "params": [[k, list(shape)] for k, shape in layer.params],
+                "packing": [
+                    list(layer.packing.shape),
+                    None if layer.packing.view is None else list(layer.packing.view),
+                    list(layer.packing.perm),
+                    layer.packing.bias,
+                ],
+                "kronecker": layer.kronecker,
+            }
+            for layer in self.layer_collection.layers.values()
+        ]
+        torch.save({"format": 1, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
+        """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run."""
+        saved = torch.load(path, map_location=device, weights_only=True)
+        layers = {}
+        for entry in saved["layers"]:
+            shape, view, perm, bias = entry["packing"]
+            packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+            params = tuple((k, tuple(size)) for k, size in entry["params"])
+            layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
+        kind = PMat.classes.get(saved["class"], PMat)
+        return kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generator": None}  # a generator holds the model and user functions
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"]
+        rows = [("layer", "block", "parameters", "bytes")]
+        parts = self.root.parts if isinstance(self.root, Direct) else ()
+        slices = self.layer_collection.slices()
+        for part in parts:
+            names = [n or "(root)" for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
+            title = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+            rows.append((title, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
+        if not parts:
+            rows.append(("all", self.root.describe(), str(self.size(0)), str(self.nbytes())))
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines)
+
+    # Helpers
+
+    def _of(self, v: Any) -> Tensor:
+        """The flat values of a vector or map, checked to be of this space."""
+        if not isinstance(v, FlatArray):
+            raise TypeError(f"expected a PVector or a PFMapDense, got {type(v).__name__}: make one with PVector(layer_collection, tensor)")
+        check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        if v.device != self.device or v.dtype != self.dtype:
+            raise ValueError(
+                f"the {type(v).__name__} is {v.dtype} on {v.device}, the matrix is {self.dtype} on {self.device}: "
+                "move one of them with .to(device, dtype)"
+            )
+        return v.to_torch()
+
+    def _other(self, other: PMat) -> Block:
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        if other.device != self.device or other.dtype != self.dtype:
+            raise ValueError(
+                f"matrices of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move one of them with .to(device, dtype)"
+            )
+        return other.root
+
+    def _regul(self, regul: RegulLike) -> float | Tensor:
+        if isinstance(regul, Mapping):
+            missing = set(regul) ^ set(self.layer_collection)
+            if missing:
+                raise ValueError(f"regul: give one value for each layer; {', '.join(sorted(missing))} do not match the collection")
+            traces = self.trace(per_layer=True) if any(isinstance(r, Relative) for r in regul.values()) else {}
+            values = []
+            for name, layer in self.layer_collection.layers.items():
+                r = regul[name]
+                value = r.factor * float(traces[name]) / layer.numel() if isinstance(r, Relative) else float(r)
+                values.append(torch.full((layer.numel(),), value, dtype=self.dtype, device=self.device))
+            return torch.cat(values)
+        if isinstance(regul, Relative):
+            return regul.factor * float(self.trace()) / self.size(0)
+        return float(regul)
+
+    def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
+        if not per_layer:
+            return flat.sum()
+        return {name: flat[s].sum() for name, s in self.layer_collection.slices().items()}
+
+    @classmethod
+    def _of_blocks(cls, layer_collection: LayerCollection, root: Block) -> Any:
+        made = cls.__new__(cls)
+        PMat.__init__(made, layer_collection, data=root)
+        return made
+
+    def _rebuild(self, root: Block) -> Self:
+        return type(self)._of_blocks(self.layer_collection, root)
+
+    def _with(self, root: Block) -> PMat:
+        """A result: of the same representation if its blocks have the same structure, otherwise a plain PMat."""
+        same = _structure(root) == _structure(self.root)
+        return self._rebuild(root) if same else PMat(self.layer_collection, data=root)
+
+
+def _structure(root: Block) -> list[type[Block]]:
+    return [type(p.block) for p in root.parts] if isinstance(root, Direct) else [type(root)]

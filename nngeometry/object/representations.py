@@ -1,0 +1,163 @@
+"""The representations: which structure each layer, or all of them together, is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import blocks
+from ..generator import Generator
+from ..layercollection import Layer, LayerCollection
+from . import fit
+from .fit import Estimator
+from .pmat import PMat
+
+
+class PMatDense(PMat):
+    """All P x P entries. Exact; memory P**2."""
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.dense(layers)]
+
+
+class PMatBlockDiag(PMat):
+    """One dense block for each layer. Exact inside of layers; memory the sum of the squared sizes."""
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.dense([layer]) for layer in layers]
+
+
+class PMatDiag(PMat):
+    """The diagonal. Memory P."""
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.diag(layer) for layer in layers]
+
+
+class PMatQuasiDiag(PMat):
+    """The diagonal, and the products of each weight with the bias of its row (Ollivier 2015, 1303.0818). Memory 2 P."""
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.quasidiag(layer) for layer in layers]
+
+
+class PMatKFAC(PMat):
+    """A Kronecker product ``G (x) A`` for each layer, weight and bias together (Martens and Grosse 2015, 1503.05671).
+
+    sharing: how positions (tokens, pixels) that share a weight are treated, "expand" or "reduce" (Eschenhagen et al. 2023, 2311.00636).
+    The groups of a convolution have a product each. A layer without Kronecker form (normalisation, attention, bare parameters, ...)
+    has its exact dense block, if it fits the memory budget; ``repr`` shows which.
+    """
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
+        reduce = _reduce(sharing)
+        return [fit.kron(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers]
+
+
+class PMatEKFAC(PMat):
+    """The eigenbasis of KFAC with the exact second moments in it (George et al. 2018, 1806.03884). Reads the data twice.
+
+    sharing: as in :class:`PMatKFAC`, for the basis.
+    """
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
+        reduce = _reduce(sharing)
+        return [fit.ekfac(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers]
+
+    def update_diag(self, examples: Any) -> PMatEKFAC:
+        """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns itself."""
+        if self.generator is None:
+            raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
+        layers = list(self.layer_collection.layers.values())
+        old = self.root.parts  # type: ignore[attr-defined]
+        estimators = [
+            fit.second_moments(layer, part.block.basis) if layer.kronecker else fit.dense([layer])
+            for layer, part in zip(layers, old, strict=True)
+        ]
+        self.root = blocks.Direct(tuple(fit.fit(self.generator, examples, estimators)))
+        return self
+
+
+class PMatLowRank(PMat):
+    """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples."""
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.lowrank(layers)]
+
+
+class PMatMixed(PMat):
+    """A representation for each layer, all in one pass: use ``PMatMixed.of(PMatKFAC, {nn.LayerNorm: PMatBlockDiag})``.
+
+    default: for the layers that no rule selects. rules: from a layer name, module type or predicate to a representation; the first that
+    selects a layer counts. Layers that share a joint representation (PMatDense, PMatLowRank) keep their cross terms.
+    """
+
+    @classmethod
+    def of(cls, default: Any, rules: Mapping[Any, Any]) -> Any:
+        """The mixed representation as one object, to pass wherever a representation is expected."""
+        return partial(cls, default=default, rules=rules)
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer], default: Any = PMatDiag, rules: Mapping[Any, Any] | None = None) -> list[Estimator]:
+        rules = rules or {}
+        for selector in rules:
+            if not any(layer.matches(selector) for layer in layers):
+                raise KeyError(f"PMatMixed: the rule for {selector!r} selects no layer of {', '.join(layer.name for layer in layers)}")
+        chosen: list[tuple[Any, list[Layer]]] = []
+        for layer in layers:
+            representation = next((r for selector, r in rules.items() if layer.matches(selector)), default)
+            group = next((group for r, group in chosen if r is representation), None)
+            if group is None:
+                chosen.append((representation, [layer]))
+            else:
+                group.append(layer)
+        estimators: list[Estimator] = []
+        for representation, group in chosen:
+            base, options = (representation.func, representation.keywords) if isinstance(representation, partial) else (representation, {})
+            estimators += base.plan(group, **options)
+        return estimators
+
+
+class PMatEye(PMat):
+    """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P times it.
+
+    >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
+    >>> PMatEye(lc, scaling=2.0).trace()
+    tensor(6.)
+    """
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        generator: Generator | None = None,
+        data: blocks.Block | None = None,
+        examples: Any = None,
+        scaling: float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if data is None and examples is None:
+            p = layer_collection.numel()
+            eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
+            data = blocks.Direct((blocks.Part(((0, p),), fit.Packing.flat(p), eye),))
+        super().__init__(layer_collection, generator, data, examples)
+
+    @classmethod
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+        return [fit.eye(layers)]
+
+
+def _reduce(sharing: str) -> bool:
+    if sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing={sharing!r} is not 'expand' or 'reduce'")
+    return sharing == "reduce"

@@ -1,0 +1,266 @@
+"""Vectors in parameter space and in function space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..layercollection import LayerCollection, split
+
+
+class FlatArray:
+    """Arithmetic of one tensor whose last axis is the flat parameters of a layer collection: vectors and dense maps."""
+
+    def __init__(self, layer_collection: LayerCollection, flat: Tensor) -> None:
+        self.layer_collection = layer_collection
+        self._flat = flat
+
+    def _like(self, flat: Tensor) -> Self:
+        """The same kind of object with other values."""
+        raise NotImplementedError
+
+    def _operand(self, other: Any) -> Any:
+        """What the other side of an operation is as a tensor; raises if it lives in another space."""
+        if isinstance(other, FlatArray):
+            check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            _check_tensors(self._flat, other._flat, "operands")
+            return other._flat
+        if isinstance(other, int | float) or (isinstance(other, Tensor) and other.ndim == 0):
+            return other
+        return NotImplemented
+
+    def _binary(self, other: Any, fn: Any) -> Any:
+        operand = self._operand(other)
+        return NotImplemented if operand is NotImplemented else self._like(fn(self._flat, operand))
+
+    def __add__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: a + b)
+
+    def __radd__(self, other: Any) -> Self:
+        if isinstance(other, int) and other == 0:  # sum() starts from 0
+            return self
+        return self._binary(other, lambda a, b: b + a)
+
+    def __sub__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: b - a)
+
+    def __mul__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: a * b)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: a / b)
+
+    def __rtruediv__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: b / a)
+
+    def __pow__(self, other: Any) -> Self:
+        return self._binary(other, lambda a, b: a**b)
+
+    def __neg__(self) -> Self:
+        return self._like(-self._flat)
+
+    def _in_place(self, other: Any, fn: Any) -> Self:
+        operand = self._operand(other)
+        if operand is NotImplemented:
+            return NotImplemented
+        fn(self._flat, operand)
+        return self
+
+    def __iadd__(self, other: Any) -> Self:
+        return self._in_place(other, Tensor.add_)
+
+    def __isub__(self, other: Any) -> Self:
+        return self._in_place(other, Tensor.sub_)
+
+    def __imul__(self, other: Any) -> Self:
+        return self._in_place(other, Tensor.mul_)
+
+    def __itruediv__(self, other: Any) -> Self:
+        return self._in_place(other, Tensor.div_)
+
+    def to_torch(self) -> Tensor:
+        """The values as one tensor, the flat parameters last."""
+        return self._flat
+
+    def to_dict(self) -> dict[str, tuple[Tensor, ...]]:
+        """Views of the values: for each layer, one tensor for each of its parameters (weight, bias)."""
+        slices = self.layer_collection.slices()
+        return {
+            name: tuple(split(layer, self._flat[..., slices[name]])) for name, layer in self.layer_collection.layers.items()
+        }
+
+    def norm(self, p: float = 2) -> Tensor:
+        """The p-norm of all entries, for every p (``float("inf")`` included)."""
+        return torch.linalg.vector_norm(self._flat, p)
+
+    def clone(self) -> Self:
+        """A copy that shares no memory."""
+        return self._like(self._flat.clone())
+
+    def detach(self) -> Self:
+        """The same values, outside of the autograd graph."""
+        return self._like(self._flat.detach())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same values on another device or in another dtype."""
+        return self._like(self._flat.to(device=device, dtype=dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
+
+    def size(self, dim: int | None = None) -> Any:
+        """Shape, or the length of one axis."""
+        return self._flat.shape if dim is None else self._flat.shape[dim]
+
+
+class PVector(FlatArray):
+    """A vector in parameter space: one number for each parameter of a layer collection.
+
+    layer_collection: the coordinates. vector_repr: flat values ``(P,)``; or dict_repr: for each layer a tuple of tensors in the
+    shapes of its parameters. Gradients flow through both. Raises ``ValueError`` if shapes, devices or dtypes do not fit.
+
+    >>> model = nn.Linear(2, 1)
+    >>> w = PVector.from_model(model)
+    >>> step = -0.1 * w
+    >>> float((w + step).norm() / w.norm())
+    0.89999...
+    """
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        vector_repr: Tensor | None = None,
+        dict_repr: Mapping[str, tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        if (vector_repr is None) == (dict_repr is None):
+            raise ValueError("PVector: give either vector_repr or dict_repr")
+        if dict_repr is not None:
+            vector_repr = _flatten(layer_collection, dict_repr)
+        assert vector_repr is not None
+        numel = layer_collection.numel()
+        if vector_repr.shape != (numel,):
+            raise ValueError(f"PVector: expected {numel} values in one axis, got shape {tuple(vector_repr.shape)}")
+        super().__init__(layer_collection, vector_repr)
+
+    def _like(self, flat: Tensor) -> PVector:
+        return PVector(self.layer_collection, flat)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
+        """The parameters of a model, inside the autograd graph: gradients of functions of it reach the model."""
+        lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        return cls(lc, torch.cat([p.flatten() for p in lc.parameters(model)]))
+
+    @classmethod
+    def from_model_grad(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
+        """The ``.grad`` of the parameters of a model (a copy). Raises ``ValueError`` naming a parameter that has none."""
+        lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        grads = []
+        for name, p in lc.named_parameters(model):
+            if p.grad is None:
+                raise ValueError(f"parameter {name!r} has no gradient: call backward() first, or leave its layer out of the collection")
+            grads.append(p.grad.flatten())
+        return cls(lc, torch.cat(grads))
+
+    def copy_to_model(self, model: nn.Module) -> None:
+        """Overwrite the collected parameters of the model, in place."""
+        with torch.no_grad():
+            for p, v in self._of(model):
+                p.copy_(v)
+
+    def add_to_model(self, model: nn.Module) -> None:
+        """Add to the collected parameters of the model, in place."""
+        with torch.no_grad():
+            for p, v in self._of(model):
+                p.add_(v)
+
+    def to_model_grad(self, model: nn.Module) -> None:
+        """Overwrite the ``.grad`` of the collected parameters of the model, for an optimiser to use."""
+        for p, v in self._of(model):
+            p.grad = v.detach().to(p).clone()
+
+    def _of(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        values = [v for vs in self.to_dict().values() for v in vs]
+        return list(zip(self.layer_collection.parameters(model), values, strict=True))
+
+    def dot(self, other: PVector) -> Tensor:
+        """Inner product of two vectors, a scalar."""
+        return torch.dot(self._flat, self._operand(other))
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.dot(other) if isinstance(other, PVector) else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"PVector of {self._flat.numel()} parameters, {self._flat.dtype}"
+
+
+class FVector:
+    """A vector in function space: vector_repr ``(C, n)``, one number for each of C outputs of n examples."""
+
+    def __init__(self, vector_repr: Tensor) -> None:
+        self.vector_repr = vector_repr
+
+    def to_torch(self) -> Tensor:
+        """The values ``(C, n)``."""
+        return self.vector_repr
+
+
+def random_pvector(
+    layer_collection: LayerCollection,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> PVector:
+    """A vector of independent standard normal entries.
+
+    >>> lc = LayerCollection.from_model(nn.Linear(2, 1))
+    >>> random_pvector(lc, generator=torch.Generator().manual_seed(0)).size()
+    torch.Size([3])
+    """
+    return PVector(layer_collection, torch.randn(layer_collection.numel(), device=device, dtype=dtype, generator=generator))
+
+
+def _flatten(layer_collection: LayerCollection, values: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+    if set(values) != set(layer_collection):
+        odd = ", ".join(sorted(set(values) ^ set(layer_collection)))
+        raise ValueError(f"dict_repr: its layers are not those of the collection; the difference is {odd}")
+    pieces = []
+    for name, layer in layer_collection.layers.items():
+        shapes = [shape for _, shape in layer.params]
+        found = [tuple(v.shape) for v in values[name]]
+        if found != shapes:
+            raise ValueError(f"dict_repr: layer {name!r} has tensors of shapes {found}, expected {shapes}")
+        pieces += [v.reshape(prod(shape)) for v, shape in zip(values[name], shapes, strict=True)]
+    for piece in pieces[1:]:
+        _check_tensors(pieces[0], piece, "dict_repr")
+    return torch.cat(pieces)
+
+
+def check_same_space(mine: LayerCollection, other: LayerCollection, what: str) -> None:
+    """Raise ``ValueError`` unless both are the same layers in the same order."""
+    if mine is other or mine == other:
+        return
+    names = [n for n in mine if n not in other] + [n for n in other if n not in mine]
+    detail = f"they differ in {', '.join(map(repr, names[:5]))}" if names else "their layers differ in shape or order"
+    raise ValueError(f"the {what} is of another layer collection: {detail}. Build both from the same LayerCollection")
+
+
+def _check_tensors(a: Tensor, b: Tensor, what: str) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{what}: tensors on {a.device} and {b.device}; move one with .to(device)")
+    if a.dtype != b.dtype:
+        raise ValueError(f"{what}: tensors of {a.dtype} and {b.dtype}; cast one with .to(dtype=...)")
