@@ -67,6 +67,20 @@ class LayerJacobian(ABC):
         """Squared norm of J[c, b]: ``(C, B)``."""
         return torch.cat([j.flatten(2).square().sum(2) for j in self._denses()], 1)
 
+    def dot(self, V: Tensor) -> Tensor:
+        """``J[c, b] . V[k]`` for V ``(K, *shape)``: ``(K, C, B)``."""
+        flat = V.flatten(1)
+        return torch.cat([torch.einsum("cbp,kp->kcb", j.flatten(2), flat) for j in self._denses()], 2)
+
+    def pull(self, u: Tensor) -> Tensor:
+        """``sum_cb u[k, c, b] J[c, b]`` for u ``(K, C, B)``: ``(K, *shape)``."""
+        pieces = list(self.chunks())
+        shares = u.split([piece.examples for piece in pieces], 2)
+        return _total(
+            torch.einsum("cbp,kcb->kp", piece.dense().flatten(2), share).view(-1, *self.shape)
+            for piece, share in zip(pieces, shares, strict=True)
+        )
+
     def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
         """J in another pair of bases: ``left`` acts on the rows axis, ``right`` on the columns (None: identity)."""
         raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
@@ -107,6 +121,12 @@ class Outer(LayerJacobian):
 
     def total(self) -> Tensor:
         return torch.einsum("btgo,btgi->goi", self.g.sum(0), self.a)
+
+    def dot(self, V: Tensor) -> Tensor:
+        return torch.einsum("cbtgo,kbtgo->kcb", self.g, torch.einsum("kgoi,btgi->kbtgo", V, self.a))
+
+    def pull(self, u: Tensor) -> Tensor:
+        return torch.einsum("kbtgo,btgi->kgoi", torch.einsum("kcb,cbtgo->kbtgo", u, self.g), self.a)
 
     def arrow(self) -> Tensor:
         if self.a.shape[1] > 1:
@@ -184,6 +204,15 @@ class Gather(LayerJacobian):
 
     def total(self) -> Tensor:
         return self._spread(self.ids.flatten().clamp(min=0), self.g.sum(0).flatten(0, 1))
+
+    def dot(self, V: Tensor) -> Tensor:
+        looked_up = V[:, 0].transpose(1, 2)[:, self.ids.clamp(min=0)]  # (K, B, T, rows)
+        return torch.einsum("cbto,kbto->kcb", self.g, looked_up)
+
+    def pull(self, u: Tensor) -> Tensor:
+        g = torch.einsum("kcb,cbto->bkto", u, self.g).movedim(1, 2).flatten(0, 1)  # (B T, K, rows)
+        out = g.new_zeros(self.size, *g.shape[1:])
+        return out.index_add_(0, self.ids.flatten().clamp(min=0), g).permute(1, 2, 0).unsqueeze(1)
 
     def sqnorm(self) -> Tensor:
         examples, _, j = self._columns()

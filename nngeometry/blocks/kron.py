@@ -44,7 +44,7 @@ class Kron(Block):
         o, i = left.shape[0] // groups, right.shape[0] // groups
         lefts = left.view(groups, o, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
         rights = right.view(groups, i, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
-        return torch.block_diag(*(torch.kron(a, b) for a, b in zip(lefts, rights, strict=True)))
+        return torch.block_diag(*(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(lefts, rights, strict=True)))
 
     def diag(self) -> Tensor:
         return _outer(self.left.diag(), self.right.diag())

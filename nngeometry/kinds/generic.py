@@ -50,7 +50,7 @@ def generic(
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         _, pull = vjp(lambda p: outputs(p, xs), primals)
         (grads,) = vmap(pull)(gs)
-        return torch.cat([grads[k].flatten(1) for k in primals], 1)  # (C, p)
+        return torch.cat([grads[k].reshape(cotangents, -1) for k in primals], 1)  # (C, p)
 
     def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         leaf = {k: p.clone().requires_grad_() for k, p in primals.items()}

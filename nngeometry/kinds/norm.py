@@ -32,14 +32,16 @@ def _channels_last(t: Tensor, lead: int) -> Tensor:
 
 @kind(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, packing=_pairs)
 def batch_norm(module: nn.BatchNorm2d, gy: Tensor, x: Tensor) -> Dense:
-    y = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    y = F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 
 @kind(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, packing=_pairs)
 def instance_norm(module: nn.InstanceNorm2d, gy: Tensor, x: Tensor) -> Dense:
-    own = module.training or not module.track_running_stats
-    y = F.instance_norm(x, None if own else module.running_mean, None if own else module.running_var, use_input_stats=own, eps=module.eps)
+    if module.training or not module.track_running_stats:
+        y = F.instance_norm(x, eps=module.eps)
+    else:
+        y = F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
 from ..blocks import Block, Operator
@@ -57,6 +60,25 @@ class _Function(nn.Module):
 
 def product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
     """``M V`` for each row of V ``(k, P)``."""
+    padding = _padding(generator)
+    if padding is not None:
+        try:
+            return differentiated_product(generator, examples, V.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
+        except NotImplementedError as error:
+            reason = str(error).strip().splitlines()[0]
+    else:
+        reason = "an embedding with padding_idx is tied to another layer, and its padding has no derivative through the embedding only"
+    warnings.warn(
+        f"PMatImplicit: no forward-mode derivative ({reason}). Products are exact, but go through the stream of Jacobians, at "
+        "one backward pass for each output: PMatLowRank or PMatDense may be faster",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return streamed_product(generator, examples, V)
+
+
+def differentiated_product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
+    """By forward- and reverse-mode differentiation of the model."""
     lc, model = generator.layer_collection, generator.model
     check_mode(model)
     module = _Function(model, generator.outputs_unchecked)
@@ -70,18 +92,34 @@ def product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
     n = 0
     for position, batch in enumerate(generator.minibatches(examples)):
         n += data.count(batch)
-        with torch.enable_grad():
 
-            def f(p: dict[str, Tensor], batch: Any = batch) -> Tensor:
-                return functional_call(module, p, (batch,))
+        def f(p: dict[str, Tensor], batch: Any = batch) -> Tensor:
+            return functional_call(module, p, (batch,))
 
+        with torch.enable_grad(), _differentiable_attention():
             outputs, pull = vjp(f, params)
             for row, v in zip(out, V, strict=True):
                 _, u = jvp(f, (params,), (unflatten(v),))
                 s = generator.curvature(outputs.detach(), u.detach(), batch, position)
                 (grads,) = pull(s, retain_graph=True)
-                row += torch.cat([g.flatten() for g in grads.values()])
+                row += torch.cat([g.detach().flatten() for g in grads.values()])
     return out / n
+
+
+def streamed_product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
+    """By the per-example Jacobians: exact for whatever the stream is, at one backward pass for each cotangent."""
+    layers = generator.layer_collection.layers
+    slices = generator.layer_collection.slices()
+    packed = {name: layer.packing.pack(V[:, slices[name]]) for name, layer in layers.items()}
+    out = {name: torch.zeros_like(v) for name, v in packed.items()}
+    n = 0
+    with torch.no_grad():
+        for observation in generator.stream(examples):
+            n += observation.n
+            u = torch.stack([form.dot(packed[name]) for name, form in observation.forms.items()]).sum(0)
+            for name, form in observation.forms.items():
+                out[name] += form.pull(u)
+    return torch.cat([layers[name].packing.unpack(v) for name, v in out.items()], 1) / n
 
 
 def trace_of(generator: Generator, examples: Any) -> Tensor:
@@ -97,3 +135,31 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
     assert total is not None
     return total / n
 
+
+def _padding(generator: Generator) -> Tensor | None:
+    """Which flat parameters are rows of padding, which have no derivative; None if such a row acts elsewhere too."""
+    lc = generator.layer_collection
+    like = lc.parameters(generator.model)[0]
+    mask = torch.zeros(lc.numel(), dtype=torch.bool, device=like.device)
+    sites = lc.sites(generator.model)
+    for site in sites:
+        if isinstance(site.module, nn.Embedding) and site.module.padding_idx is not None:
+            weight = site.module.weight
+            if sum(any(p is weight for p in s.params.values()) for s in sites) > 1:
+                return None
+            layer, _ = site.routes[0]
+            start = lc.slices()[layer.name].start + site.module.padding_idx * weight.shape[1]
+            mask[start : start + weight.shape[1]] = True
+    return mask
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """The fused attention kernels have no forward-mode derivative, the plain ones do."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,388 @@
+"""Every representation of every matrix of every model is the projection of the dense oracle that its definition says."""
+
+import oracle
+import pytest
+import torch
+from models import CASES, SMALL
+from torch import nn
+
+from nngeometry import (
+    FIM,
+    EmpiricalFisher,
+    FIM_MonteCarlo,
+    Gaussian,
+    GradientCovariance,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatEye,
+    PMatImplicit,
+    PMatKFAC,
+    PMatLowRank,
+    PMatMixed,
+    PMatQuasiDiag,
+    PVector,
+    Poisson,
+    memory_budget,
+)
+
+TOLERANCE = 1e-10
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*cannot be vectorised:RuntimeWarning", "ignore:.*no forward-mode derivative:RuntimeWarning"
+)
+
+
+def quasidiag(M, lc):
+    """The diagonal and each row's products with its bias, where a layer packs a bias as last column."""
+    out = torch.diag(M.diagonal())
+    for name, s in lc.slices().items():
+        packing = lc[name].packing
+        if packing.bias:
+            index = packing.pack(torch.arange(s.start, s.stop))
+            body, tip = index[..., :-1], index[..., -1:].expand_as(index[..., :-1])
+            out[body, tip] = M[body, tip]
+            out[tip, body] = M[tip, body]
+    return out
+
+
+PROJECTIONS = {
+    PMatDense: lambda M, lc: M,
+    PMatLowRank: lambda M, lc: M,
+    PMatImplicit: lambda M, lc: M,
+    PMatBlockDiag: oracle.blockdiag,
+    PMatDiag: lambda M, lc: torch.diag(M.diagonal()),
+    PMatQuasiDiag: quasidiag,
+    PMatEye: lambda M, lc: M.trace() / len(M) * torch.eye(len(M)),
+}
+
+
+def batches_of(name):
+    model, one, function = CASES[name].make(3)
+    _, other, _ = CASES[name].make(2)
+    return model, [one, other], function
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_model(name):
+    """The exact Fisher matrix of all models in all exact representations, over uneven minibatches."""
+    model, batches, function = batches_of(name)
+    M = oracle.fim(model, batches, "regression", function)
+    for representation, project in PROJECTIONS.items():
+        F = FIM(model, batches, representation, "regression", function=function)
+        expected = project(M, F.layer_collection)
+        assert oracle.relative(F.to_torch(), expected) < TOLERANCE, representation
+
+
+@pytest.mark.parametrize("variant", list(oracle.NLL))
+@pytest.mark.parametrize("name", [*SMALL, "cls-token", "attention"])
+def test_every_variant(name, variant):
+    model, batches, function = batches_of(name)
+    likelihood = Poisson() if variant == "poisson" else variant
+    M = oracle.fim(model, batches, variant, function)
+    for representation, project in PROJECTIONS.items():
+        F = FIM(model, batches, representation, likelihood, function=function)
+        assert oracle.relative(F.to_torch(), project(M, F.layer_collection)) < TOLERANCE, representation
+
+
+class Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 2)
+
+    def forward(self, x):
+        return self.conv(torch.tanh(x))
+
+
+def test_segmentation():
+    model = oracle.randomise(Segmenter())
+    batches = [(torch.randn(3, 1, 3, 3),), (torch.randn(1, 1, 3, 3),)]
+    total, n = 0, 0
+    for batch in batches:
+        J = oracle.jacobian(model, batch)
+        f = model(batch[0])
+        for b in range(len(f)):
+            H = oracle._hessian(lambda one: -torch.log_softmax(one, 0)[0].sum(), f[b])
+            total = total + J[:, b].T @ H @ J[:, b]
+            n += 1
+    M = total / n
+    for representation, project in PROJECTIONS.items():
+        F = FIM(model, batches, representation, "segmentation_logits")
+        assert oracle.relative(F.to_torch(), project(M, F.layer_collection)) < TOLERANCE, representation
+
+
+LOSSES = {
+    "cross_entropy": (lambda n: torch.randint(3, (n,)), nn.CrossEntropyLoss()),
+    "cross_entropy-weighted": (
+        lambda n: torch.randint(3, (n,)),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double(), label_smoothing=0.1, reduction="sum"),
+    ),
+    "cross_entropy-ignore": (lambda n: torch.arange(n) % 3, nn.CrossEntropyLoss(ignore_index=1)),
+    "cross_entropy-probabilities": (lambda n: torch.rand(n, 3).double().softmax(1), nn.CrossEntropyLoss()),
+    "bce": (lambda n: torch.rand(n, 3).double().round(), nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 1.0, 0.5]).double())),
+    "mse": (lambda n: torch.randn(n, 3).double(), nn.MSELoss()),
+    "callable": (lambda n: torch.randn(n, 3).double(), lambda f, y: (f - y).abs().pow(3).sum(1)),
+}
+
+
+def plain(loss):
+    """The loss of one example, summed over its entries."""
+    if not isinstance(loss, nn.Module):
+        return loss
+    options = {k: getattr(loss, k) for k in ("weight", "pos_weight", "ignore_index", "label_smoothing") if hasattr(loss, k)}
+    return type(loss)(**{k: v for k, v in options.items() if v is not None}, reduction="none")
+
+
+@pytest.mark.parametrize("which", LOSSES)
+@pytest.mark.parametrize("name", ["mlp", "convnet", "shared"])
+def test_empirical_and_covariance(name, which):
+    make, loss = LOSSES[which]
+    model, batches, _ = batches_of(name)
+    outputs = 4 if name == "shared" else 3
+    if outputs == 4:
+        model = nn.Sequential(model, oracle.randomise(nn.Linear(4, 3)))
+    batches = [(x, make(len(x))) for (x,) in batches]
+    g = oracle.loss_gradients(model, batches, plain(loss))
+    raw = g.T @ g / len(g)
+    mean = g.mean(0)
+    centred = raw - torch.outer(mean, mean)
+    for representation, project in PROJECTIONS.items():
+        F = EmpiricalFisher(model, batches, representation, loss)
+        assert oracle.relative(F.to_torch(), project(raw, F.layer_collection)) < TOLERANCE, representation
+        if representation is PMatImplicit:
+            continue
+        C = GradientCovariance(model, batches, representation, loss)
+        assert oracle.relative(C.to_torch(), project(centred, C.layer_collection)) < 1e-8, representation
+
+
+def test_centred_kfac_and_ekfac():
+    model, batches, _ = batches_of("mlp")
+    batches = [(x, torch.randint(3, (len(x),))) for (x,) in batches]
+    with pytest.raises(NotImplementedError, match="no Kronecker factors; use PMatEKFAC"):
+        GradientCovariance(model, batches, PMatKFAC)
+    g = oracle.loss_gradients(model, batches, nn.CrossEntropyLoss())
+    M = (g - g.mean(0)).T @ (g - g.mean(0)) / len(g)
+    C = GradientCovariance(model, batches, PMatEKFAC)
+    _check_diagonal_in_basis(C, M)
+
+
+def _check_diagonal_in_basis(F, M):
+    """EKFAC is the exact diagonal of M in its own basis."""
+    for part, (name, s) in zip(F.root.parts, F.layer_collection.slices().items(), strict=True):
+        packing = F.layer_collection[name].packing
+        basis = packing.unpack(part.block.basis.to_dense().T.reshape(-1, *packing.shape))  # one eigenvector a row
+        torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis)), atol=1e-9, rtol=0)
+        expected = torch.einsum("kp,pq,kq->k", basis, M[s, s], basis)
+        assert oracle.relative(part.block.l.flatten(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "convt2d-groups", "conv1d", "embedding", "shared", "linear-sequence", "two-inputs"])
+def test_kfac_and_ekfac_by_definition(name, sharing):
+    model, batches, function = batches_of(name)
+    lc = LayerCollection.from_model(model)
+    M = oracle.fim(model, batches, "classif_logits", function)
+    K = FIM(model, batches, PMatKFAC, function=function, sharing=sharing)
+    E = FIM(model, batches, PMatEKFAC, function=function, sharing=sharing)
+    for layer, s in lc.slices().items():
+        k, e = K.block(layer).to_torch(), E.block(layer).to_torch()
+        far = 1e-12 * torch.linalg.norm(M[s, s])
+        assert torch.linalg.norm(M[s, s] - e) <= torch.linalg.norm(M[s, s] - k) + far
+        torch.testing.assert_close(E.trace(per_layer=True)[layer], M[s, s].trace())
+    kronecker = lc.select(lambda layer: layer.kronecker)
+    E = FIM(model, batches, PMatEKFAC, function=function, sharing=sharing, layer_collection=kronecker)
+    _check_diagonal_in_basis(E, oracle.fim(model, batches, "classif_logits", function, kronecker))
+
+
+@pytest.mark.parametrize("name", ["mlp", "two-inputs", "embedding-1d"])
+def test_kfac_is_exact_for_one_example(name):
+    model, batch, function = CASES[name].make(1)
+    M = oracle.fim(model, [batch], "classif_logits", function)
+    for sharing in ("expand", "reduce"):
+        F = FIM(model, batch, PMatKFAC, function=function, sharing=sharing)
+        assert oracle.relative(F.to_torch(), oracle.blockdiag(M, F.layer_collection)) < TOLERANCE
+
+
+def test_kfac_is_exact_for_each_group_of_one_example():
+    """One position, several groups: a Kronecker product for each group, no terms between groups."""
+    model = oracle.randomise(nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten()))
+    batch = (torch.randn(1, 4, 2, 2),)
+    M = oracle.fim(model, [batch], "regression")
+    F = FIM(model, batch, PMatKFAC, "regression")
+    lc = F.layer_collection
+    index = lc["0"].packing.pack(torch.arange(lc.numel()))
+    expected = torch.zeros_like(M)
+    for group in index:
+        i = group.flatten()
+        expected[i.unsqueeze(1), i] = M[i.unsqueeze(1), i]
+    assert oracle.relative(F.to_torch(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("positions", [(), (4,), (2, 2)])
+def test_kfac_is_exact_for_a_linear_layer_with_gaussian_likelihood(positions):
+    model = oracle.randomise(nn.Linear(3, 2))
+    batches = [(torch.randn(5, *positions, 3),), (torch.randn(2, *positions, 3),)]
+    M = oracle.fim(model, batches, "regression")
+    F = FIM(model, batches, PMatKFAC, Gaussian())
+    assert oracle.relative(F.to_torch(), M) < TOLERANCE
+
+
+class MeanThen(nn.Module):
+    """A deep linear net whose positions are averaged before the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x)).mean(1)
+
+
+class EveryPosition(MeanThen):
+    """A deep linear net with an output for every position."""
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize(("net", "sharing"), [(EveryPosition, "expand"), (MeanThen, "reduce")])
+def test_kfac_is_exact_for_deep_linear_nets(net, sharing):
+    """In the setting that belongs to each treatment of shared weights (Eschenhagen et al. 2023)."""
+    model = oracle.randomise(net())
+    batches = [(torch.randn(5, 3, 3),), (torch.randn(2, 3, 3),)]
+    M = oracle.fim(model, batches, "regression")
+    F = FIM(model, batches, PMatKFAC, "regression", sharing=sharing)
+    assert oracle.relative(F.to_torch(), oracle.blockdiag(M, F.layer_collection)) < TOLERANCE
+    other = FIM(model, batches, PMatKFAC, "regression", sharing="reduce" if sharing == "expand" else "expand")
+    assert oracle.relative(other.to_torch(), oracle.blockdiag(M, F.layer_collection)) > 1e-3
+
+
+def test_kfac_of_convolution_is_exact_for_deep_linear_convnets_reduced():
+    model = oracle.randomise(nn.Sequential(nn.Conv2d(2, 3, 2, stride=2), nn.Conv2d(3, 2, 1)))
+    batches = [(torch.randn(4, 2, 4, 4),)]
+
+    def function(x):
+        return model(x).mean((2, 3))
+
+    M = oracle.fim(model, batches, "regression", function)
+    F = FIM(model, batches, PMatKFAC, "regression", function=function, sharing="reduce")
+    assert oracle.relative(F.to_torch(), oracle.blockdiag(M, F.layer_collection)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "embedding", "cls-token", "attention", "tied"])
+def test_mixed(name):
+    """Each layer in the representation that was chosen for it, joint ones with their cross terms, in one pass."""
+    model, batches, function = batches_of(name)
+    lc = LayerCollection.from_model(model)
+    first, last = next(iter(lc)), list(lc)[-1]
+    M = oracle.fim(model, batches, "classif_logits", function)
+    passes = []
+
+    class Counting(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    mixed = PMatMixed.of(PMatDiag, {lambda layer: layer.name in (first, last): PMatDense})
+    F = FIM(model, Counting(batches), mixed, function=function)
+    assert len(passes) == 1
+    expected = torch.diag(M.diagonal())
+    index = torch.cat([torch.arange(lc.slices()[k].start, lc.slices()[k].stop) for k in dict.fromkeys((first, last))])
+    expected[index.unsqueeze(1), index] = M[index.unsqueeze(1), index]
+    assert oracle.relative(F.to_torch(), expected) < TOLERANCE
+    v = PVector.from_model(model).detach()
+    torch.testing.assert_close(F.mv(v).to_torch(), expected @ v.to_torch())
+    torch.testing.assert_close(
+        F.solve(v, 0.1).to_torch(), torch.linalg.solve(expected + 0.1 * torch.eye(len(M)), v.to_torch())
+    )
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatLowRank])
+@pytest.mark.parametrize("name", SMALL)
+def test_mixed_of_one_is_that_one(name, representation):
+    model, batches, function = batches_of(name)
+    one = FIM(model, batches, representation, function=function)
+    mixed = FIM(model, batches, PMatMixed.of(representation, {}), function=function)
+    assert oracle.relative(mixed.to_torch(), one.to_torch()) < 1e-12
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatBlockDiag, PMatLowRank, PMatEye])
+@pytest.mark.parametrize("name", [*SMALL, "cls-token", "windows", "positions"])
+def test_batches_chunks_and_order_do_not_matter(name, representation):
+    model, batch, function = CASES[name].make(6)
+    (x,) = batch
+    whole = FIM(model, batch, representation, function=function).to_torch()
+    order = torch.randperm(6)
+    split = [(x[order[:1]],), (x[order[1:4]],), (x[order[4:]],)]
+    assert oracle.relative(FIM(model, split, representation, function=function).to_torch(), whole) < 1e-9
+    with memory_budget(2**14):  # a work array of a kilobyte
+        small = FIM(model, split, PMatMixed.of(representation, {}), function=function)
+    assert oracle.relative(small.to_torch(), whole) < 1e-9
+    twice = FIM(model, [batch, batch], representation, function=function).to_torch()
+    assert oracle.relative(twice, whole) < 1e-9
+
+
+def test_loss_scale():
+    """A loss c times as large gives matrices c**2 times as large."""
+    model, (one, _), _ = batches_of("convnet")
+    batch = (one[0], torch.randint(3, (3,)))
+
+    def scaled(f, y):
+        return 10 * nn.functional.cross_entropy(f, y, reduction="none")
+
+    for representation in (PMatDense, PMatKFAC, PMatEKFAC, PMatDiag):
+        a = EmpiricalFisher(model, batch, representation).to_torch()
+        b = EmpiricalFisher(model, batch, representation, scaled).to_torch()
+        assert oracle.relative(b, 100 * a) < 1e-12
+
+
+@pytest.mark.parametrize("variant", ["classif_logits", "classif_binary_logits", "regression", "segmentation_logits", "poisson"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_monte_carlo_converges(variant, n):
+    """The error over many trials is that of so many independent draws, also where trials is a multiple of the batch."""
+    model, batch, _ = CASES["mlp"].make(n)
+    if variant == "segmentation_logits":
+        model, batch = oracle.randomise(Segmenter()), (torch.randn(n, 1, 3, 3),)
+    likelihood = Poisson() if variant == "poisson" else variant
+    exact = FIM(model, batch, PMatDense, likelihood).to_torch()
+    errors = {}
+    for trials in (4, 256):
+        runs = [
+            FIM_MonteCarlo(
+                model, batch, PMatDense, likelihood, trials=trials, generator=torch.Generator().manual_seed(seed)
+            ).to_torch()
+            for seed in range(12)
+        ]
+        errors[trials] = torch.stack([(r - exact).square().sum() for r in runs]).mean().sqrt() / exact.norm()
+    assert errors[4] / errors[256] > 4  # 8 in expectation
+    assert errors[256] < 0.35
+
+
+def test_monte_carlo_is_a_function_of_its_generator():
+    model, batches, _ = batches_of("mlp")
+
+    def run(seed, representation=PMatDense):
+        return FIM_MonteCarlo(model, batches, representation, trials=3, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(run(0).to_torch(), run(0).to_torch())
+    assert not torch.equal(run(0).to_torch(), run(1).to_torch())
+    for representation, project in PROJECTIONS.items():  # the same draws, whatever the number of passes
+        F = run(0, representation)
+        assert oracle.relative(F.to_torch(), project(run(0).to_torch(), F.layer_collection)) < TOLERANCE
+    torch.testing.assert_close(run(0, PMatEKFAC).trace(), run(0).trace())
+
+
+def test_float32_and_bfloat16():
+    model, batch, _ = CASES["convnet"].make(6)
+    exact = {r: FIM(model, batch, r).to_torch() for r in (PMatDense, PMatKFAC, PMatEKFAC, PMatDiag)}
+    model, batch = model.float(), (batch[0].float(),)
+    for representation, expected in exact.items():
+        F = FIM(model, batch, representation)
+        assert F.dtype == torch.float32
+        assert oracle.relative(F.to_torch().double(), expected) < 1e-5
+    model, batch = model.bfloat16(), (batch[0].bfloat16(),)
+    for representation, expected in exact.items():
+        F = FIM(model, batch, representation)
+        assert F.dtype == torch.float32
+        assert oracle.relative(F.to_torch().double(), expected) < 0.1

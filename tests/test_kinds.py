@@ -1,0 +1,114 @@
+"""Every kind of layer: its streamed Jacobian equals loops over autograd, whatever the form."""
+
+import oracle
+import pytest
+import torch
+from models import CASES
+
+from nngeometry import Gaussian, Generator, LayerCollection, memory_budget
+from nngeometry.likelihood import Cotangents
+
+
+def streamed(model, batch, function, lc=None, budget=2**30):
+    """The Jacobian ``(C, n, P)`` from the stream of forms."""
+    lc = lc or LayerCollection.from_model(model)
+    generator = Generator(model, lc, lambda f, b, k: Gaussian().sqrt(f), function=function)
+    pieces = []
+    with memory_budget(budget), torch.no_grad():
+        for observation in generator.stream(batch):
+            flat = [lc[name].packing.unpack(form.dense()) for name, form in observation.forms.items()]
+            pieces.append(torch.cat(flat, -1))
+    return torch.cat(pieces, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_jacobian(name):
+    model, batch, function = CASES[name].make()
+    expected = oracle.jacobian(model, batch, function)
+    assert oracle.relative(streamed(model, batch, function), expected) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_a_tiny_budget_changes_nothing(name):
+    """One cotangent and one example at a time."""
+    model, batch, function = CASES[name].make()
+    expected = oracle.jacobian(model, batch, function)
+    assert oracle.relative(streamed(model, batch, function, budget=1), expected) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_form_methods_equal_the_derived_ones(name):
+    """square, total, arrow, sqnorm and the factors of every form against its dense Jacobian."""
+    model, batch, function = CASES[name].make()
+    lc = LayerCollection.from_model(model)
+    torch.manual_seed(3)
+
+    def cotangents(f, b, k):
+        return Cotangents.of(torch.randn(2, *f.shape))
+
+    generator = Generator(model, lc, cotangents, function=function)
+    with torch.no_grad():
+        (observation,) = generator.stream(batch)
+        for layer, form in observation.forms.items():
+            j = form.dense()
+            assert j.shape == (form.cotangents, form.examples, *form.shape)
+            torch.testing.assert_close(form.square(), j.square().sum((0, 1)))
+            torch.testing.assert_close(form.total(), j.sum((0, 1)))
+            torch.testing.assert_close(form.sqnorm(), j.flatten(2).square().sum(2))
+            v, u = torch.randn(2, *form.shape), torch.randn(2, form.cotangents, form.examples)
+            torch.testing.assert_close(form.dot(v), torch.einsum("cbp,kp->kcb", j.flatten(2), v.flatten(1)))
+            torch.testing.assert_close(form.pull(u).flatten(1), torch.einsum("cbp,kcb->kp", j.flatten(2), u))
+            torch.testing.assert_close(form.narrow(1, 3).dense(), j[:, 1:3])
+            if form.shape[-1] > 1:
+                torch.testing.assert_close(form.arrow(), (j[..., :-1] * j[..., -1:]).sum((0, 1)))
+            if lc[layer].kronecker:
+                _check_factors(form, j)
+
+
+def _check_factors(form, j):
+    """The left factor is invariant under the right rotation and the other way round; rotations act on the dense Jacobian."""
+    groups, rows, cols = form.shape
+    left, right = torch.randn(groups, rows, rows), torch.randn(groups, cols, cols)
+    rotated = form.rotate(
+        lambda v: torch.einsum("goq,...gq->...go", left, v), lambda v: torch.einsum("gij,...gj->...gi", right, v)
+    )
+    torch.testing.assert_close(rotated.dense(), torch.einsum("gpo,cbgoi,gji->cbgpj", left, j, right))
+    only_left = form.rotate(lambda v: torch.einsum("goq,...gq->...go", left, v), None)
+    torch.testing.assert_close(only_left.dense(), torch.einsum("gpo,cbgoi->cbgpi", left, j))
+    assert form.left_factor(False).shape == (groups, rows, rows)
+    a, count = form.right_factor(False)
+    assert a.shape in ((groups, cols, cols), (groups, cols))
+    assert count > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "cls-token", "tied", "attention"])
+def test_frozen_parameters(name):
+    """Frozen ones are left out, or are in when asked; partly frozen layers keep the rest."""
+    model, batch, function = CASES[name].make()
+    for k, p in enumerate(model.parameters()):
+        p.requires_grad_(k % 2 == 1)
+    flags = [p.requires_grad for p in model.parameters()]
+    for frozen in (False, True):
+        lc = LayerCollection.from_model(model, frozen=frozen)
+        assert lc.numel() == sum(p.numel() for p in model.parameters() if frozen or p.requires_grad)
+        expected = oracle.jacobian(model, batch, function, lc)
+        assert oracle.relative(streamed(model, batch, function, lc), expected) < 1e-10
+        assert [p.requires_grad for p in model.parameters()] == flags
+    for k, p in enumerate(model.parameters()):
+        p.requires_grad_(k % 2 == 0)
+    lc = LayerCollection.from_model(model)
+    expected = oracle.jacobian(model, batch, function, lc)
+    assert oracle.relative(streamed(model, batch, function, lc), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "tied", "cls-token", "shared"])
+def test_sub_collections(name):
+    model, batch, function = CASES[name].make()
+    whole = LayerCollection.from_model(model)
+    for layer in whole:
+        lc = whole.select(lambda x, layer=layer: x.name == layer)
+        expected = oracle.jacobian(model, batch, function, lc)
+        assert oracle.relative(streamed(model, batch, function, lc), expected) < 1e-10
