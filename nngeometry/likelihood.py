@@ -12,7 +12,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +165,7 @@ class Categorical(Likelihood):
 
     def sqrt(self, f: Tensor) -> Cotangents:
         rows = self._rows(f)
+        rows = rows - rows.amax(-1, keepdim=True)  # large logits would cost digits in the differences below
         n, positions, k = rows.shape
         tail = rows.flip(-1).logcumsumexp(-1).flip(-1)  # log sum_{j >= i} exp f_j
         scale = ((rows - tail[..., :1])[..., :-1] + tail[..., 1:] - tail[..., :-1]).div(2).exp()

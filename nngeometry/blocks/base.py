@@ -71,8 +71,8 @@ class Block(ABC):
         """All eigenvalues ``(p,)``, in no particular order."""
         return self.eig().eigenvalues()
 
-    def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues, descending, and their eigenvectors: ``(k,)``, ``(k, *shape)``."""
+    def top(self, k: int | None) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k, *shape)``."""
         return self.eig().top(k)
 
     def trace(self) -> Tensor:
@@ -236,7 +236,7 @@ class Block(ABC):
             f"{operation}: the dense form of a {from_} of {self.numel} parameters",
             "work on fewer layers, use a representation with a closed form",
         )
-        return Block.kinds["Dense"](self.to_dense(), self.shape)  # type: ignore[call-arg]
+        return Block.kinds["Dense"](self.to_dense(), self.shape, self.symmetric)  # type: ignore[call-arg]
 
 
 def check_invertible(l: Tensor, regul: float) -> None:
@@ -250,6 +250,18 @@ def check_invertible(l: Tensor, regul: float) -> None:
         raise ValueError(
             f"the matrix plus regul={regul:.3g} is singular to working precision ({l.dtype}: eigenvalues reach {largest:.3g}, and one of the "
             f"regularised ones is {smallest:.3g}): use regul of at least {max(10 * tolerance, 1e-30):.1g}, or pinv"
+        )
+
+
+def check_held(l: Tensor, k: int | None, rest: Tensor) -> None:
+    """Raise ``ValueError`` unless the k largest eigenvalues are among the descending l, rather than those outside of its eigenvectors."""
+    if k is None:
+        return
+    noise = l.numel() * torch.finfo(l.dtype).eps * l.abs().max() if len(l) else 0.0
+    if k > len(l) or (k and len(rest) and bool(l[k - 1] < rest.max() - noise)):
+        raise ValueError(
+            f"eig(k={k}): the representation holds {len(l)} eigenvectors; outside of their span eigenvalues reach "
+            f"{float(rest.max()) if len(rest) else 0.0:.3g}, which is more than the smallest asked for: ask for fewer, or for all with k=None"
         )
 
 
@@ -325,10 +337,9 @@ class Spectral(Block):
     def eigenvalues(self) -> Tensor:
         return torch.cat([self.l.flatten(), self.rest.expand(self._missing)])
 
-    def top(self, k: int) -> tuple[Tensor, Tensor]:
+    def top(self, k: int | None) -> tuple[Tensor, Tensor]:
         l, index = self.l.flatten().sort(descending=True)
-        if k > len(l) or (self._missing and k and float(l[k - 1]) < float(self.rest)):
-            raise ValueError(f"eig(k={k}): the representation holds {len(l)} eigenvectors, the rest of the space has eigenvalue {float(self.rest):.3g}")
+        check_held(l, k, self.rest.expand(min(1, self._missing)))
         return l[:k], self.columns(index[:k])
 
     def columns(self, index: Tensor) -> Tensor:
@@ -592,7 +603,7 @@ class Product(Block):
     def _solve(self, V: Tensor, regul: float) -> Tensor:
         if regul == 0:
             return self.right._solve(self.left._solve(V, 0.0), 0.0)
-        return self.eig()._solve(V, regul)
+        return super()._solve(V, regul)
 
     def transpose(self) -> Block:
         return Product(self.right.transpose(), self.left.transpose())

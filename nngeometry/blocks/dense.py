@@ -92,6 +92,12 @@ class Dense(Block):
         safe = self.numel * torch.finfo(self.dtype).eps * shifted.diagonal(dim1=-2, dim2=-1).max()
         return factor if bool(pivots.min() > safe) else None
 
+    def _shifted(self, regul: float) -> Tensor:
+        """M + regul of a matrix that is not symmetric, checked to be invertible."""
+        shifted = self.data + regul * torch.eye(self.data.shape[-1], dtype=self.dtype, device=self.device)
+        check_invertible(torch.linalg.svdvals(shifted).flatten(), 0.0)
+        return shifted
+
     def _solve(self, V: Tensor, regul: float) -> Tensor:
         factor = None if "_eig" in vars(self) else self._cholesky(regul)
         if factor is None and self.symmetric:
@@ -102,12 +108,12 @@ class Dense(Block):
         if factor is not None:
             x = torch.cholesky_solve(columns, factor)
         else:
-            shifted = self.data + regul * torch.eye(p, dtype=self.dtype, device=self.device)
-            check_invertible(torch.linalg.svdvals(shifted).flatten(), 0.0)
-            x = torch.linalg.solve(shifted, columns)
+            x = torch.linalg.solve(self._shifted(regul), columns)
         return x.movedim(-1, 0).reshape(*lead, *self.shape)
 
     def _inv(self, regul: float) -> Block:
+        if not self.symmetric:
+            return Dense(torch.linalg.inv(self._shifted(regul)), self.out, is_symmetric=False)
         factor = self._cholesky(regul)
         if factor is not None:
             return Dense(torch.cholesky_inverse(factor), self.out)

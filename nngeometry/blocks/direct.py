@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Function, Regul, Spectral, add, matmul
+from .base import Block, Function, Regul, Spectral, add, check_held, matmul
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,13 @@ class Direct(Block):
     def eigenvalues(self) -> Tensor:
         return torch.cat([part.block.eigenvalues() for part in self.parts])
 
-    def top(self, k: int) -> tuple[Tensor, Tensor]:
+    def top(self, k: int | None) -> tuple[Tensor, Tensor]:
         spectral = [part.with_block(part.block.eig()) for part in self.parts]
         lengths = [_spectral(part.block).l.numel() for part in spectral]
-        l = torch.cat([_spectral(part.block).l.flatten() for part in spectral])
-        l, order = l.sort(descending=True)
-        rest = [float(_spectral(part.block).rest) for part, n in zip(spectral, lengths, strict=True) if n < part.block.numel]
-        if k > len(l) or (rest and k and float(l[k - 1]) < max(rest)):
-            raise ValueError(
-                f"eig(k={k}): the representation holds {len(l)} eigenvectors, outside of their span the eigenvalue is {max(rest, default=0.0):.3g}: "
-                "ask for fewer"
-            )
+        rest = [_spectral(p.block).rest.reshape(1) for p, n in zip(spectral, lengths, strict=True) if n < p.block.numel]
+        l, order = torch.cat([_spectral(part.block).l.flatten() for part in spectral]).sort(descending=True)
+        check_held(l, k, torch.cat(rest) if rest else l.new_zeros(0))
+        k = len(l) if k is None else k
         order = order[:k]
         vectors = l.new_zeros(k, self.numel)
         start = 0
@@ -106,10 +102,6 @@ class Direct(Block):
                     vectors[mine, a : a + piece.shape[-1]] = piece
             start += n
         return l[:k], vectors
-
-    def held(self) -> int:
-        """How many eigenpairs it holds: all coordinates, less for low rank."""
-        return sum(_spectral(part.block.eig()).l.numel() for part in self.parts)
 
     def describe(self) -> str:
         return " (+) ".join(part.block.describe() for part in self.parts)

@@ -83,11 +83,13 @@ class PMat:
 
     def mv(self, v: Any) -> Any:
         """``M v`` for a PVector, or ``M`` on each row of a PFMapDense. Differentiable in v."""
-        return v._like(self.root.mv(self._of(v)))
+        flat = self._of(v)
+        return v._like(self.root.mv(flat))
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
         """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum to it."""
-        return self._per_layer(self._of(v) * self.root.mv(self._of(v)), per_layer)
+        flat = self._of(v)
+        return self._per_layer(flat * self.root.mv(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag". Differentiable in the map."""
@@ -110,7 +112,8 @@ class PMat:
         regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each layer.
         Raises ``ValueError`` if M + regul is singular to working precision.
         """
-        return b._like(self.root.solve(self._of(b), self._regul(regul)))
+        flat = self._of(b)
+        return b._like(self.root.solve(flat, self._regul(regul)))
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
@@ -134,8 +137,6 @@ class PMat:
 
     def eig(self, k: int | None = None) -> tuple[Tensor, list[PVector]]:
         """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their eigenvectors."""
-        if k is None:
-            k = len(self.eigenvalues()) if not isinstance(self.root, Direct) else self.root.held()
         l, vectors = self.root.top(k)
         return l, [PVector(self.layer_collection, v) for v in vectors]
 

@@ -1,0 +1,435 @@
+"""Where libraries of this field are silently wrong: ours is right, or says in one sentence what and why, and leaves no trace."""
+
+import oracle
+import pytest
+import torch
+from models import CASES
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+
+from nngeometry import (
+    FIM,
+    EmpiricalFisher,
+    FIM_MonteCarlo,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatImplicit,
+    PMatKFAC,
+    PMatMixed,
+    PVector,
+    kind,
+    memory_budget,
+    random_pvector,
+    whole,
+)
+from nngeometry.forms import Dense
+from nngeometry.kinds import Packing
+
+
+def mlp(n=5):
+    model, batch, _ = CASES["mlp"].make(n)
+    return model, batch[0]
+
+
+# Data
+
+
+def test_loaders_count_the_examples_they_yield():
+    model, x = mlp(10)
+    y = torch.arange(10) % 3
+    data = TensorDataset(x, y)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    whole_ = FIM(model, (x,), PMatDense).to_torch()
+    eight = FIM(model, (x[:8],), PMatDense).to_torch()
+    for loader, expected in (
+        (DataLoader(data, 4), whole_),
+        (DataLoader(data, 4, drop_last=True), eight),
+        (DataLoader(data, 3, shuffle=True), whole_),
+        (DataLoader(Stream(), 4), whole_),
+        (DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, False)), whole_),
+        (DataLoader(data, 4, sampler=range(8)), eight),
+        ([x[:5], x[5:]], None),  # a list of tensors is one minibatch
+        (((x[:5],), (x[5:],)), whole_),
+        ([{"x": x[:5]}, {"x": x[5:]}], whole_),
+        (x, whole_),
+        (iter([(x,)]), whole_),
+    ):
+        function = (lambda batch: model(batch["x"])) if isinstance(loader, list) and isinstance(loader[0], dict) else None
+        F = FIM(model, loader, PMatDense, function=function).to_torch()
+        assert oracle.relative(F, FIM(model, (x[:5],), PMatDense).to_torch() if expected is None else expected) < 1e-10
+
+
+def test_two_pass_representations_refuse_one_pass_loaders():
+    model, x = mlp()
+    with pytest.raises(ValueError, match="one-pass iterator: pass a DataLoader or a list"):
+        FIM(model, iter([(x,)]), PMatEKFAC)
+
+
+@pytest.mark.parametrize("loader", [[], [()], DataLoader(TensorDataset(torch.zeros(0, 3)), 2), (torch.zeros(0, 3),)])
+def test_empty_loader(loader):
+    model, _ = mlp()
+    with pytest.raises((ValueError, IndexError), match=r"no minibatch|holds no tensor|no example"):
+        FIM(model, loader, PMatDense)
+
+
+def test_inputs_are_left_alone():
+    model, x = mlp()
+    before = x.clone()
+    FIM(model, (x,), PMatKFAC)
+    assert not x.requires_grad
+    assert torch.equal(x, before)
+
+
+def test_dict_batches_need_a_function():
+    model, x = mlp()
+    with pytest.raises(TypeError, match="need function="):
+        FIM(model, {"x": x}, PMatDense)
+
+
+def test_loss_of_a_dict():
+    model, x = mlp()
+    y = torch.arange(5) % 3
+    batch = {"x": x, "y": y}
+    F = EmpiricalFisher(
+        model, batch, PMatDense, lambda f, b: nn.functional.cross_entropy(f, b["y"], reduction="none"), function=lambda b: model(b["x"])
+    )
+    G = EmpiricalFisher(model, (x, y), PMatDense)
+    assert oracle.relative(F.to_torch(), G.to_torch()) < 1e-12
+
+
+def test_outputs_that_are_not_rows_of_examples():
+    model, x = mlp()
+    for function, error, message in (
+        (lambda x: model(x).sum(), ValueError, "one row for each example"),
+        (lambda x: model(x).flatten(), ValueError, "one row for each example"),
+        (lambda x: (model(x),), TypeError, "not a tensor"),
+        (lambda x: model(x) * float("nan"), ValueError, "NaN or infinite"),
+        (lambda x: model(x).detach(), ValueError, "does not depend on the collected parameters"),
+    ):
+        with pytest.raises(error, match=message):
+            FIM(model, (x,), PMatDense, function=function)
+
+
+def test_n_output_is_checked():
+    model, x = mlp()
+    FIM(model, (x,), PMatDense, n_output=3)
+    with pytest.raises(ValueError, match="n_output=4, but the model returns"):
+        FIM(model, (x,), PMatDense, n_output=4)
+
+
+# Modes and randomness
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+class Centre(nn.Module):
+    """Mixes examples without any state."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Count(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def net(middle, train=True):
+    model = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 3))
+    return model.train(train)
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (lambda: nn.BatchNorm1d(4), r"layer '1' \(BatchNorm1d\) normalises with the statistics of the batch"),
+        (lambda: nn.BatchNorm1d(4, track_running_stats=False).eval(), r"layer '1' \(BatchNorm1d\) normalises"),
+        (lambda: nn.Dropout(0.5), r"layer '1' \(Dropout\) drops units at random"),
+        (Noise, "draws random numbers"),
+        (Centre, "layer '0': the output for one example depends on the others"),
+        (Count, "changes its buffers 1.calls"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "changes its buffers"),
+    ],
+)
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatImplicit])
+def test_undefined_derivatives_are_refused(middle, message, representation):
+    model, x = net(middle()), torch.randn(5, 3)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        F = FIM(model, (x,), representation)
+        F.trace()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.LSTM(4, 4, dropout=0.0)])
+def test_harmless_train_mode_is_accepted(module):
+    model = nn.Sequential(nn.Linear(3, 4), module if not isinstance(module, nn.LSTM) else nn.Identity(), nn.Linear(4, 3))
+    FIM(model, (torch.randn(3, 3),), PMatDiag)
+    assert model.training
+
+
+def test_sequences_that_look_like_batches():
+    """As many tokens as examples: the axis of examples is found, not assumed."""
+    model, batch, _ = CASES["sequence-first"].make(4)
+    assert batch[0].shape[0] == batch[0].shape[1]
+    M = oracle.fim(model, [batch], "regression")
+    assert oracle.relative(FIM(model, batch, PMatDense, "regression").to_torch(), M) < 1e-10
+
+
+def test_one_example():
+    for name in ("mlp", "convnet", "sequence-first", "attention", "positions", "windows"):
+        model, batch, function = CASES[name].make(1)
+        M = oracle.fim(model, [batch], "regression", function)
+        assert oracle.relative(FIM(model, batch, PMatDense, "regression", function=function).to_torch(), M) < 1e-10
+
+
+# Layers
+
+
+class Detached(nn.Module):
+    """Uses the weight of a child without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.inner.weight.T + self.inner.bias)
+
+
+def test_a_layer_that_is_never_called_is_named():
+    model = oracle.randomise(nn.Sequential(nn.Linear(3, 3), Detached()))
+    batch = (torch.randn(4, 3),)
+    with pytest.raises(ValueError, match=r"layer '1.inner' \(Linear\) was never called"):
+        FIM(model, batch, PMatDense)
+    lc = LayerCollection.from_model(model).exclude("1.inner")
+    FIM(model, batch, PMatDense, layer_collection=lc)
+
+
+def test_whole_modules():
+    class Own(Detached):
+        pass
+
+    whole(Own)
+    model = oracle.randomise(nn.Sequential(nn.Linear(3, 3), Own()))
+    batch = (torch.randn(4, 3),)
+    M = oracle.fim(model, [batch], "regression")
+    F = FIM(model, batch, PMatDense, "regression")
+    assert list(F.layer_collection) == ["0", "1"]
+    assert oracle.relative(F.to_torch(), M) < 1e-10
+
+
+def test_a_users_kind():
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.weight * x
+
+    calls = []
+
+    @kind(Gain, packing=lambda module, bias: Packing.flat(3))
+    def gain(module, gy, x):
+        calls.append(1)
+        return Dense(gy * x)
+
+    model = oracle.randomise(nn.Sequential(nn.Linear(3, 3), Gain()))
+    batch = (torch.randn(4, 3),)
+    M = oracle.fim(model, [batch], "regression")
+    assert oracle.relative(FIM(model, batch, PMatDense, "regression").to_torch(), M) < 1e-10
+    assert calls
+
+
+def test_layers_behind_no_grad_or_checkpointing_are_named():
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.a(x)
+            return self.b(x)
+
+    model, batch = Behind(), (torch.randn(4, 3),)
+    with pytest.raises(RuntimeError, match="layer 'a' ran under torch.no_grad"):
+        FIM(model, batch, PMatDense)
+    assert not model.a._forward_hooks
+    FIM(model, batch, PMatDense, layer_collection=LayerCollection.from_model(model, "b"))
+
+
+def test_an_input_changed_in_place_is_named():
+    class Inplace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x)) + 0
+            y = self.b(h.detach())
+            h += y
+            return h
+
+    with pytest.raises(ValueError, match="layer 'b': its input was modified in place"):
+        FIM(Inplace(), (torch.randn(4, 3),), PMatDense)
+
+
+def test_embeddings_that_have_no_derivative_are_named():
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        model = nn.Sequential(nn.Embedding(5, 3, **options), nn.Flatten(), nn.Linear(6, 3))
+        with pytest.raises(NotImplementedError, match=next(iter(options))):
+            FIM(model, (torch.randint(5, (4, 2)),), PMatDense)
+
+
+def test_a_large_vocabulary_costs_no_square():
+    model = nn.Sequential(nn.Embedding(30000, 4), nn.Flatten(), nn.Linear(8, 3))
+    F = FIM(model, (torch.randint(30000, (4, 2)),), PMatKFAC)
+    assert "Kron(Dense, Diag)" in repr(F)
+    assert F.nbytes() < 10 * 30000 * 8
+    F = FIM(model, (torch.randint(30000, (4, 2)),), PMatEKFAC)
+    assert "Kron(Dense, Eye)" in repr(F)
+    F.solve(random_pvector(F.layer_collection), 0.1)
+
+
+def test_layers_without_kronecker_form_have_their_exact_block_or_say_so():
+    model, batch, _ = CASES["attention"].make(3)
+    F = FIM(model, batch, PMatKFAC)
+    G = FIM(model, batch, PMatBlockDiag)
+    assert oracle.relative(F.block("attention").to_torch(), G.block("attention").to_torch()) < 1e-12
+    assert "attention  Dense" in repr(F)
+    with memory_budget(1000), pytest.raises(MemoryError, match=r"'attention' \(MultiheadAttention\) has no Kronecker form.*PMatMixed"):
+        FIM(model, batch, PMatKFAC)
+    FIM(model, batch, PMatMixed.of(PMatKFAC, {nn.MultiheadAttention: PMatDiag}))
+    with pytest.raises(KeyError, match="selects no layer"):
+        FIM(model, batch, PMatMixed.of(PMatKFAC, {nn.Conv2d: PMatDiag}))
+
+
+def test_mixed_dtypes_and_devices():
+    model, x = mlp()
+    model[0].float()
+    with pytest.raises(ValueError, match=r"more than one dtype \(torch.float32, torch.float64\)"):
+        FIM(model, (x,), PMatDense)
+    model, x = mlp()
+    with pytest.raises(ValueError, match="but the model is on cpu"):
+        FIM(model, (x,), PMatDense, device="meta")
+
+
+def test_collections_and_vectors_of_other_models():
+    model, x = mlp()
+    other = LayerCollection.from_model(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"another model: it has '0.weight' of shape \(2, 2\)"):
+        FIM(model, (x,), PMatDense, layer_collection=other)
+    F = FIM(model, (x,), PMatDense)
+    for operation in (F.mv, F.solve, F.vTMv):
+        with pytest.raises(ValueError, match="PVector is of another layer collection"):
+            operation(random_pvector(other))
+        with pytest.raises(TypeError, match="expected a PVector"):
+            operation(torch.zeros(F.size(0)))
+    with pytest.raises(ValueError, match="PMatDense is of another layer collection"):
+        _ = F + FIM(nn.Sequential(nn.Linear(3, 3)), (x,), PMatDense)
+    with pytest.raises(KeyError, match="no layer 'x'"):
+        F.block("x")
+    with pytest.raises(ValueError, match="give one value for each layer"):
+        F.solve(PVector.from_model(model), regul={"0": 0.1})
+    with pytest.raises(ValueError, match="either data, or generator and examples"):
+        PMatDense(F.layer_collection)
+    with pytest.raises(ValueError, match="sharing='both'"):
+        FIM(model, (x,), PMatKFAC, sharing="both")
+    with pytest.raises(ValueError, match="norm: ord='x'"):
+        F.norm("x")
+
+
+# Hygiene
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatEKFAC, PMatImplicit])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_users_objects_are_as_they_were(representation, fails):
+    model, batch, _ = CASES["residual-inplace"].make(4)
+    model.train()
+    model.bn.eval()
+    model.conv.weight.requires_grad_(False)
+    seen = []
+    model.head.register_forward_hook(lambda m, a, y: seen.append(1))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    rng = torch.get_rng_state()
+
+    def function(x):
+        if fails and len(seen) > 2:
+            raise ZeroDivisionError
+        return model(x)
+
+    lc = LayerCollection.from_model(model, frozen=True)
+    try:
+        F = FIM(model, [batch, batch], representation, function=function, layer_collection=lc)
+        F.mv(PVector.from_model(model, lc).detach())
+        assert not fails
+    except ZeroDivisionError:
+        assert fails
+    assert seen
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert all(p.grad is None or bool((p.grad == 1).all()) for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_randomness_comes_from_the_given_generator():
+    model, x = mlp()
+    rng = torch.get_rng_state()
+    FIM_MonteCarlo(model, (x,), PMatDiag, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), rng)
+    torch.manual_seed(5)
+    a = FIM_MonteCarlo(model, (x,), PMatDiag).to_torch()
+    torch.manual_seed(5)
+    assert torch.equal(FIM_MonteCarlo(model, (x,), PMatDiag).to_torch(), a)
+    with pytest.raises(ValueError, match="trials"):
+        FIM_MonteCarlo(model, (x,), PMatDiag, trials=0)
+
+
+def test_works_inside_no_grad():
+    model, x = mlp()
+    expected = FIM(model, (x,), PMatDense).to_torch()
+    with torch.no_grad():
+        assert torch.equal(FIM(model, (x,), PMatDense).to_torch(), expected)
+        assert oracle.relative(FIM(model, (x,), PMatImplicit).to_torch(), expected) < 1e-12
+    assert not expected.requires_grad
+
+
+def test_a_users_hook_that_changes_the_output_is_differentiated():
+    model, x = mlp()
+    model[0].register_forward_hook(lambda m, a, y: 2 * y)
+    M = oracle.fim(model, [(x,)], "regression")
+    assert oracle.relative(FIM(model, (x,), PMatDense, "regression").to_torch(), M) < 1e-12
+
+
+def test_progress_bar(capsys):
+    model, x = mlp()
+    FIM(model, [(x,), (x,)], PMatDiag, verbose=True)
+    assert "2/2" in capsys.readouterr().err
