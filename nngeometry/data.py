@@ -13,14 +13,20 @@ Batch = Any
 
 
 def is_minibatch(examples: Any) -> bool:
-    """Whether ``examples`` is one minibatch rather than a loader: a tensor, a mapping, or a tuple or list that starts with a tensor."""
+    """Whether ``examples`` is one minibatch rather than a loader: a tensor, a mapping, or a tuple or list that
+    starts with a tensor.
+    """
     if isinstance(examples, Tensor | Mapping) or hasattr(examples, "keys"):
         return True
     return isinstance(examples, tuple | list) and len(examples) > 0 and isinstance(examples[0], Tensor)
 
 
-def minibatches(examples: Any, device: torch.device | None = None, verbose: bool = False, what: str = "") -> Iterator[Batch]:
-    """The minibatches of a loader (or the one that ``examples`` is), moved to ``device``, with a progress bar when asked."""
+def minibatches(
+    examples: Any, device: torch.device | None = None, verbose: bool = False, what: str = ""
+) -> Iterator[Batch]:
+    """The minibatches of a loader (or the one that ``examples`` is), moved to ``device``, with a progress bar when
+    asked.
+    """
     loader: Iterable[Batch] = [examples] if is_minibatch(examples) else examples
     if verbose:
         try:
@@ -42,7 +48,9 @@ def minibatches(examples: Any, device: torch.device | None = None, verbose: bool
 def require_repeatable(examples: Any, why: str) -> None:
     """Raise unless ``examples`` can be iterated more than once."""
     if not is_minibatch(examples) and isinstance(examples, Iterator):
-        raise ValueError(f"{why} reads the data more than once, but the loader is a one-pass iterator: pass a DataLoader or a list")
+        raise ValueError(
+            f"{why} reads the data more than once, but the loader is a one-pass iterator: pass a DataLoader or a list"
+        )
 
 
 def move(batch: Batch, device: torch.device | None) -> Batch:
@@ -62,7 +70,12 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def tensors_of(batch: Batch) -> list[Tensor]:
     """The tensors of a minibatch, in order."""
     found: list[Tensor] = []
-    map_tensors(lambda t: (found.append(t), t)[1], batch)
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(note, batch)
     return found
 
 

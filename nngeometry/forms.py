@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from math import prod
 
 import torch
@@ -95,19 +96,34 @@ class Outer(LayerJacobian):
     The form of linear maps with shared weights: ``nn.Linear`` (T: all axes between the first and the last),
     convolutions (T: pixels; a: patches) and bilinear maps. With a bias the last entry of ``a`` is one.
 
-    a: ``(B, T, G, cols)``; g: ``(C, B, T, G, rows)``; packed shape ``(G, rows, cols)``.
+    inputs: ``(B, ...)``, from which ``expand`` makes a ``(B, T, G, cols)`` when it is needed (by default they are a);
+    g: ``(C, B, T, G, rows)``; packed shape ``(G, rows, cols)``.
     """
 
-    def __init__(self, a: Tensor, g: Tensor) -> None:
-        super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], a.shape[3]), g.dtype)
-        self.a = a
+    def __init__(self, inputs: Tensor, g: Tensor, expand: Map | None = None, cols: int | None = None) -> None:
+        cols = inputs.shape[-1] if cols is None else cols
+        super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], cols), g.dtype)
+        self.inputs = inputs
         self.g = g
+        self.expand = expand
+
+    @cached_property
+    def a(self) -> Tensor:
+        """``(B, T, G, cols)``. The patches of a convolution are many times its input, so they are made late."""
+        return self.inputs if self.expand is None else self.expand(self.inputs)
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.g.shape[2]
 
     def dense(self) -> Tensor:
         return torch.einsum("cbtgo,btgi->cbgoi", self.g, self.a)
 
     def narrow(self, start: int, stop: int) -> Outer:
-        return Outer(self.a[start:stop], self.g[:, start:stop])
+        if self.expand is None or "a" in vars(self):
+            return Outer(self.a[start:stop], self.g[:, start:stop])
+        return Outer(self.inputs[start:stop], self.g[:, start:stop], self.expand, self.shape[2])
 
     def fold(self, ratio: int) -> Outer:
         a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
@@ -115,7 +131,7 @@ class Outer(LayerJacobian):
         return Outer(a, g)
 
     def square(self) -> Tensor:
-        if self.a.shape[1] > 1:
+        if self.positions > 1:
             return super().square()
         return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
 
@@ -129,13 +145,13 @@ class Outer(LayerJacobian):
         return torch.einsum("kbtgo,btgi->kgoi", torch.einsum("kcb,cbtgo->kbtgo", u, self.g), self.a)
 
     def arrow(self) -> Tensor:
-        if self.a.shape[1] > 1:
+        if self.positions > 1:
             return super().arrow()
         a = self.a[:, 0]
         return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
 
     def sqnorm(self) -> Tensor:
-        t = self.a.shape[1]
+        t = self.positions
         _, rows, cols = self.shape
         if t == 1:
             return torch.einsum("cbg,bg->cb", self.g[:, :, 0].square().sum(-1), self.a[:, 0].square().sum(-1))
@@ -348,7 +364,7 @@ def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tens
 
 def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
-    if all(isinstance(f, Outer) and f.a.shape[1] == 1 for f in forms) and forms[0].cotangents > 1:
+    if all(isinstance(f, Outer) and f.positions == 1 for f in forms) and forms[0].cotangents > 1:
         return _gram_contracted(forms, unpack)  # type: ignore[arg-type]
     total: Tensor | None = None
     for piece in rows(forms, unpack):

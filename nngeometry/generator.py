@@ -22,8 +22,9 @@ from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
 from .memory import chunk_length
 
-#: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with the Jacobian
-#: are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from a seed and the position).
+#: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
+#: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
+#: from a seed and the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
@@ -33,8 +34,9 @@ Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 class Observation:
     """The Jacobians of one chunk of cotangents of one minibatch.
 
-    n: how many examples this chunk counts, which is those of the minibatch in its first chunk and zero afterwards, so that
-    sums of n count every example once, and statistics of the inputs alone are taken where n > 0. forms: one for each layer, by name.
+    n: how many examples this chunk counts, which is those of the minibatch in its first chunk and zero afterwards,
+    so that sums of n count every example once, and statistics of the inputs alone are taken where n > 0. forms: one
+    for each layer, by name.
     """
 
     n: int
@@ -70,7 +72,9 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a probe of the model on a few examples told: the layout of every call, and whether backward can be vectorised."""
+    """What a probe of the model on a few examples told: the layout of every call, and whether backward can be
+    vectorised.
+    """
 
     layouts: tuple[_Layout, ...]
     batched: bool
@@ -79,12 +83,14 @@ class _Plan:
 class Generator:
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
-    model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. cotangents: from the output
-    f ``(B, *out)``, the minibatch and its position to the s_c. function: ``function(*minibatch) -> f`` (``function(minibatch)``
-    if it is a mapping), by default ``model(minibatch[0])``. device: where minibatches are moved, by default where the model is.
-    centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c.
+    model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. cotangents:
+    from the output f ``(B, *out)``, the minibatch and its position to the s_c. function: ``function(*minibatch) ->
+    f`` (``function(minibatch)`` if it is a mapping), by default ``model(minibatch[0])``. device: where minibatches
+    are moved, by default where the model is. centred: matrices are of ``J - mean J`` instead of J. curvature:
+    ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c.
 
-    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks and the random state.
+    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
+    and the random state.
 
     >>> from nngeometry.likelihood import Gaussian
     >>> model = nn.Linear(3, 2)
@@ -118,7 +124,9 @@ class Generator:
         self.centred = centred
         self.curvature = self._curvature if curvature is None else curvature
         if self.device.type != parameters[0].device.type:
-            raise ValueError(f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there")
+            raise ValueError(
+                f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
+            )
         #: Half precision is accumulated in single.
         self.dtype = torch.float32 if parameters[0].dtype in (torch.float16, torch.bfloat16) else parameters[0].dtype
 
@@ -133,7 +141,9 @@ class Generator:
             yield from self._observe(sites, batch, position, plan)
 
     def minibatches(self, examples: Any) -> Iterator[data.Batch]:
-        """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when verbose."""
+        """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when
+        verbose.
+        """
         return data.minibatches(examples, self.device, self.verbose, type(self.model).__name__)
 
     def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
@@ -156,11 +166,13 @@ class Generator:
         n = data.count(batch)
         if f.ndim == 0 or f.shape[0] != n:
             raise ValueError(
-                f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one row for each example"
+                f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one "
+                "row for each example"
             )
         if not bool(torch.isfinite(f).all()):
             raise ValueError(
-                "the output of the model has NaN or infinite entries: check the parameters and the inputs of this minibatch"
+                "the output of the model has NaN or infinite entries: check the parameters and the inputs of this "
+                "minibatch"
             )
         return f
 
@@ -187,13 +199,18 @@ class Generator:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                 if not torch.is_grad_enabled():
                     raise RuntimeError(
-                        f"layer {site.name!r} ran under torch.no_grad (or activation checkpointing), where its derivative is not "
+                        f"layer {site.name!r} ran under torch.no_grad (or activation checkpointing), where its "
+                        "derivative is not "
                         "recorded: leave it out of the layer collection, or switch checkpointing off"
                     )
                 if layouts is not None and len(calls) < len(layouts) and layouts[len(calls)].outputs == (None,):
                     # The same output for all examples (position embeddings): give each example its own copy.
                     output = _examples_first(output, None, n)
-                leaves = [(k, y) for k, y in enumerate(pytree.tree_leaves(output)) if isinstance(y, Tensor) and y.requires_grad]
+                leaves = [
+                    (k, y)
+                    for k, y in enumerate(pytree.tree_leaves(output))
+                    if isinstance(y, Tensor) and y.requires_grad
+                ]
                 inputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
                 versions = tuple(t._version for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
                 outputs = tuple((k, y.detach()) for k, y in leaves)
@@ -215,8 +232,8 @@ class Generator:
     def _probe(self, sites: Sequence[Site], batch: data.Batch) -> _Plan:
         """Find where the examples are in every tensor, and check that the derivative of each is well defined.
 
-        The model is run on two and on three examples: the axis whose length changes is that of examples. Then a cotangent for one example
-        alone must not reach the others, which would mean that the model mixes examples.
+        The model is run on two and on three examples: the axis whose length changes is that of examples. Then a
+        cotangent for one example alone must not reach the others, which would mean that the model mixes examples.
         """
         n = data.count(batch)
         if n == 0:
@@ -231,15 +248,19 @@ class Generator:
                 if site.name not in called and not self._acts_elsewhere(site, sites, called):
                     names = ", ".join(repr(layer.name) for layer, _ in site.routes)
                     raise ValueError(
-                        f"layer {site.name!r} ({type(site.module).__name__}) was never called, so the Jacobian of {names} is unknown. "
-                        "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters without "
+                        f"layer {site.name!r} ({type(site.module).__name__}) was never called, so the Jacobian of "
+                        f"{names} is unknown. "
+                        "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters "
+                        "without "
                         "calling it, declare that module's type with nngeometry.whole"
                     )
             layouts = tuple(_layout(one, two) for one, two in zip(*runs, strict=True))
             plain = self.outputs_unchecked(few[1]) if any(layout.outputs == (None,) for layout in layouts) else None
             f, calls = self._forward(sites, few[1], layouts)
             if plain is not None and not (f.shape == plain.shape and torch.equal(f, plain)):
-                names = ", ".join(repr(c.site.name) for c, o in zip(calls, layouts, strict=True) if o.outputs == (None,))
+                names = ", ".join(
+                    repr(c.site.name) for c, o in zip(calls, layouts, strict=True) if o.outputs == (None,)
+                )
                 raise ValueError(
                     f"layer {names}: its output has no axis of examples, and giving it one changes the model's output. "
                     "Call it with one input for each example (e.g. position ids expanded to the batch)"
@@ -248,7 +269,9 @@ class Generator:
         return _Plan(layouts, batched)
 
     def _acts_elsewhere(self, site: Site, sites: Sequence[Site], called: set[str]) -> bool:
-        """Whether all parameters of an uncalled module act through other modules that were called (a tied, unused module)."""
+        """Whether all parameters of an uncalled module act through other modules that were called (a tied, unused
+        module).
+        """
         through = {id(p) for s in sites if s.name in called for p in s.params.values()}
         wanted = {k for _, names in site.routes for k in names}
         return all(id(site.params[k]) in through for k in wanted)
@@ -268,10 +291,10 @@ class Generator:
         except RuntimeError:
             grads = _backward(f, edges, s, batched=False)
             batched = False
-        grads = iter(grads)
+        remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             for axis in layout.outputs:
-                g = next(grads)
+                g = next(remaining)
                 if g is None:
                     continue
                 # An output without examples was expanded: its examples are first.
@@ -279,15 +302,14 @@ class Generator:
                 others = [rows[0, 1:], rows[1, :1], rows[1, 2:]]
                 if any(bool(r.count_nonzero()) for r in others):
                     raise ValueError(
-                        f"layer {call.site.name!r}: the output for one example depends on the others, so per-example derivatives are "
+                        f"layer {call.site.name!r}: the output for one example depends on the others, so "
+                        "per-example derivatives are "
                         "undefined. Something above it mixes examples (batch statistics, attention over the batch, "
                         "a sequence that is not split by example): use model.eval(), or feed one example at a time"
                     )
         return batched
 
-    def _observe(
-        self, sites: Sequence[Site], batch: data.Batch, position: int, plan: _Plan
-    ) -> Iterator[Observation]:
+    def _observe(self, sites: Sequence[Site], batch: data.Batch, position: int, plan: _Plan) -> Iterator[Observation]:
         with _unchanged(self.model):
             f, calls = self._forward(sites, batch, plan.layouts)
         if len(calls) != len(plan.layouts):
@@ -330,7 +352,8 @@ class Generator:
         ratios = {axis.ratio for axis in (*layout.inputs, *layout.outputs) if axis is not None}
         if len(ratios) > 1:
             raise NotImplementedError(
-                f"layer {site.name!r} ({type(site.module).__name__}): its inputs and outputs split the examples differently; "
+                f"layer {site.name!r} ({type(site.module).__name__}): its inputs and outputs split the examples "
+                "differently; "
                 "leave it out with LayerCollection.exclude"
             )
         ratio = ratios.pop() if ratios else 1
@@ -363,13 +386,15 @@ def check_mode(model: nn.Module) -> None:
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so per-example derivatives "
+                f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so "
+                "per-example derivatives "
                 "are undefined: call model.eval() (and keep track_running_stats=True)"
             )
         rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
         if module.training and isinstance(rate, float) and rate > 0:
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative is random: "
+                f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative "
+                "is random: "
                 "call model.eval()"
             )
 
@@ -378,7 +403,10 @@ def _backward(f: Tensor, edges: Sequence[GradientEdge], s: Tensor, batched: bool
     """Gradients of s_c . f with respect to every edge: ``(C, *y)`` each, None where f does not depend on it."""
     if len(s) == 1 or not batched:
         each = [torch.autograd.grad(f, edges, one, retain_graph=True, allow_unused=True) for one in s]
-        return [None if gs[0] is None else torch.stack(gs) if len(gs) > 1 else gs[0].unsqueeze(0) for gs in zip(*each, strict=True)]
+        return [
+            None if gs[0] is None else torch.stack(gs) if len(gs) > 1 else gs[0].unsqueeze(0)
+            for gs in zip(*each, strict=True)
+        ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return list(torch.autograd.grad(f, edges, s, retain_graph=True, allow_unused=True, is_grads_batched=True))
@@ -394,7 +422,8 @@ def _layout(two: _Call, three: _Call) -> _Layout:
         if a.ndim == b.ndim and len(changed) == 1 and a.shape[changed[0]] * 3 == b.shape[changed[0]] * 2:
             return _Axis(changed[0], a.shape[changed[0]] // 2)
         raise ValueError(
-            f"layer {two.site.name!r}: a tensor of shape {tuple(a.shape)} for two examples and {tuple(b.shape)} for three has no axis "
+            f"layer {two.site.name!r}: a tensor of shape {tuple(a.shape)} for two examples and {tuple(b.shape)} "
+            "for three has no axis "
             "that is that of examples"
         )
 
@@ -402,7 +431,8 @@ def _layout(two: _Call, three: _Call) -> _Layout:
     outputs = tuple(axis(a, b) for (_, a), (_, b) in zip(two.outputs, three.outputs, strict=True))
     if len(outputs) != 1 and None in outputs:
         raise NotImplementedError(
-            f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis of examples: "
+            f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis "
+            "of examples: "
             "leave it out with LayerCollection.exclude"
         )
     return _Layout(tuple(axis(a, b) for a, b in inputs), outputs)
@@ -422,13 +452,19 @@ def _examples_first(x: Tensor, axis: _Axis | None, examples: int) -> Tensor:
 def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]) -> LayerJacobian:
     """The part of a module's Jacobian that belongs to one layer, in that layer's packing."""
     positions = list(names.values())
-    if list(names) == list(site.params) and positions == list(range(len(layer.params))) and form.shape == layer.packing.shape:
+    if (
+        list(names) == list(site.params)
+        and positions == list(range(len(layer.params)))
+        and form.shape == layer.packing.shape
+    ):
         return form
     if isinstance(form, Outer) and layer.kronecker:
         return form.without_last_column()
     numel = [p.numel() for p in site.params.values()]
     sizes = [prod(shape) for _, shape in layer.params]
-    unpack = Packing.flat(sum(numel)) if site.kind.packing is None else site.kind.packing(site.module, "bias" in site.params)
+    unpack = (
+        Packing.flat(sum(numel)) if site.kind.packing is None else site.kind.packing(site.module, "bias" in site.params)
+    )
 
     def compute(start: int, stop: int) -> Tensor:
         whole = dict(zip(site.params, unpack.unpack(form.narrow(start, stop).dense()).split(numel, -1), strict=True))
@@ -471,7 +507,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         changed = [name for name, b, version, _ in buffers if b._version != version]
         if changed:
             raise ValueError(
-                f"the forward pass of the model changes its buffers {', '.join(changed)}, so its output depends on the batches before: "
+                f"the forward pass of the model changes its buffers {', '.join(changed)}, so its output depends on "
+                "the batches before: "
                 "call model.eval()"
             )
     finally:
@@ -486,4 +523,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 def _check_one_of(what: str, found: set[Any], remedy: str) -> None:
     if len(found) > 1:
-        raise ValueError(f"the collected parameters have more than one {what} ({', '.join(map(str, sorted(found, key=str)))}): {remedy}")
+        raise ValueError(
+            f"the collected parameters have more than one {what} ({', '.join(map(str, sorted(found, key=str)))}): "
+            f"{remedy}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -90,8 +90,9 @@ class LayerCollection:
     def from_model(cls, model: nn.Module, *selectors: Any, frozen: bool = False) -> LayerCollection:
         """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
 
-        selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect parameters with
-        ``requires_grad=False``. A parameter that several modules share is one parameter of the first of them.
+        selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect
+        parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
+        first of them.
 
         Raises ``ValueError`` if nothing is left.
         """
@@ -164,7 +165,9 @@ class LayerCollection:
     def _check_common(self, other: LayerCollection) -> None:
         for name, layer in self.layers.items():
             if name in other.layers and other.layers[name] != layer:
-                raise ValueError(f"layer {name!r} differs between the two collections: {layer} and {other.layers[name]}")
+                raise ValueError(
+                    f"layer {name!r} differs between the two collections: {layer} and {other.layers[name]}"
+                )
 
     def numel(self) -> int:
         """Number of scalar parameters."""

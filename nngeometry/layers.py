@@ -1,4 +1,4 @@
-"""The library's own ``nn.Module``s: weight-normalised, cosine and affine layers."""
+"""The library's own modules: weight-normalised, cosine and affine layers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class WeightNorm2d(nn.Conv2d):
     def __init__(self, *args: Any, eps: float = 1e-05, **kwargs: Any) -> None:
         if kwargs.pop("bias", False):
             raise ValueError("WeightNorm2d has no bias: follow it by an Affine layer instead")
-        super().__init__(*args, bias=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "bias": False})
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:

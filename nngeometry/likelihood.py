@@ -147,7 +147,8 @@ class Categorical(Likelihood):
         """``(B, positions, K)``."""
         if f.ndim < 2:
             raise ValueError(
-                f"Categorical: logits of shape {tuple(f.shape)} have no axis of classes; use Bernoulli for single logits"
+                f"Categorical: logits of shape {tuple(f.shape)} have no axis of classes; use Bernoulli for single "
+                "logits"
             )
         rows = f.movedim(self.dim, -1)
         if rows.shape[-1] < 2:
@@ -223,8 +224,8 @@ Loss = Callable[..., Tensor]
 def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
     """Gradient of each example's loss with respect to its output, in the shape of f.
 
-    loss: ``loss(f, *targets) -> (B, ...)``, one value (or several, which are summed) for each example. The ``reduction`` of
-    the losses of ``torch.nn`` is set to "none" on a copy, whatever it was.
+    loss: ``loss(f, *targets) -> (B, ...)``, one value (or several, which are summed) for each example. The
+    ``reduction`` of the losses of ``torch.nn`` is set to "none" on a copy, whatever it was.
     """
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
         loss = copy.copy(loss)

@@ -31,16 +31,19 @@ def FIM(
     verbose: bool = False,
     **options: Any,
 ) -> Any:
-    """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the expectation over y exact.
+    """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the
+    expectation over y exact.
 
-    model: in eval mode. loader: a DataLoader, an iterable of minibatches (tuple, list, dict), or one minibatch. representation: a PMat
-    class, a partial of one, or ``PMatMixed.of(...)``; options go to it. variant: what the output means, "classif_logits",
-    "classif_binary_logits", "regression", "segmentation_logits" or a :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the
-    model if given. function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``. layer_collection: by default all
+    model: in eval mode. loader: a DataLoader, an iterable of minibatches (tuple, list, dict), or one minibatch.
+    representation: a PMat class, a partial of one, or ``PMatMixed.of(...)``; options go to it. variant: what the
+    output means, "classif_logits", "classif_binary_logits", "regression", "segmentation_logits" or a
+    :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the model if given. function:
+    ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``. layer_collection: by default all
     trainable parameters. device: where minibatches go, by default to the model. verbose: show a progress bar.
 
-    The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the output.
-    Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm, dropout, ...), with the remedy.
+    The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
+    output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
+    dropout, ...), with the remedy.
 
     >>> from nngeometry import FIM, PMatDense, PMatKFAC
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -87,8 +90,9 @@ def FIM_MonteCarlo(
 ) -> Any:
     """An unbiased estimate of the Fisher information matrix from ``trials`` draws of y from p(y|x) for each example.
 
-    generator: the source of randomness, by default torch's global one, of which one number is drawn. The draws are a function of it and of
-    the position of a minibatch in the loader, so every pass over the same data sees the same ones. The rest is as in :func:`FIM`.
+    generator: the source of randomness, by default torch's global one, of which one number is drawn. The draws are
+    a function of it and of the position of a minibatch in the loader, so every pass over the same data sees the
+    same ones. The rest is as in :func:`FIM`.
 
     >>> from nngeometry import FIM_MonteCarlo, PMatDiag
     >>> model = nn.Linear(4, 3)
@@ -103,7 +107,9 @@ def FIM_MonteCarlo(
         draws = torch.Generator(f.device).manual_seed(seed + position)
         return likelihood.sample(f, trials, draws)
 
-    return _matrix(cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options)
+    return _matrix(
+        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
+    )
 
 
 def EmpiricalFisher(
@@ -121,16 +127,19 @@ def EmpiricalFisher(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_x g_x g_x^T`` (often called empirical Fisher).
 
-    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), a loss of ``torch.nn`` or any callable that returns
-    one value, or several to be summed, for each example; by default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is
-    that of one example's loss, summed over its positions. The rest is as in :func:`FIM`.
+    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), a loss of ``torch.nn`` or
+    any callable that returns one value, or several to be summed, for each example; by default
+    ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one example's loss, summed
+    over its positions. The rest is as in :func:`FIM`.
 
     >>> from nngeometry import EmpiricalFisher, PMatDiag
     >>> model = nn.Linear(4, 3)
     >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
     cotangents = _of_loss(nn.CrossEntropyLoss() if loss is None else loss)
-    return _matrix(cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options)
+    return _matrix(
+        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
+    )
 
 
 def GradientCovariance(
@@ -148,7 +157,8 @@ def GradientCovariance(
 ) -> Any:
     """The covariance of per-example loss gradients, ``1/n sum_x (g_x - g)(g_x - g)^T`` with g their mean.
 
-    Arguments as in :func:`EmpiricalFisher`, which is the same without centring. PMatKFAC has no centred form and raises.
+    Arguments as in :func:`EmpiricalFisher`, which is the same without centring. PMatKFAC has no centred form and
+    raises.
 
     >>> from nngeometry import GradientCovariance, PMatDiag
     >>> model = nn.Linear(4, 3)
@@ -156,7 +166,17 @@ def GradientCovariance(
     """
     cotangents = _of_loss(nn.CrossEntropyLoss() if loss is None else loss)
     return _matrix(
-        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options, centred=True
+        cotangents,
+        model,
+        loader,
+        representation,
+        n_output,
+        function,
+        layer_collection,
+        device,
+        verbose,
+        options,
+        centred=True,
     )
 
 
@@ -186,7 +206,10 @@ def _matrix(
 
     def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         if n_output is not None and f.flatten(1).shape[1] != n_output and f.shape[1:2] != (n_output,):
-            raise ValueError(f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each example: leave n_output out")
+            raise ValueError(
+                f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
+                "example: leave n_output out"
+            )
         return cotangents(f, batch, position)
 
     generator = Generator(

@@ -1,4 +1,6 @@
-"""The truth that everything is compared with: plain loops over autograd on the plain model, nothing vectorised, nothing shared."""
+"""The truth that everything is compared with: plain loops over autograd on the plain model, nothing vectorised,
+nothing shared.
+"""
 
 from __future__ import annotations
 
@@ -109,4 +111,15 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-__all__ = ["NLL", "blockdiag", "fim", "jacobian", "loss_gradients", "nn", "output_hessians", "randomise", "relative", "run"]
+__all__ = [
+    "NLL",
+    "blockdiag",
+    "fim",
+    "jacobian",
+    "loss_gradients",
+    "nn",
+    "output_hessians",
+    "randomise",
+    "relative",
+    "run",
+]

@@ -1,4 +1,6 @@
-"""Real architectures built from a configuration, without weights: a ResNet with BatchNorm, a ViT with class token, a GPT-2, a BERT."""
+"""Real architectures built from a configuration, without weights: a ResNet with BatchNorm, a ViT with class token,
+a GPT-2, a BERT.
+"""
 
 import oracle
 import pytest
@@ -35,8 +37,8 @@ def resnet():
 
 def vit():
     config = transformers.ViTConfig(
-        hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=5, image_size=4, patch_size=2, num_channels=1,
-        num_labels=3,
+        hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=5,
+        image_size=4, patch_size=2, num_channels=1, num_labels=3,
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
     return model, (torch.randn(3, 1, 4, 4),), lambda x: model(x).logits
@@ -53,7 +55,13 @@ def gpt2():
 
 def bert():
     config = transformers.BertConfig(
-        vocab_size=7, hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=5, max_position_embeddings=6, num_labels=3
+        vocab_size=7,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=5,
+        max_position_embeddings=6,
+        num_labels=3,
     )
     model = transformers.BertForSequenceClassification(config)
     return model, {"input_ids": torch.randint(1, 7, (3, 4))}, lambda b: model(**b).logits
@@ -115,7 +123,13 @@ def test_gpt2_per_sequence():
     F = FIM(model, batch, PMatDense, Categorical(dim=-1), function=function)
     assert oracle.relative(F.to_torch(), M) < 1e-10
     sampled = FIM_MonteCarlo(
-        model, batch, PMatDense, Categorical(dim=-1), function=function, trials=300, generator=torch.Generator().manual_seed(0)
+        model,
+        batch,
+        PMatDense,
+        Categorical(dim=-1),
+        function=function,
+        trials=300,
+        generator=torch.Generator().manual_seed(0),
     )
     assert oracle.relative(sampled.to_torch(), M) < 0.35
 
@@ -126,6 +140,9 @@ def test_gpt2_per_sequence():
     f = function(batch)
     params = LayerCollection.from_model(model).parameters(model)
     g = torch.stack(
-        [torch.cat([d.flatten() for d in torch.autograd.grad(one.sum(), params, retain_graph=True)]) for one in loss(f, batch)]
+        [
+            torch.cat([d.flatten() for d in torch.autograd.grad(one.sum(), params, retain_graph=True)])
+            for one in loss(f, batch)
+        ]
     )
     assert oracle.relative(E.to_torch(), g.T @ g / 3) < 1e-10

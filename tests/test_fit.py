@@ -1,4 +1,6 @@
-"""Every representation of every matrix of every model is the projection of the dense oracle that its definition says."""
+"""Every representation of every matrix of every model is the projection of the dense oracle that its definition
+says.
+"""
 
 import oracle
 import pytest
@@ -23,8 +25,8 @@ from nngeometry import (
     PMatLowRank,
     PMatMixed,
     PMatQuasiDiag,
-    PVector,
     Poisson,
+    PVector,
     memory_budget,
 )
 
@@ -120,7 +122,10 @@ LOSSES = {
     ),
     "cross_entropy-ignore": (lambda n: torch.arange(n) % 3, nn.CrossEntropyLoss(ignore_index=1)),
     "cross_entropy-probabilities": (lambda n: torch.rand(n, 3).double().softmax(1), nn.CrossEntropyLoss()),
-    "bce": (lambda n: torch.rand(n, 3).double().round(), nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 1.0, 0.5]).double())),
+    "bce": (
+        lambda n: torch.rand(n, 3).double().round(),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 1.0, 0.5]).double()),
+    ),
     "mse": (lambda n: torch.randn(n, 3).double(), nn.MSELoss()),
     "callable": (lambda n: torch.randn(n, 3).double(), lambda f, y: (f - y).abs().pow(3).sum(1)),
 }
@@ -130,7 +135,9 @@ def plain(loss):
     """The loss of one example, summed over its entries."""
     if not isinstance(loss, nn.Module):
         return loss
-    options = {k: getattr(loss, k) for k in ("weight", "pos_weight", "ignore_index", "label_smoothing") if hasattr(loss, k)}
+    options = {
+        k: getattr(loss, k) for k in ("weight", "pos_weight", "ignore_index", "label_smoothing") if hasattr(loss, k)
+    }
     return type(loss)(**{k: v for k, v in options.items() if v is not None}, reduction="none")
 
 
@@ -178,7 +185,9 @@ def _check_diagonal_in_basis(F, M):
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
-@pytest.mark.parametrize("name", ["mlp", "conv2d-groups", "convt2d-groups", "conv1d", "embedding", "shared", "linear-sequence", "two-inputs"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d-groups", "convt2d-groups", "conv1d", "embedding", "shared", "linear-sequence", "two-inputs"]
+)
 def test_kfac_and_ekfac_by_definition(name, sharing):
     model, batches, function = batches_of(name)
     lc = LayerCollection.from_model(model)
@@ -298,7 +307,9 @@ def test_mixed(name):
     )
 
 
-@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatLowRank])
+@pytest.mark.parametrize(
+    "representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatLowRank]
+)
 @pytest.mark.parametrize("name", SMALL)
 def test_mixed_of_one_is_that_one(name, representation):
     model, batches, function = batches_of(name)
@@ -307,7 +318,9 @@ def test_mixed_of_one_is_that_one(name, representation):
     assert oracle.relative(mixed.to_torch(), one.to_torch()) < 1e-12
 
 
-@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatBlockDiag, PMatLowRank, PMatEye])
+@pytest.mark.parametrize(
+    "representation", [PMatDense, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatBlockDiag, PMatLowRank, PMatEye]
+)
 @pytest.mark.parametrize("name", [*SMALL, "cls-token", "windows", "positions"])
 def test_batches_chunks_and_order_do_not_matter(name, representation):
     model, batch, function = CASES[name].make(6)
@@ -337,7 +350,9 @@ def test_loss_scale():
         assert oracle.relative(b, 100 * a) < 1e-12
 
 
-@pytest.mark.parametrize("variant", ["classif_logits", "classif_binary_logits", "regression", "segmentation_logits", "poisson"])
+@pytest.mark.parametrize(
+    "variant", ["classif_logits", "classif_binary_logits", "regression", "segmentation_logits", "poisson"]
+)
 @pytest.mark.parametrize("n", [1, 4])
 def test_monte_carlo_converges(variant, n):
     """The error over many trials is that of so many independent draws, also where trials is a multiple of the batch."""

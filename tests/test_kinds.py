@@ -69,7 +69,9 @@ def test_form_methods_equal_the_derived_ones(name):
 
 
 def _check_factors(form, j):
-    """The left factor is invariant under the right rotation and the other way round; rotations act on the dense Jacobian."""
+    """The left factor is invariant under the right rotation and the other way round; rotations act on the dense
+    Jacobian.
+    """
     groups, rows, cols = form.shape
     left, right = torch.randn(groups, rows, rows), torch.randn(groups, cols, cols)
     rotated = form.rotate(

@@ -1,4 +1,6 @@
-"""Where libraries of this field are silently wrong: ours is right, or says in one sentence what and why, and leaves no trace."""
+"""Where libraries of this field are silently wrong: ours is right, or says in one sentence what and why, and leaves
+no trace.
+"""
 
 import oracle
 import pytest
@@ -61,7 +63,9 @@ def test_loaders_count_the_examples_they_yield():
         (x, whole_),
         (iter([(x,)]), whole_),
     ):
-        function = (lambda batch: model(batch["x"])) if isinstance(loader, list) and isinstance(loader[0], dict) else None
+        function = (
+            (lambda batch: model(batch["x"])) if isinstance(loader, list) and isinstance(loader[0], dict) else None
+        )
         F = FIM(model, loader, PMatDense, function=function).to_torch()
         assert oracle.relative(F, FIM(model, (x[:5],), PMatDense).to_torch() if expected is None else expected) < 1e-10
 
@@ -98,7 +102,11 @@ def test_loss_of_a_dict():
     y = torch.arange(5) % 3
     batch = {"x": x, "y": y}
     F = EmpiricalFisher(
-        model, batch, PMatDense, lambda f, b: nn.functional.cross_entropy(f, b["y"], reduction="none"), function=lambda b: model(b["x"])
+        model,
+        batch,
+        PMatDense,
+        lambda f, b: nn.functional.cross_entropy(f, b["y"], reduction="none"),
+        function=lambda b: model(b["x"]),
     )
     G = EmpiricalFisher(model, (x, y), PMatDense)
     assert oracle.relative(F.to_torch(), G.to_torch()) < 1e-12
@@ -172,8 +180,7 @@ def test_undefined_derivatives_are_refused(middle, message, representation):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     rng = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        F = FIM(model, (x,), representation)
-        F.trace()
+        FIM(model, (x,), representation).trace()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert not any(m._forward_hooks for m in model.modules())
@@ -181,7 +188,9 @@ def test_undefined_derivatives_are_refused(middle, message, representation):
 
 @pytest.mark.parametrize("module", [nn.Dropout(0.0), nn.Dropout(0.5).eval(), nn.LSTM(4, 4, dropout=0.0)])
 def test_harmless_train_mode_is_accepted(module):
-    model = nn.Sequential(nn.Linear(3, 4), module if not isinstance(module, nn.LSTM) else nn.Identity(), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Linear(3, 4), module if not isinstance(module, nn.LSTM) else nn.Identity(), nn.Linear(4, 3)
+    )
     FIM(model, (torch.randn(3, 3),), PMatDiag)
     assert model.training
 
@@ -272,7 +281,7 @@ def test_layers_behind_no_grad_or_checkpointing_are_named():
             return self.b(x)
 
     model, batch = Behind(), (torch.randn(4, 3),)
-    with pytest.raises(RuntimeError, match="layer 'a' ran under torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"layer 'a' ran under torch\.no_grad"):
         FIM(model, batch, PMatDense)
     assert not model.a._forward_hooks
     FIM(model, batch, PMatDense, layer_collection=LayerCollection.from_model(model, "b"))
@@ -317,7 +326,10 @@ def test_layers_without_kronecker_form_have_their_exact_block_or_say_so():
     G = FIM(model, batch, PMatBlockDiag)
     assert oracle.relative(F.block("attention").to_torch(), G.block("attention").to_torch()) < 1e-12
     assert "attention  Dense" in repr(F)
-    with memory_budget(1000), pytest.raises(MemoryError, match=r"'attention' \(MultiheadAttention\) has no Kronecker form.*PMatMixed"):
+    with (
+        memory_budget(1000),
+        pytest.raises(MemoryError, match=r"'attention' \(MultiheadAttention\) has no Kronecker form.*PMatMixed"),
+    ):
         FIM(model, batch, PMatKFAC)
     FIM(model, batch, PMatMixed.of(PMatKFAC, {nn.MultiheadAttention: PMatDiag}))
     with pytest.raises(KeyError, match="selects no layer"):

@@ -62,8 +62,12 @@ def test_public_names_are_documented_with_an_example_or_a_sentence():
 def test_the_import_takes_no_optional_dependency():
     code = (
         "import sys, nngeometry; "
-        "print([m for m in ('matplotlib', 'tqdm', 'transformers', 'sklearn', 'curvlinops', 'scipy') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'tqdm', 'transformers', 'sklearn', 'curvlinops', 'scipy') if m in "
+        "sys.modules])"
     )
-    without = "import sys\nfor m in ('matplotlib','tqdm','transformers','sklearn'): sys.modules[m] = None\n" + code.replace(" if m in", " if sys.modules.get(m) and m in")
+    without = (
+        "import sys\nfor m in ('matplotlib','tqdm','transformers','sklearn'): sys.modules[m] = None\n"
+        + code.replace(" if m in", " if sys.modules.get(m) and m in")
+    )
     run = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert run.stdout.strip() == "[]"

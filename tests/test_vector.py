@@ -21,7 +21,9 @@ def lc(model):
     return LayerCollection.from_model(model)
 
 
-@pytest.mark.parametrize("name", ["mlp", "convnet", "shared", "embedding", "attention", "lstm", "transformer-layer", "cls-token"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "convnet", "shared", "embedding", "attention", "lstm", "transformer-layer", "cls-token"]
+)
 def test_flat_order_is_that_of_torch(name):
     model, _, _ = CASES[name].make(2)
     assert torch.equal(PVector.from_model(model).to_torch(), parameters_to_vector(model.parameters()))
@@ -83,7 +85,7 @@ def test_to_and_from_models(model, lc):
     torch.testing.assert_close(PVector.from_model(model).to_torch(), (w + d).to_torch())
     w.copy_to_model(model)
     assert torch.equal(PVector.from_model(model).to_torch(), w.to_torch())
-    with pytest.raises(ValueError, match="'0.weight' has no gradient"):
+    with pytest.raises(ValueError, match=r"'0\.weight' has no gradient"):
         PVector.from_model_grad(model)
     model(torch.randn(2, 1, 4, 4)).sum().backward()
     g = PVector.from_model_grad(model)

@@ -1,8 +1,8 @@
 """Blocks: the linear algebra of one matrix on one set of coordinates, written once for all structures.
 
-A block is a linear map on tensors of shape ``(..., *shape)``, symmetric unless it says otherwise. A structure gives ``mv`` and, where
-it has something better than the defaults, ``diag``, ``to_dense``, ``eigenvalues`` and ``eig``. Everything else is here: matrix
-functions are spectral, f(M) = Q f(l) Q^T.
+A block is a linear map on tensors of shape ``(..., *shape)``, symmetric unless it says otherwise. A structure gives
+``mv`` and, where it has something better than the defaults, ``diag``, ``to_dense``, ``eigenvalues`` and ``eig``.
+Everything else is here: matrix functions are spectral, f(M) = Q f(l) Q^T.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Block(ABC):
     """A linear map on tensors of shape ``(..., *shape)``."""
 
     kinds: ClassVar[dict[str, type[Block]]] = {}
+
     def __init_subclass__(cls) -> None:
         Block.kinds[cls.__name__] = cls
 
@@ -72,7 +73,9 @@ class Block(ABC):
         return self.eig().eigenvalues()
 
     def top(self, k: int | None) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k, *shape)``."""
+        """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k,
+        *shape)``.
+        """
         return self.eig().top(k)
 
     def trace(self) -> Tensor:
@@ -129,7 +132,10 @@ class Block(ABC):
         l = self.eigenvalues()
         check_invertible(l, regul)
         if bool((l + regul < 0).any()):
-            raise ValueError(f"logdet: the matrix has negative eigenvalues (smallest {float(l.min()):.3g}), regul={regul} is too small")
+            raise ValueError(
+                f"logdet: the matrix has negative eigenvalues (smallest {float(l.min()):.3g}), regul={regul} is "
+                "too small"
+            )
         return (l + regul).log().sum()
 
     def pinv(self, rtol: float | None = None) -> Block:
@@ -198,7 +204,12 @@ class Block(ABC):
     def tensors(self) -> list[Tensor]:
         """Its tensors, depth first."""
         found: list[Tensor] = []
-        self.map(lambda t: (found.append(t), t)[1])
+
+        def note(t: Tensor) -> Tensor:
+            found.append(t)
+            return t
+
+        self.map(note)
         return found
 
     def nbytes(self) -> int:
@@ -248,20 +259,24 @@ def check_invertible(l: Tensor, regul: float) -> None:
     tolerance = (l.numel() if regul == 0 else 4) * torch.finfo(l.dtype).eps * largest
     if smallest <= tolerance:
         raise ValueError(
-            f"the matrix plus regul={regul:.3g} is singular to working precision ({l.dtype}: eigenvalues reach {largest:.3g}, and one of the "
+            f"the matrix plus regul={regul:.3g} is singular to working precision ({l.dtype}: eigenvalues reach "
+            f"{largest:.3g}, and one of the "
             f"regularised ones is {smallest:.3g}): use regul of at least {max(10 * tolerance, 1e-30):.1g}, or pinv"
         )
 
 
 def check_held(l: Tensor, k: int | None, rest: Tensor) -> None:
-    """Raise ``ValueError`` unless the k largest eigenvalues are among the descending l, rather than those outside of its eigenvectors."""
+    """Raise ``ValueError`` unless the k largest eigenvalues are among the descending l, rather than those outside
+    of its eigenvectors.
+    """
     if k is None:
         return
     noise = l.numel() * torch.finfo(l.dtype).eps * l.abs().max() if len(l) else 0.0
     if k > len(l) or (k and len(rest) and bool(l[k - 1] < rest.max() - noise)):
         raise ValueError(
             f"eig(k={k}): the representation holds {len(l)} eigenvectors; outside of their span eigenvalues reach "
-            f"{float(rest.max()) if len(rest) else 0.0:.3g}, which is more than the smallest asked for: ask for fewer, or for all with k=None"
+            f"{float(rest.max()) if len(rest) else 0.0:.3g}, which is more than the smallest asked for: ask for "
+            "fewer, or for all with k=None"
         )
 
 
@@ -293,9 +308,11 @@ def _from_state(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Spectral(Block):
-    """``Q diag(l) Q^T + rest (1 - Q Q^T)`` with orthonormal columns Q: an eigendecomposition, possibly of a part of the space.
+    """``Q diag(l) Q^T + rest (1 - Q Q^T)`` with orthonormal columns Q: an eigendecomposition, possibly of a part of
+    the space.
 
-    EKFAC is one with Q a Kronecker product. basis: Q, a block from vectors of the shape of l; rest: the eigenvalue outside its span.
+    EKFAC is one with Q a Kronecker product. basis: Q, a block from vectors of the shape of l; rest: the eigenvalue
+    outside its span.
     """
 
     basis: Block

@@ -16,8 +16,8 @@ from .base import Block, Diag, Eye, Function, Spectral, check_invertible
 class Dense(Block):
     """A dense matrix, or a batch of them along leading axes of the vectors: data ``(*batch, p, p)``.
 
-    out: shape of the vectors, ``(*batch, ...)`` with p elements after the batch. A basis has data ``(*batch, p, k)`` and takes vectors of
-    shape ``into``.
+    out: shape of the vectors, ``(*batch, ...)`` with p elements after the batch. A basis has data ``(*batch, p,
+    k)`` and takes vectors of shape ``into``.
     """
 
     data: Tensor
@@ -64,7 +64,9 @@ class Dense(Block):
     @cached_property
     def _eig(self) -> Spectral:
         if not self.symmetric:
-            raise NotImplementedError("the matrix is a product and not symmetric, so it has no eigendecomposition here: use to_torch()")
+            raise NotImplementedError(
+                "the matrix is a product and not symmetric, so it has no eigendecomposition here: use to_torch()"
+            )
         l, q = torch.linalg.eigh(self.data)
         return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
 

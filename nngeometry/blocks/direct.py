@@ -17,7 +17,8 @@ from .base import Block, Function, Regul, Spectral, add, check_held, matmul
 class Part:
     """One block and the flat coordinates it acts on.
 
-    slices: (start, stop) of the coordinates, one pair for each run of neighbours. packing: how they become a vector of the block.
+    slices: (start, stop) of the coordinates, one pair for each run of neighbours. packing: how they become a vector
+    of the block.
     """
 
     slices: tuple[tuple[int, int], ...]
@@ -191,7 +192,12 @@ class Direct(Block):
             parts.append(
                 {
                     "slices": [list(pair) for pair in part.slices],
-                    "packing": [list(packing.shape), packing.view and list(packing.view), list(packing.perm), packing.bias],
+                    "packing": [
+                        list(packing.shape),
+                        packing.view and list(packing.view),
+                        list(packing.perm),
+                        packing.bias,
+                    ],
                     "block": part.block.state(),
                 }
             )
@@ -238,4 +244,3 @@ def _spectral(block: Block) -> Spectral:
     if not isinstance(block, Spectral):
         raise NotImplementedError(f"{type(block).__name__} has no eigendecomposition of its own: use to_torch()")
     return block
-

@@ -14,10 +14,11 @@ from .dense import Dense
 
 @dataclass(frozen=True, eq=False)
 class Kron(Block):
-    """``left (x) right`` on vectors ``(G, rows, cols)``: left acts on the rows, right on the columns, for each of G groups.
+    """``left (x) right`` on vectors ``(G, rows, cols)``: left acts on the rows, right on the columns, for each of G
+    groups.
 
-    left: a block on ``(G, rows)``; right: a block on ``(G, cols)``. They may be of any structure: with a diagonal right factor this is KFAC of
-    an embedding, with two bases it is the eigenbasis of EKFAC.
+    left: a block on ``(G, rows)``; right: a block on ``(G, cols)``. They may be of any structure: with a diagonal
+    right factor this is KFAC of an embedding, with two bases it is the eigenbasis of EKFAC.
     """
 
     left: Block
@@ -44,7 +45,9 @@ class Kron(Block):
         o, i = left.shape[0] // groups, right.shape[0] // groups
         lefts = left.view(groups, o, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
         rights = right.view(groups, i, groups, -1).diagonal(dim1=0, dim2=2).unbind(-1)
-        return torch.block_diag(*(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(lefts, rights, strict=True)))
+        return torch.block_diag(
+            *(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(lefts, rights, strict=True))
+        )
 
     def diag(self) -> Tensor:
         return _outer(self.left.diag(), self.right.diag())
@@ -126,4 +129,3 @@ def _spectral(block: Block) -> Spectral:
 def factor(statistics: Tensor) -> Block:
     """A Kronecker factor from its second moments: dense from ``(G, d, d)``, diagonal from ``(G, d)``."""
     return Diag(statistics) if statistics.ndim == 2 else Dense(statistics)
-

@@ -17,7 +17,8 @@ from .base import Block, Function
 class Operator(Block):
     """A symmetric positive semidefinite matrix given as functions.
 
-    matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal; like: an empty tensor of its dtype and device.
+    matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal; like: an empty tensor
+    of its dtype and device.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -31,7 +32,7 @@ class Operator(Block):
         return (self.size,)
 
     def mv(self, V: Tensor) -> Tensor:
-        return _Symmetric.apply(self, V)  # type: ignore[no-any-return]
+        return _Symmetric.apply(self, V)
 
     def product(self, V: Tensor) -> Tensor:
         return self.matvec(V.reshape(-1, self.size)).view(V.shape)
@@ -44,7 +45,8 @@ class Operator(Block):
 
     def eig(self) -> Block:
         raise NotImplementedError(
-            "a matrix known by its products has no eigendecomposition, and nothing that needs one (logdet, inv, pow, spectral norms, sample): "
+            "a matrix known by its products has no eigendecomposition, and nothing that needs one (logdet, inv, "
+            "pow, spectral norms, sample): "
             "use PMatLowRank or PMatDense, or to_torch() for a small one"
         )
 
@@ -86,5 +88,5 @@ class _Symmetric(torch.autograd.Function):
         return block.product(V.detach())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, ctx.block.product(grad)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from math import prod
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..forms import Gather, Outer
+from ..forms import Gather, LayerJacobian, Outer
 from .kind import Packing, kind, when_imported
 
 
@@ -17,7 +18,7 @@ def _with_one(a: Tensor, bias: Tensor | None) -> Tensor:
     return a if bias is None else F.pad(a, (0, 1), value=1.0)
 
 
-def _rows_packing(module: nn.Module, bias: bool) -> Packing:
+def _rows_packing(module: Any, bias: bool) -> Packing:
     """Weight ``(rows, *cols)``."""
     weight = module.weight
     view = (1, weight.shape[0], weight[0].numel())
@@ -25,18 +26,18 @@ def _rows_packing(module: nn.Module, bias: bool) -> Packing:
 
 
 @kind(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, packing=_rows_packing, kronecker=True)
-def linear(module: nn.Linear, gy: Tensor, x: Tensor) -> Outer:
+def linear(module: Any, gy: Tensor, x: Tensor) -> Outer:
     a = _with_one(x.reshape(x.shape[0], -1, 1, x.shape[-1]), module.bias)
     return Outer(a, gy.reshape(*gy.shape[:2], -1, 1, gy.shape[-1]))
 
 
 @kind(nn.Bilinear, packing=_rows_packing, kronecker=True)
-def bilinear(module: nn.Bilinear, gy: Tensor, x1: Tensor, x2: Tensor) -> Outer:
+def bilinear(module: nn.Bilinear, gy: Tensor, x1: Tensor, x2: Tensor) -> LayerJacobian:
     product = (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
-    return linear(module, gy, product)  # type: ignore[arg-type]
+    return linear(module, gy, product)
 
 
-def _conv_packing(module: nn.Module, bias: bool) -> Packing:
+def _conv_packing(module: Any, bias: bool) -> Packing:
     """Weight ``(groups * rows, cols, *kernel)``."""
     weight, groups = module.weight, module.groups
     rows = weight.shape[0] // groups
@@ -47,12 +48,17 @@ def _conv_packing(module: nn.Module, bias: bool) -> Packing:
 def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
     # "same" padding and every padding mode leave their amounts, last axis first, in this attribute.
     pads = module._reversed_padding_repeated_twice
-    x = F.pad(x, pads, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    a = _patches(x, module.kernel_size, module.stride, module.dilation, module.groups)
-    return Outer(_with_one(a, module.bias), _positions(gy, module.groups))
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+
+    def expand(x: Tensor) -> Tensor:
+        x = F.pad(x, pads, mode=mode)
+        return _with_one(_patches(x, module.kernel_size, module.stride, module.dilation, module.groups), module.bias)
+
+    cols = module.weight[0].numel() + (module.bias is not None)
+    return Outer(x, _positions(gy, module.groups), expand, cols)
 
 
-def _conv_transpose_packing(module: nn.Module, bias: bool) -> Packing:
+def _conv_transpose_packing(module: Any, bias: bool) -> Packing:
     """Weight ``(groups * cols, rows, *kernel)``."""
     weight, groups = module.weight, module.groups
     view = (groups, weight.shape[0] // groups, weight.shape[1], prod(weight.shape[2:]))
@@ -60,21 +66,25 @@ def _conv_transpose_packing(module: nn.Module, bias: bool) -> Packing:
 
 
 @kind(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, packing=_conv_transpose_packing, kronecker=True)
-def conv_transpose(module: nn.ConvTranspose2d, gy: Tensor, x: Tensor) -> Outer:
-    # A transposed convolution is a plain one of the input spread out with stride - 1 zeros, with the kernel flipped.
-    spatial = x.shape[2:]
-    spread = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(spatial, module.stride, strict=True)))
-    spread[(..., *(slice(None, None, s) for s in module.stride))] = x
-    pads: list[int] = []
-    for k, (kernel, dilation, padding) in enumerate(
-        zip(module.kernel_size, module.dilation, module.padding, strict=True)
-    ):
-        before = dilation * (kernel - 1) - int(padding)
-        after = gy.shape[3 + k] + dilation * (kernel - 1) - spread.shape[2 + k] - before
-        pads = [before, after, *pads]
-    ones = (1,) * len(spatial)
-    a = _patches(F.pad(spread, pads), module.kernel_size, ones, module.dilation, module.groups, flip=True)
-    return Outer(_with_one(a, module.bias), _positions(gy, module.groups))
+def conv_transpose(module: Any, gy: Tensor, x: Tensor) -> Outer:
+    out = gy.shape[3:]
+
+    def expand(x: Tensor) -> Tensor:
+        # A transposed convolution is a plain one of the input spread out with stride - 1 zeros, the kernel flipped.
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
+        spread = x.new_zeros(*x.shape[:2], *sizes)
+        every = [slice(None, None, s) for s in module.stride]
+        spread[(..., *every)] = x  # type: ignore[index]
+        pads: list[int] = []
+        for size, target, k, d, p in zip(sizes, out, module.kernel_size, module.dilation, module.padding, strict=True):
+            before = d * (k - 1) - p
+            pads = [before, target + d * (k - 1) - size - before, *pads]
+        ones = (1,) * len(sizes)
+        a = _patches(F.pad(spread, pads), module.kernel_size, ones, module.dilation, module.groups, flip=True)
+        return _with_one(a, module.bias)
+
+    cols = module.weight[:, 0].numel() // module.groups + (module.bias is not None)
+    return Outer(x, _positions(gy, module.groups), expand, cols)
 
 
 def _patches(
@@ -101,7 +111,7 @@ def _positions(gy: Tensor, groups: int) -> Tensor:
     return gy.flatten(3).transpose(2, 3).unflatten(3, (groups, -1))
 
 
-def _columns_packing(module: nn.Module, bias: bool) -> Packing:
+def _columns_packing(module: Any, bias: bool) -> Packing:
     """Weight ``(cols, rows)``."""
     cols, rows = module.weight.shape
     return Packing.matrix((cols, 1, rows), (1, 2, 0), (1, rows), bias)
@@ -127,5 +137,4 @@ def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
 @when_imported("transformers.pytorch_utils")
 def _huggingface() -> None:
     conv1d = sys.modules["transformers.pytorch_utils"].Conv1D  # a Linear whose weight is stored transposed
-    kind(conv1d, packing=_columns_packing, kronecker=True)(linear)  # type: ignore[arg-type]
-
+    kind(conv1d, packing=_columns_packing, kronecker=True)(linear)

@@ -30,8 +30,9 @@ def generic(
 ) -> Lazy:
     """The Jacobian of a module with respect to ``params``, flat in their order.
 
-    inputs: ``(args, kwargs)`` of the call. axes: for each leaf of ``inputs``, the axis of its examples, None if it has none.
-    gys: (leaf of the output, its cotangents ``(C, B, *rest)`` with the axis of examples in front of the rest).
+    inputs: ``(args, kwargs)`` of the call. axes: for each leaf of ``inputs``, the axis of its examples, None if it
+    has none. gys: (leaf of the output, its cotangents ``(C, B, *rest)`` with the axis of examples in front of the
+    rest).
     """
     leaves, tree = pytree.tree_flatten(inputs)
     # One example is a batch of one: the axis that vmap hides is put back with length one.
@@ -48,7 +49,7 @@ def generic(
         return tuple(found[k].reshape(g.shape[2:]) for k, g in gys)
 
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
-        _, pull = vjp(lambda p: outputs(p, xs), primals)
+        pull = vjp(lambda p: outputs(p, xs), primals)[1]
         (grads,) = vmap(pull)(gs)
         return torch.cat([grads[k].reshape(cotangents, -1) for k in primals], 1)  # (C, p)
 
@@ -82,7 +83,8 @@ def generic(
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"layer {name!r} ({type(module).__name__}) cannot be vectorised over examples ({reason}): its Jacobian is "
+                f"layer {name!r} ({type(module).__name__}) cannot be vectorised over examples ({reason}): its "
+                "Jacobian is "
                 "computed one example and one output at a time. nngeometry.kind registers a faster one",
                 RuntimeWarning,
                 stacklevel=2,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from ..forms import LayerJacobian
 class Packing:
     """A bijection between the flat parameters of a layer (in order) and a tensor of shape ``shape``.
 
-    With ``view=None`` the flat parameters are kept, ``shape = (p,)``. Otherwise the first parameter (the weight) is viewed as
-    ``view``, its axes permuted by ``perm``, reshaped to ``shape``, and a bias, if there is one, becomes the last column.
+    With ``view=None`` the flat parameters are kept, ``shape = (p,)``. Otherwise the first parameter (the weight) is
+    viewed as ``view``, its axes permuted by ``perm``, reshaped to ``shape``, and a bias, if there is one, becomes
+    the last column.
     """
 
     shape: tuple[int, ...]
@@ -72,20 +73,19 @@ class Packing:
         return torch.cat([weight, m[..., -1].reshape(*lead, -1)], -1)
 
 
-class KindFunction(Protocol):
-    def __call__(self, module: nn.Module, gy: Tensor, *inputs: Tensor) -> LayerJacobian: ...
-
-
-PackingFunction = Callable[[nn.Module, bool], Packing]
+#: ``(module, gy, *inputs) -> form``, see :func:`kind`.
+KindFunction = Callable[..., LayerJacobian]
+#: ``(module, bias) -> packing``, with or without a column for the module's bias.
+PackingFunction = Callable[[Any, bool], Packing]
 
 
 @dataclass(frozen=True)
 class Kind:
     """How modules of one exact type give their Jacobian.
 
-    function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of ``packing(module, bias)``;
-    None for the generic kind, which differentiates the module itself.
-    kronecker: the form has Kronecker factors. whole: the module owns all parameters below it (its children are not layers).
+    function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of
+    ``packing(module, bias)``; None for the generic kind, which differentiates the module itself. kronecker: the
+    form has Kronecker factors. whole: the module owns all parameters below it (its children are not layers).
     """
 
     function: KindFunction | None
@@ -104,8 +104,9 @@ def kind(
 ) -> Callable[[KindFunction], KindFunction]:
     """Register a function as the Jacobian of modules of exactly these types (a subclass may compute something else).
 
-    The function receives ``(module, gy, *inputs)``: the cotangents of the module's output, ``(C, B, *y)``, and its tensor inputs,
-    ``(B, *x)``, and returns a form of :mod:`nngeometry.forms` in the shape that ``packing(module, bias)`` says.
+    The function receives ``(module, gy, *inputs)``: the cotangents of the module's output, ``(C, B, *y)``, and its
+    tensor inputs, ``(B, *x)``, and returns a form of :mod:`nngeometry.forms` in the shape that ``packing(module,
+    bias)`` says.
 
     >>> class Scale(nn.Module):
     ...     def __init__(self):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class CGResult(NamedTuple):
-    """x: the solutions ``(k, p)``. residuals: true relative residuals ``(k,)``, recomputed at the end. products: how many of ``matvec``."""
+    """x: the solutions ``(k, p)``. residuals: true relative residuals ``(k,)``, recomputed at the end. products:
+    how many of ``matvec``.
+    """
 
     x: Tensor
     residuals: Tensor
@@ -27,9 +29,9 @@ def cg(
 ) -> CGResult:
     """Solve ``A x = b`` for a symmetric positive definite A, each row of b on its own.
 
-    matvec: ``(k, p) -> (k, p)``. b: ``(k, p)``. rtol: target of \\|b - A x\\| / \\|b\\|. max_products: by default 10 p + 10.
-    preconditioner: an approximation of A^-1, ``(k, p) -> (k, p)``. Raises ``RuntimeError`` if the target is not reached, or A is not
-    positive definite along a search direction.
+    matvec: ``(k, p) -> (k, p)``. b: ``(k, p)``. rtol: target of \\|b - A x\\| / \\|b\\|. max_products: by default
+    10 p + 10. preconditioner: an approximation of A^-1, ``(k, p) -> (k, p)``. Raises ``RuntimeError`` if the target
+    is not reached, or A is not positive definite along a search direction.
 
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     >>> cg(lambda v: v @ A, torch.ones(1, 3)).x
@@ -58,7 +60,9 @@ def cg(
             products += 1
             curvature = (p * ap).sum(1)
             if bool((curvature[active] <= 0).any()):
-                raise RuntimeError("cg: the matrix is not positive definite: add regul, or use a solver for indefinite matrices")
+                raise RuntimeError(
+                    "cg: the matrix is not positive definite: add regul, or use a solver for indefinite matrices"
+                )
             alpha = torch.where(active, rz / curvature, 0.0).unsqueeze(1)
             x = x + alpha * p
             r = r - alpha * ap

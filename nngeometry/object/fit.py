@@ -26,9 +26,10 @@ State = tuple[Any, ...]
 class Estimator:
     """How the block of one group of layers is estimated.
 
-    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches and machines.
-    finish: ``(State, number of examples) -> Block``. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block.
-    refine: what estimates the block again in a second pass, given the first.
+    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
+    and machines. finish: ``(State, number of examples) -> Block``. centre: takes the outer product of the mean
+    Jacobian, in flat parameters, off the block. refine: what estimates the block again in a second pass, given the
+    first.
     """
 
     layers: tuple[Layer, ...]
@@ -133,7 +134,9 @@ def diag(layer: Layer) -> Estimator:
 
 
 def quasidiag(layer: Layer) -> Estimator:
-    """The exact diagonal and products of each weight with the bias of its row; the diagonal for a layer without bias."""
+    """The exact diagonal and products of each weight with the bias of its row; the diagonal for a layer without
+    bias.
+    """
     if not layer.packing.bias:
         return diag(layer)
 
@@ -176,8 +179,10 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     p = layer.numel()
     require(
         4 * p * p,
-        f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of {p} parameters",
-        "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer collection",
+        f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of "
+        f"{p} parameters",
+        "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer "
+        "collection",
     )
     return dense([layer])
 
@@ -198,7 +203,8 @@ def kron(layer: Layer, reduce: bool) -> Estimator:
 
     def centre(block: Block, mean: Tensor) -> Block:
         raise NotImplementedError(
-            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its exact diagonal in "
+            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its "
+            "exact diagonal in "
             "the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
         )
 

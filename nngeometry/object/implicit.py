@@ -20,14 +20,17 @@ from .representations import PMatDiag
 
 
 class PMatImplicit(PMat):
-    """``M v`` as ``J^T (H (J v))`` with one forward- and one reverse-mode product for each minibatch: free of C and of P**2.
+    """``M v`` as ``J^T (H (J v))`` with one forward- and one reverse-mode product for each minibatch: free of C and
+    of P**2.
 
-    Holds the model and the data, which must not change while it is used, and reads the data again for every product. Trace and
-    diagonal are exact, from the stream of Jacobians; solve is by conjugate gradients.
+    Holds the model and the data, which must not change while it is used, and reads the data again for every
+    product. Trace and diagonal are exact, from the stream of Jacobians; solve is by conjugate gradients.
     """
 
     @classmethod
-    def _estimate(cls, generator: Generator, examples: Any) -> Block:
+    def _estimate(cls, generator: Generator, examples: Any, **options: Any) -> Block:
+        if options:
+            raise TypeError(f"{cls.__name__} has no option {', '.join(options)}")
         data.require_repeatable(examples, cls.__name__)
         if generator.centred:
             raise NotImplementedError("PMatImplicit has no centred products yet: use PMatLowRank or PMatDense")
@@ -67,9 +70,10 @@ def product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
         except NotImplementedError as error:
             reason = str(error).strip().splitlines()[0]
     else:
-        reason = "an embedding with padding_idx is tied to another layer, and its padding has no derivative through the embedding only"
+        reason = "an embedding with padding_idx is tied to another layer"
     warnings.warn(
-        f"PMatImplicit: no forward-mode derivative ({reason}). Products are exact, but go through the stream of Jacobians, at "
+        f"PMatImplicit: no forward-mode derivative ({reason}). Products are exact, but go through the stream of "
+        "Jacobians, at "
         "one backward pass for each output: PMatLowRank or PMatDense may be faster",
         RuntimeWarning,
         stacklevel=2,
@@ -97,9 +101,9 @@ def differentiated_product(generator: Generator, examples: Any, V: Tensor) -> Te
             return functional_call(module, p, (batch,))
 
         with torch.enable_grad(), _differentiable_attention():
-            outputs, pull = vjp(f, params)
+            outputs, pull = vjp(f, params)[:2]
             for row, v in zip(out, V, strict=True):
-                _, u = jvp(f, (params,), (unflatten(v),))
+                u = jvp(f, (params,), (unflatten(v),))[1]
                 s = generator.curvature(outputs.detach(), u.detach(), batch, position)
                 (grads,) = pull(s, retain_graph=True)
                 row += torch.cat([g.detach().flatten() for g in grads.values()])

@@ -10,7 +10,8 @@ from .vector import FlatArray, FVector, PVector
 
 
 class PFMapDense(FlatArray):
-    """A dense map from parameters to C outputs of n examples: data ``(C, n, P)``. Every representation takes it as many right-hand sides.
+    """A dense map from parameters to C outputs of n examples: data ``(C, n, P)``. Every representation takes it as
+    many right-hand sides.
 
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> J = PFMapDense(lc, torch.ones(4, 5, 3))

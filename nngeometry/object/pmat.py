@@ -21,7 +21,8 @@ from .vector import FlatArray, PVector, check_same_space
 
 @dataclass(frozen=True)
 class Relative:
-    """A regularisation of ``factor`` times the mean eigenvalue (of the matrix, or of a layer's block when given for a layer).
+    """A regularisation of ``factor`` times the mean eigenvalue (of the matrix, or of a layer's block when given for
+    a layer).
 
     >>> Relative(1e-3)
     Relative(factor=0.001)
@@ -37,8 +38,8 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 class PMat:
     """A P x P matrix in parameter space, in some representation.
 
-    layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block that it consists of.
-    options: of the representation. Operations return new matrices and leave this one as it is.
+    layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block
+    that it consists of. options: of the representation. Operations return new matrices and leave this one as it is.
     """
 
     classes: ClassVar[dict[str, type[PMat]]] = {}
@@ -64,7 +65,9 @@ class PMat:
         elif options:
             raise TypeError(f"{type(self).__name__}: options {', '.join(options)} are for estimation from examples")
         if data.shape != (layer_collection.numel(),):
-            raise ValueError(f"{type(self).__name__}: data of shape {data.shape} for {layer_collection.numel()} parameters")
+            raise ValueError(
+                f"{type(self).__name__}: data of shape {data.shape} for {layer_collection.numel()} parameters"
+            )
         self.layer_collection = layer_collection
         self.generator = generator
         self.root = data
@@ -87,12 +90,16 @@ class PMat:
         return v._like(self.root.mv(flat))
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
-        """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum to it."""
+        """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
+        to it.
+        """
         flat = self._of(v)
         return self._per_layer(flat * self.root.mv(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
-        """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag". Differentiable in the map."""
+        """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag".
+        Differentiable in the map.
+        """
         j = self._of(pfmap)
         forms = (j * self.root.mv(j)).sum(-1)
         if reduction not in ("sum", "diag"):
@@ -109,8 +116,8 @@ class PMat:
     def solve(self, b: Any, regul: RegulLike = 1e-8) -> Any:
         """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense: exact, whatever the representation.
 
-        regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each layer.
-        Raises ``ValueError`` if M + regul is singular to working precision.
+        regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each
+        layer. Raises ``ValueError`` if M + regul is singular to working precision.
         """
         flat = self._of(b)
         return b._like(self.root.solve(flat, self._regul(regul)))
@@ -120,7 +127,9 @@ class PMat:
         return self._with(self.root.inv(self._regul(regul)))
 
     def pinv(self, rtol: float | None = None) -> PMat:
-        """Pseudo-inverse; eigenvalues smaller than ``rtol`` (by default the rounding error) times the largest count as zero."""
+        """Pseudo-inverse; eigenvalues smaller than ``rtol`` (by default the rounding error) times the largest count
+        as zero.
+        """
         return self._with(self.root.pinv(rtol))
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
@@ -130,13 +139,17 @@ class PMat:
     # Spectrum
 
     def pow(self, exponent: float) -> PMat:
-        """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise ``ValueError``."""
+        """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise
+        ``ValueError``.
+        """
         return self._with(self.root.pow(exponent))
 
     __pow__ = pow
 
     def eig(self, k: int | None = None) -> tuple[Tensor, list[PVector]]:
-        """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their eigenvectors."""
+        """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their
+        eigenvectors.
+        """
         l, vectors = self.root.top(k)
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
@@ -262,7 +275,9 @@ class PMat:
         parts = self.root.parts if isinstance(self.root, Direct) else ()
         slices = self.layer_collection.slices()
         for part in parts:
-            names = [n or "(root)" for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
+            names = [
+                n or "(root)" for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)
+            ]
             title = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
             rows.append((title, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
         if not parts:
@@ -276,7 +291,10 @@ class PMat:
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""
         if not isinstance(v, FlatArray):
-            raise TypeError(f"expected a PVector or a PFMapDense, got {type(v).__name__}: make one with PVector(layer_collection, tensor)")
+            raise TypeError(
+                f"expected a PVector or a PFMapDense, got {type(v).__name__}: make one with "
+                "PVector(layer_collection, tensor)"
+            )
         check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
         if v.device != self.device or v.dtype != self.dtype:
             raise ValueError(
@@ -289,7 +307,8 @@ class PMat:
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         if other.device != self.device or other.dtype != self.dtype:
             raise ValueError(
-                f"matrices of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move one of them with .to(device, dtype)"
+                f"matrices of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move one of "
+                "them with .to(device, dtype)"
             )
         return other.root
 
@@ -297,7 +316,9 @@ class PMat:
         if isinstance(regul, Mapping):
             missing = set(regul) ^ set(self.layer_collection)
             if missing:
-                raise ValueError(f"regul: give one value for each layer; {', '.join(sorted(missing))} do not match the collection")
+                raise ValueError(
+                    f"regul: give one value for each layer; {', '.join(sorted(missing))} do not match the collection"
+                )
             traces = self.trace(per_layer=True) if any(isinstance(r, Relative) for r in regul.values()) else {}
             values = []
             for name, layer in self.layer_collection.layers.items():

@@ -51,19 +51,23 @@ class PMatQuasiDiag(PMat):
 class PMatKFAC(PMat):
     """A Kronecker product ``G (x) A`` for each layer, weight and bias together (Martens and Grosse 2015, 1503.05671).
 
-    sharing: how positions (tokens, pixels) that share a weight are treated, "expand" or "reduce" (Eschenhagen et al. 2023, 2311.00636).
-    The groups of a convolution have a product each. A layer without Kronecker form (normalisation, attention, bare parameters, ...)
-    has its exact dense block, if it fits the memory budget; ``repr`` shows which.
+    sharing: how positions (tokens, pixels) that share a weight are treated, "expand" or "reduce" (Eschenhagen et
+    al. 2023, 2311.00636). The groups of a convolution have a product each. A layer without Kronecker form
+    (normalisation, attention, bare parameters, ...) has its exact dense block, if it fits the memory budget;
+    ``repr`` shows which.
     """
 
     @classmethod
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
-        return [fit.kron(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers]
+        return [
+            fit.kron(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers
+        ]
 
 
 class PMatEKFAC(PMat):
-    """The eigenbasis of KFAC with the exact second moments in it (George et al. 2018, 1806.03884). Reads the data twice.
+    """The eigenbasis of KFAC with the exact second moments in it (George et al. 2018, 1806.03884). Reads the data
+    twice.
 
     sharing: as in :class:`PMatKFAC`, for the basis.
     """
@@ -71,10 +75,14 @@ class PMatEKFAC(PMat):
     @classmethod
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
-        return [fit.ekfac(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers]
+        return [
+            fit.ekfac(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers
+        ]
 
     def update_diag(self, examples: Any) -> PMatEKFAC:
-        """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns itself."""
+        """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns
+        itself.
+        """
         if self.generator is None:
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
         layers = list(self.layer_collection.layers.values())
@@ -98,8 +106,9 @@ class PMatLowRank(PMat):
 class PMatMixed(PMat):
     """A representation for each layer, all in one pass: use ``PMatMixed.of(PMatKFAC, {nn.LayerNorm: PMatBlockDiag})``.
 
-    default: for the layers that no rule selects. rules: from a layer name, module type or predicate to a representation; the first that
-    selects a layer counts. Layers that share a joint representation (PMatDense, PMatLowRank) keep their cross terms.
+    default: for the layers that no rule selects. rules: from a layer name, module type or predicate to a
+    representation; the first that selects a layer counts. Layers that share a joint representation (PMatDense,
+    PMatLowRank) keep their cross terms.
     """
 
     @classmethod
@@ -108,11 +117,16 @@ class PMatMixed(PMat):
         return partial(cls, default=default, rules=rules)
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer], default: Any = PMatDiag, rules: Mapping[Any, Any] | None = None) -> list[Estimator]:
+    def plan(
+        cls, layers: Sequence[Layer], default: Any = PMatDiag, rules: Mapping[Any, Any] | None = None
+    ) -> list[Estimator]:
         rules = rules or {}
         for selector in rules:
             if not any(layer.matches(selector) for layer in layers):
-                raise KeyError(f"PMatMixed: the rule for {selector!r} selects no layer of {', '.join(layer.name for layer in layers)}")
+                raise KeyError(
+                    f"PMatMixed: the rule for {selector!r} selects no layer of "
+                    f"{', '.join(layer.name for layer in layers)}"
+                )
         chosen: list[tuple[Any, list[Layer]]] = []
         for layer in layers:
             representation = next((r for selector, r in rules.items() if layer.matches(selector)), default)
@@ -123,13 +137,16 @@ class PMatMixed(PMat):
                 group.append(layer)
         estimators: list[Estimator] = []
         for representation, group in chosen:
-            base, options = (representation.func, representation.keywords) if isinstance(representation, partial) else (representation, {})
-            estimators += base.plan(group, **options)
+            if isinstance(representation, partial):
+                estimators += representation.func.plan(group, **representation.keywords)  # type: ignore[attr-defined]
+            else:
+                estimators += representation.plan(group)
         return estimators
 
 
 class PMatEye(PMat):
-    """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P times it.
+    """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P
+    times it.
 
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> PMatEye(lc, scaling=2.0).trace()

@@ -1,0 +1,45 @@
+# Everything from a bare clone: `make demo` runs the main job, `make test` the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types docs examples bench bench-small check clean
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+examples: $(READY)
+	$(BIN)/python examples/quickstart.py --small
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+bench-small: $(READY)
+	$(BIN)/python benchmarks/run.py --small
+
+# What guards the main branch.
+check: test lint types docs examples bench-small
+
+# Done again only when the project's requirements change.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .bench build dist *.egg-info docs/_build examples/output
