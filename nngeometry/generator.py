@@ -35,11 +35,12 @@ class Observation:
     """The Jacobians of one chunk of cotangents of one minibatch.
 
     n: how many examples this chunk counts, which is those of the minibatch in its first chunk and zero afterwards,
-    so that sums of n count every example once, and statistics of the inputs alone are taken where n > 0. forms: one
-    for each layer, by name.
+    so that sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what
+    it counts in the mean, likewise. forms: one for each layer, by name.
     """
 
     n: int
+    weight: float
     forms: dict[str, LayerJacobian]
 
 
@@ -80,49 +81,31 @@ class _Plan:
     batched: bool
 
 
-class Generator:
-    """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
+class Evaluator:
+    """A model on data: runs it on minibatches, with its outputs checked.
 
-    model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. cotangents:
-    from the output f ``(B, *out)``, the minibatch and its position to the s_c. function: ``function(*minibatch) ->
-    f`` (``function(minibatch)`` if it is a mapping), by default ``model(minibatch[0])``. device: where minibatches
-    are moved, by default where the model is. centred: matrices are of ``J - mean J`` instead of J. curvature:
-    ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c.
-
-    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
-    and the random state.
-
-    >>> from nngeometry.likelihood import Gaussian
-    >>> model = nn.Linear(3, 2)
-    >>> g = Generator(model, LayerCollection.from_model(model), lambda f, batch, k: Gaussian().sqrt(f))
-    >>> [observation] = g.stream((torch.randn(5, 3),))
-    >>> observation.n, observation.forms[""].dense().shape
-    (5, torch.Size([2, 5, 1, 2, 4]))
+    model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. function:
+    ``function(*minibatch) -> f`` (``function(minibatch)`` if it is a mapping), by default ``model(minibatch[0])``.
+    device: where minibatches are moved, by default where the model is. verbose: show progress.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layer_collection: LayerCollection,
-        cotangents: CotangentFunction,
         *,
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         verbose: bool = False,
-        centred: bool = False,
-        curvature: Curvature | None = None,
     ) -> None:
         parameters = layer_collection.parameters(model)
         _check_one_of("device", {p.device for p in parameters}, "move the model to one device")
         _check_one_of("dtype", {p.dtype for p in parameters}, "cast the model, or use a LayerCollection for each dtype")
         self.model = model
         self.layer_collection = layer_collection
-        self.cotangents = cotangents
         self.function = function
         self.device = parameters[0].device if device is None else torch.device(device)
         self.verbose = verbose
-        self.centred = centred
-        self.curvature = self._curvature if curvature is None else curvature
         if self.device.type != parameters[0].device.type:
             raise ValueError(
                 f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
@@ -130,30 +113,11 @@ class Generator:
         #: Half precision is accumulated in single.
         self.dtype = torch.float32 if parameters[0].dtype in (torch.float16, torch.bfloat16) else parameters[0].dtype
 
-    def stream(self, examples: Any) -> Iterator[Observation]:
-        """The observations of a loader or of one minibatch, in order."""
-        sites = self.layer_collection.sites(self.model)
-        check_mode(self.model)
-        plan: _Plan | None = None
-        for position, batch in enumerate(self.minibatches(examples)):
-            if plan is None:
-                plan = self._probe(sites, batch)
-            yield from self._observe(sites, batch, position, plan)
-
     def minibatches(self, examples: Any) -> Iterator[data.Batch]:
         """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when
         verbose.
         """
         return data.minibatches(examples, self.device, self.verbose, type(self.model).__name__)
-
-    def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
-        cotangents = self.cotangents(f, batch, position)
-        step = chunk_length(f.numel() * f.element_size(), cotangents.count)
-        out = torch.zeros_like(f)
-        for start in range(0, cotangents.count, step):
-            s = cotangents.take(start, min(start + step, cotangents.count)).flatten(2)
-            out += torch.einsum("cbk,cb->bk", s, torch.einsum("cbk,bk->cb", s, u.flatten(1))).view_as(f)
-        return out
 
     def outputs(self, batch: data.Batch) -> Tensor:
         """The output of the model on a minibatch, checked: one row for each example, finite."""
@@ -187,6 +151,66 @@ class Generator:
             f"minibatches of type {type(arguments[0]).__name__} need function=, "
             "e.g. function=lambda batch: model(**batch).logits"
         )
+
+
+class Generator(Evaluator):
+    """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
+
+    model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
+    ``(B, *out)``, the minibatch and its position to the s_c. centred: matrices are of ``J - mean J`` instead of J.
+    curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to
+    what it counts in a mean, by default its number of examples. mean: whether matrices are divided by the sum of that.
+
+    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
+    and the random state.
+
+    >>> from nngeometry.likelihood import Gaussian
+    >>> model = nn.Linear(3, 2)
+    >>> g = Generator(model, LayerCollection.from_model(model), lambda f, batch, k: Gaussian().sqrt(f))
+    >>> [observation] = g.stream((torch.randn(5, 3),))
+    >>> observation.n, observation.forms[""].dense().shape
+    (5, torch.Size([2, 5, 1, 2, 4]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_collection: LayerCollection,
+        cotangents: CotangentFunction,
+        *,
+        function: Callable[..., Any] | None = None,
+        device: torch.device | str | None = None,
+        verbose: bool = False,
+        centred: bool = False,
+        curvature: Curvature | None = None,
+        weigh: Callable[[Tensor, data.Batch], float] | None = None,
+        mean: bool = True,
+    ) -> None:
+        super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
+        self.cotangents = cotangents
+        self.centred = centred
+        self.curvature = self._curvature if curvature is None else curvature
+        self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
+        self.mean = mean
+
+    def stream(self, examples: Any) -> Iterator[Observation]:
+        """The observations of a loader or of one minibatch, in order."""
+        sites = self.layer_collection.sites(self.model)
+        check_mode(self.model)
+        plan: _Plan | None = None
+        for position, batch in enumerate(self.minibatches(examples)):
+            if plan is None:
+                plan = self._probe(sites, batch)
+            yield from self._observe(sites, batch, position, plan)
+
+    def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
+        cotangents = self.cotangents(f, batch, position)
+        step = chunk_length(f.numel() * f.element_size(), cotangents.count)
+        out = torch.zeros_like(f)
+        for start in range(0, cotangents.count, step):
+            s = cotangents.take(start, min(start + step, cotangents.count)).flatten(2)
+            out += torch.einsum("cbk,cb->bk", s, torch.einsum("cbk,bk->cb", s, u.flatten(1))).view_as(f)
+        return out
 
     def _forward(
         self, sites: Sequence[Site], batch: data.Batch, layouts: Sequence[_Layout] | None
@@ -239,7 +263,7 @@ class Generator:
         if n == 0:
             raise ValueError("a minibatch has no example")
         few = [data.take(batch, torch.arange(m) % n) for m in (2, 3)]
-        with _unchanged(self.model):
+        with unchanged(self.model):
             runs = [self._forward(sites, b, None)[1] for b in few]
             if [c.site.name for c in runs[0]] != [c.site.name for c in runs[1]]:
                 raise ValueError("the model calls different layers for different numbers of examples")
@@ -310,7 +334,7 @@ class Generator:
         return batched
 
     def _observe(self, sites: Sequence[Site], batch: data.Batch, position: int, plan: _Plan) -> Iterator[Observation]:
-        with _unchanged(self.model):
+        with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan.layouts)
         if len(calls) != len(plan.layouts):
             raise ValueError("the model calls a different number of layers for different minibatches")
@@ -321,7 +345,8 @@ class Generator:
         for start in range(0, cotangents.count, step):
             s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
             grads = _backward(f, edges, s, plan.batched)
-            yield Observation(f.shape[0] if start == 0 else 0, self._forms(calls, plan.layouts, grads, s.shape[0]))
+            n, weight = (f.shape[0], self.weigh(f.detach(), batch)) if start == 0 else (0, 0.0)
+            yield Observation(n, weight, self._forms(calls, plan.layouts, grads, s.shape[0]))
 
     def _forms(
         self, calls: Sequence[_Call], layouts: Sequence[_Layout], grads: Sequence[Tensor | None], cotangents: int
@@ -491,7 +516,7 @@ def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back as they were, and raise if the model had changed them."""
     buffers = [(name, b, b._version, b.clone()) for name, b in model.named_buffers()]
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}

@@ -33,6 +33,19 @@ class Cotangents:
         return cls(s.shape[0], lambda start, stop: s[start:stop])
 
 
+def diagonal_cotangents(scale: Tensor) -> Cotangents:
+    """For each element of an example's output, ``scale`` there and zero elsewhere: scale ``(B, *out)``."""
+    flat = scale.flatten(1)
+
+    def take(start: int, stop: int) -> Tensor:
+        s = flat.new_zeros(stop - start, *flat.shape)
+        c = torch.arange(stop - start, device=scale.device)
+        s[c, :, start + c] = flat[:, start:stop].T
+        return s.view(-1, *scale.shape)
+
+    return Cotangents(flat.shape[1], take)
+
+
 class Likelihood(ABC):
     """A family of distributions p(y | f) of the targets given the output f of a model.
 
@@ -64,15 +77,7 @@ class _Elementwise(Likelihood):
         """Score of one draw for each element of f."""
 
     def sqrt(self, f: Tensor) -> Cotangents:
-        scale = self.scale(f).flatten(1)
-
-        def take(start: int, stop: int) -> Tensor:
-            s = scale.new_zeros(stop - start, *scale.shape)
-            c = torch.arange(stop - start, device=f.device)
-            s[c, :, start + c] = scale[:, start:stop].T
-            return s.view(-1, *f.shape)
-
-        return Cotangents(scale.shape[1], take)
+        return diagonal_cotangents(self.scale(f))
 
     def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
         draws = f.detach().expand(trials, *f.shape)

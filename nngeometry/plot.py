@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from .layercollection import LayerCollection
 from .object.pmat import PMat
@@ -31,8 +30,8 @@ _PANEL, _FONT = 2.6, 8.0
 def plot_matrices(matrices: Mapping[str, PMat], path: str | Path | None = None, ncols: int | None = None) -> Figure:
     """Matrices side by side: ``log10 |entry|`` on one colour scale, which ends six decades below the largest entry.
 
-    Zeros have the lowest colour, NaN is red. Thin lines separate layers; their names are on the left of each row. In a
-    large matrix a pixel is the largest of the entries that it covers.
+    Zeros have the lowest colour, NaN and infinity are red. Thin lines separate layers; their names are on the left of
+    each row. In a large matrix a pixel is the largest of the entries that it covers.
 
     matrices: from titles to matrices. path: where to save the picture, in the format that its ending names. ncols:
     matrices in a row, by default up to five. Returns the figure, which pyplot does not know of.
@@ -73,7 +72,7 @@ def plot_matrices(matrices: Mapping[str, PMat], path: str | Path | None = None, 
     longest = max(len(name) for matrix in matrices.values() for name in _names(matrix.layer_collection))
     names_width = 0.3 + 0.6 * _FONT / 72 * longest
     figure = Figure(
-        figsize=(columns * (_PANEL + 0.15) + names_width + 0.9, rows * (_PANEL + 0.4)), layout="constrained", dpi=200
+        figsize=(columns * (_PANEL + 0.15) + names_width + 0.9, rows * (_PANEL + 0.4)), layout="compressed", dpi=200
     )
     colours = colormaps["viridis"].with_extremes(bad="red")
     axes: list[Axes] = []
@@ -110,9 +109,8 @@ def _step(p: int) -> int:
 def _reduced(matrix: PMat) -> Tensor:
     """The largest absolute value of each cell, ``(cells, cells)``, in double precision on the CPU."""
     step = _step(matrix.size(0))
-    dense = matrix.to_torch().detach()
-    bands = dense.split(64 * step)  # so that |M| is never held as a whole
-    return torch.cat([max_pool2d(band.abs()[None], step, ceil_mode=True)[0] for band in bands]).double().cpu()
+    rows = torch.stack([band.abs().amax(0) for band in matrix.to_torch().detach().split(step)])
+    return torch.stack([band.amax(1) for band in rows.split(step, 1)], 1).double().cpu()
 
 
 def _largest(levels: Sequence[Tensor]) -> float:
@@ -126,9 +124,10 @@ def _names(collection: LayerCollection) -> list[str]:
 
 
 def _draw_boundaries(ax: Any, collection: LayerCollection) -> None:
+    alpha = min(0.5, 8 / len(collection))  # many lines would hide what is between them
     for s in list(collection.slices().values())[:-1]:
-        ax.axhline(s.stop, color="white", linewidth=0.4, alpha=0.5)
-        ax.axvline(s.stop, color="white", linewidth=0.4, alpha=0.5)
+        ax.axhline(s.stop, color="white", linewidth=0.4, alpha=alpha)
+        ax.axvline(s.stop, color="white", linewidth=0.4, alpha=alpha)
 
 
 def _draw_names(ax: Any, collection: LayerCollection) -> None:

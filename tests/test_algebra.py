@@ -26,6 +26,7 @@ from nngeometry import (
     PMatQuasiDiag,
     PVector,
     Relative,
+    memory_budget,
     random_pvector,
 )
 
@@ -419,6 +420,17 @@ def test_implicit():
         F.eig(3)
     with pytest.raises(TypeError, match="cannot be saved"):
         F.save("nowhere")
+    with torch.no_grad():  # it stays the matrix at the parameters that it was made with
+        for p in model.parameters():
+            p.mul_(1.5)
+    moved = PVector.from_model(model).detach()
+    close(F.mv(v), M @ v.to_torch())
+    close(FIM(model, batches, PMatImplicit).mv(v), FIM(model, batches, PMatDense).mv(v))
+    close(F.trace(), M.trace())
+    close(F.get_diag(), M.diagonal())
+    assert torch.equal(PVector.from_model(model).to_torch(), moved.to_torch())
+    with memory_budget(1):  # nothing is kept from one product to the next
+        close(F.mv(v), M @ v.to_torch())
     one_pass = iter(batches)
     with pytest.raises(ValueError, match="one-pass iterator"):
         FIM(model, one_pass, PMatImplicit)

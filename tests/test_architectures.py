@@ -76,7 +76,6 @@ def make(name):
     return oracle.randomise(model.double()), batch, function
 
 
-@pytest.mark.filterwarnings("ignore:.*no forward-mode derivative:RuntimeWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exact_representations(name):
     model, batch, function = make(name)

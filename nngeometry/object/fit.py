@@ -27,15 +27,15 @@ class Estimator:
     """How the block of one group of layers is estimated.
 
     observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
-    and machines. finish: ``(State, number of examples) -> Block``. centre: takes the outer product of the mean
-    Jacobian, in flat parameters, off the block. refine: what estimates the block again in a second pass, given the
-    first.
+    and machines. finish: ``(State, n) -> Block``, n being what the sum is divided by, usually the number of
+    examples. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block. refine: what
+    estimates the block again in a second pass, given the first.
     """
 
     layers: tuple[Layer, ...]
     packing: Packing
     observe: Callable[[Sequence[LayerJacobian], int], State]
-    finish: Callable[[State, int], Block]
+    finish: Callable[[State, float], Block]
     centre: Callable[[Block, Tensor], Block]
     refine: Callable[[Block], Estimator] | None = None
 
@@ -78,10 +78,10 @@ def _run(
     """One pass: the blocks, and the mean Jacobian of each layer where the matrix is centred."""
     states: list[State | None] = [None] * len(estimators)
     mean: dict[str, Tensor] = {}
-    n = 0
+    total = 0.0
     with torch.no_grad():
         for observation in generator.stream(examples):
-            n += observation.n
+            total += observation.weight
             for k, e in enumerate(estimators):
                 new = e.observe([observation.forms[layer.name] for layer in e.layers], observation.n)
                 old = states[k]
@@ -89,10 +89,11 @@ def _run(
             if generator.centred:
                 for e in estimators:
                     for layer in e.layers:
-                        total = layer.packing.unpack(observation.forms[layer.name].total())
-                        mean[layer.name] = mean[layer.name] + total if layer.name in mean else total
+                        j = layer.packing.unpack(observation.forms[layer.name].total())
+                        mean[layer.name] = mean[layer.name] + j if layer.name in mean else j
+        n = total if generator.mean else 1.0
         blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
-    return blocks, {name: total / n for name, total in mean.items()} if generator.centred else None
+    return blocks, {name: j / n for name, j in mean.items()} if generator.centred else None
 
 
 def _runs(where: Sequence[slice]) -> tuple[tuple[int, int], ...]:
@@ -157,7 +158,7 @@ def lowrank(layers: Sequence[Layer]) -> Estimator:
     """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n."""
     unpack = [layer.packing.unpack for layer in layers]
 
-    def finish(state: State, n: int) -> Block:
+    def finish(state: State, n: float) -> Block:
         rows = torch.cat(state[0])
         return LowRank(rows.div_(n**0.5), rows.new_ones(len(rows)))
 
@@ -196,7 +197,7 @@ def kron(layer: Layer, reduce: bool) -> Estimator:
         right, count = j.right_factor(reduce) if n else (0, 0)  # type: ignore[attr-defined]
         return left, right, count
 
-    def finish(state: State, n: int) -> Block:
+    def finish(state: State, n: float) -> Block:
         left, right, count = state
         a = right / max(count, 1)
         return Kron(Dense(left / n), Diag(a) if a.ndim == 2 else Dense(a))
@@ -230,7 +231,7 @@ def second_moments(layer: Layer, basis: Block) -> Estimator:
     to_left = None if not isinstance(left, Dense) else left.mv
     to_right = None if not isinstance(right, Dense) else right.mv
 
-    def finish(state: State, n: int) -> Block:
+    def finish(state: State, n: float) -> Block:
         l = state[0] / n
         return Spectral(basis, l, l.new_zeros(()))
 

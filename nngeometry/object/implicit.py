@@ -2,168 +2,103 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import data
 from ..blocks import Block, Operator
-from ..generator import Generator, check_mode
+from ..generator import Generator
+from .fit import diag, fit
 from .pmat import PMat
-from .representations import PMatDiag
+from .products import gauss_newton
 
 
 class PMatImplicit(PMat):
-    """``M v`` as ``J^T (H (J v))`` with one forward- and one reverse-mode product for each minibatch: free of C and
-    of P**2.
+    """``M v`` by automatic differentiation: free of the number of outputs and of P**2.
 
-    Holds the model and the data, which must not change while it is used, and reads the data again for every
-    product. Trace and diagonal are exact, from the stream of Jacobians; solve is by conjugate gradients.
+    Holds the model and the data, which it reads again for every product, and a copy of the parameters as they are
+    now: it stays the matrix at these when the model moves on. While what autograd needs fits the memory budget, the
+    forward pass is kept from one product to the next. Trace and diagonal are exact, from the stream of Jacobians;
+    solve is by conjugate gradients.
     """
 
     @classmethod
-    def _estimate(cls, generator: Generator, examples: Any, **options: Any) -> Block:
+    def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
         if options:
             raise TypeError(f"{cls.__name__} has no option {', '.join(options)}")
-        data.require_repeatable(examples, cls.__name__)
-        if generator.centred:
-            raise NotImplementedError("PMatImplicit has no centred products yet: use PMatLowRank or PMatDense")
-        like = generator.layer_collection.parameters(generator.model)[0]
+        return operator(generator, examples)
 
-        def matvec(V: Tensor) -> Tensor:
-            return product(generator, examples, V)
 
-        def trace() -> Tensor:
+def operator(generator: Generator, examples: Any) -> Operator:
+    """The matrix of a generator as an operator."""
+    products = gauss_newton(generator, examples)
+    size = generator.layer_collection.numel()
+    like = torch.empty(0, dtype=generator.dtype, device=products.parameters[0].device)
+
+    def trace() -> Tensor:
+        with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
             return trace_of(generator, examples)
 
-        def diag() -> Tensor:
-            return PMatDiag(generator.layer_collection, generator, examples=examples).get_diag()
+    def diagonal() -> Tensor:
+        layers = list(generator.layer_collection.layers.values())
+        with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
+            return torch.cat(
+                [part.block.diag() for part in fit(generator, examples, [diag(layer) for layer in layers])]
+            )
 
-        size = generator.layer_collection.numel()
-        return Operator(matvec, size, trace, diag, torch.empty(0, dtype=like.dtype, device=like.device))
+    if not generator.centred:
+        return Operator(products, size, trace, diagonal, like)
+    with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
+        mean = mean_jacobian(generator, examples)
 
+    def centred(V: Tensor) -> Tensor:
+        return products(V) - torch.outer(V @ mean, mean)
 
-class _Function(nn.Module):
-    """The user's function of a minibatch as a module, so that the parameters of the model can be substituted."""
-
-    def __init__(self, model: nn.Module, function: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.function(batch)
-
-
-def product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
-    """``M V`` for each row of V ``(k, P)``."""
-    padding = _padding(generator)
-    if padding is not None:
-        try:
-            return differentiated_product(generator, examples, V.masked_fill(padding, 0.0)).masked_fill(padding, 0.0)
-        except NotImplementedError as error:
-            reason = str(error).strip().splitlines()[0]
-    else:
-        reason = "an embedding with padding_idx is tied to another layer"
-    warnings.warn(
-        f"PMatImplicit: no forward-mode derivative ({reason}). Products are exact, but go through the stream of "
-        "Jacobians, at "
-        "one backward pass for each output: PMatLowRank or PMatDense may be faster",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return streamed_product(generator, examples, V)
-
-
-def differentiated_product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
-    """By forward- and reverse-mode differentiation of the model."""
-    lc, model = generator.layer_collection, generator.model
-    check_mode(model)
-    module = _Function(model, generator.outputs_unchecked)
-    params = {f"model.{name}": p.detach() for name, p in lc.named_parameters(model)}
-    sizes = [p.numel() for p in params.values()]
-
-    def unflatten(v: Tensor) -> dict[str, Tensor]:
-        return {k: piece.view_as(p) for piece, (k, p) in zip(v.split(sizes), params.items(), strict=True)}
-
-    out = torch.zeros_like(V)
-    n = 0
-    for position, batch in enumerate(generator.minibatches(examples)):
-        n += data.count(batch)
-
-        def f(p: dict[str, Tensor], batch: Any = batch) -> Tensor:
-            return functional_call(module, p, (batch,))
-
-        with torch.enable_grad(), _differentiable_attention():
-            outputs, pull = vjp(f, params)[:2]
-            for row, v in zip(out, V, strict=True):
-                u = jvp(f, (params,), (unflatten(v),))[1]
-                s = generator.curvature(outputs.detach(), u.detach(), batch, position)
-                (grads,) = pull(s, retain_graph=True)
-                row += torch.cat([g.detach().flatten() for g in grads.values()])
-    return out / n
-
-
-def streamed_product(generator: Generator, examples: Any, V: Tensor) -> Tensor:
-    """By the per-example Jacobians: exact for whatever the stream is, at one backward pass for each cotangent."""
-    layers = generator.layer_collection.layers
-    slices = generator.layer_collection.slices()
-    packed = {name: layer.packing.pack(V[:, slices[name]]) for name, layer in layers.items()}
-    out = {name: torch.zeros_like(v) for name, v in packed.items()}
-    n = 0
-    with torch.no_grad():
-        for observation in generator.stream(examples):
-            n += observation.n
-            u = torch.stack([form.dot(packed[name]) for name, form in observation.forms.items()]).sum(0)
-            for name, form in observation.forms.items():
-                out[name] += form.pull(u)
-    return torch.cat([layers[name].packing.unpack(v) for name, v in out.items()], 1) / n
+    return Operator(centred, size, lambda: trace() - mean.square().sum(), diagonal, like)
 
 
 def trace_of(generator: Generator, examples: Any) -> Tensor:
-    """The exact trace: the sum of the squared norms of the Jacobian, layer by layer."""
-    total: Tensor | None = None
-    n = 0
+    """The exact trace, not centred: the sum of the squared norms of the Jacobian, layer by layer."""
+    trace = torch.zeros((), dtype=generator.dtype, device=generator.device)
+    total = 0.0
     with torch.no_grad():
         for observation in generator.stream(examples):
-            n += observation.n
+            total += observation.weight
             for form in observation.forms.values():
-                norms = form.sqnorm().sum()
-                total = norms if total is None else total + norms
-    assert total is not None
-    return total / n
+                trace += form.sqnorm().sum()
+    return trace / total if generator.mean else trace
 
 
-def _padding(generator: Generator) -> Tensor | None:
-    """Which flat parameters are rows of padding, which have no derivative; None if such a row acts elsewhere too."""
-    lc = generator.layer_collection
-    like = lc.parameters(generator.model)[0]
-    mask = torch.zeros(lc.numel(), dtype=torch.bool, device=like.device)
-    sites = lc.sites(generator.model)
-    for site in sites:
-        if isinstance(site.module, nn.Embedding) and site.module.padding_idx is not None:
-            weight = site.module.weight
-            if sum(any(p is weight for p in s.params.values()) for s in sites) > 1:
-                return None
-            layer, _ = site.routes[0]
-            start = lc.slices()[layer.name].start + site.module.padding_idx * weight.shape[1]
-            mask[start : start + weight.shape[1]] = True
-    return mask
+def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
+    """The sum of ``J[c, b]`` over cotangents and examples, divided as the matrix is: ``(P,)``."""
+    layers = generator.layer_collection.layers
+    pieces = {name: torch.zeros((), dtype=generator.dtype, device=generator.device) for name in layers}
+    total = 0.0
+    with torch.no_grad():
+        for observation in generator.stream(examples):
+            total += observation.weight
+            for name, form in observation.forms.items():
+                pieces[name] = pieces[name] + layers[name].packing.unpack(form.total())
+    flat = torch.cat(list(pieces.values()))
+    return flat / total if generator.mean else flat
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """The fused attention kernels have no forward-mode derivative, the plain ones do."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def at(model: nn.Module, parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """The model with other values of some parameters, for a while."""
+    before = [p.detach().clone() for p in parameters]
+    if all(torch.equal(p, v) for p, v in zip(before, values, strict=True)):
+        yield
+        return
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        with torch.no_grad():
+            for p, v in zip(parameters, values, strict=True):
+                p.copy_(v)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with torch.no_grad():
+            for p, v in zip(parameters, before, strict=True):
+                p.copy_(v)
