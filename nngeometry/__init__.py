@@ -1,6 +1,7 @@
 """The geometry of neural networks: Fisher information and gradient covariance matrices under one linear algebra."""
 
 from .generator import Generator
+from .hessian import GGN, FiniteDifference, Hessian
 from .kinds import kind, whole
 from .layercollection import Layer, LayerCollection
 from .likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
@@ -29,14 +30,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIM",
+    "GGN",
     "Bernoulli",
     "Categorical",
     "EmpiricalFisher",
     "FIM_MonteCarlo",
     "FVector",
+    "FiniteDifference",
     "Gaussian",
     "Generator",
     "GradientCovariance",
+    "Hessian",
     "Layer",
     "LayerCollection",
     "Likelihood",

@@ -97,6 +97,11 @@ def take(batch: Batch, index: Tensor) -> Batch:
     return map_tensors(one, batch)
 
 
+def targets(batch: Batch) -> tuple[Any, ...]:
+    """What a loss receives of a minibatch beside the output: the elements after the first, or the whole mapping."""
+    return tuple(batch[1:]) if isinstance(batch, tuple | list) else (batch,)
+
+
 def arguments(batch: Batch) -> tuple[Any, ...]:
     """What ``function`` receives of a minibatch: the elements of a tuple or list, otherwise the minibatch itself."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from . import data, forms
+from .autograd import pull
 from .forms import LayerJacobian, Outer
 from .kinds import Packing
 from .kinds.generic import generic
@@ -310,10 +310,10 @@ class Generator(Evaluator):
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         try:
-            grads = _backward(f, edges, s, batched=True)
+            grads = pull([f], edges, [s], batched=True)
             batched = True
         except RuntimeError:
-            grads = _backward(f, edges, s, batched=False)
+            grads = pull([f], edges, [s], batched=False)
             batched = False
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
@@ -344,7 +344,7 @@ class Generator(Evaluator):
         step = chunk_length(per_cotangent, cotangents.count) if plan.batched else 1
         for start in range(0, cotangents.count, step):
             s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
-            grads = _backward(f, edges, s, plan.batched)
+            grads = pull([f], edges, [s], plan.batched)
             n, weight = (f.shape[0], self.weigh(f.detach(), batch)) if start == 0 else (0, 0.0)
             yield Observation(n, weight, self._forms(calls, plan.layouts, grads, s.shape[0]))
 
@@ -422,19 +422,6 @@ def check_mode(model: nn.Module) -> None:
                 "is random: "
                 "call model.eval()"
             )
-
-
-def _backward(f: Tensor, edges: Sequence[GradientEdge], s: Tensor, batched: bool) -> list[Tensor | None]:
-    """Gradients of s_c . f with respect to every edge: ``(C, *y)`` each, None where f does not depend on it."""
-    if len(s) == 1 or not batched:
-        each = [torch.autograd.grad(f, edges, one, retain_graph=True, allow_unused=True) for one in s]
-        return [
-            None if gs[0] is None else torch.stack(gs) if len(gs) > 1 else gs[0].unsqueeze(0)
-            for gs in zip(*each, strict=True)
-        ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(torch.autograd.grad(f, edges, s, retain_graph=True, allow_unused=True, is_grads_batched=True))
 
 
 def _layout(two: _Call, three: _Call) -> _Layout:

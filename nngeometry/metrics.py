@@ -182,8 +182,7 @@ def GradientCovariance(
 
 def _of_loss(loss: Loss) -> CotangentFunction:
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        targets = batch[1:] if isinstance(batch, tuple | list) else (batch,)
-        return Cotangents.of(loss_gradient(loss, f, *targets).unsqueeze(0))
+        return Cotangents.of(loss_gradient(loss, f, *data.targets(batch)).unsqueeze(0))
 
     return cotangents
 

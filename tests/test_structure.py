@@ -12,12 +12,13 @@ import nngeometry
 ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it.
 FLOORS = [
-    ["memory", "forms", "likelihood", "data", "layers", "linalg"],
+    ["memory", "autograd", "forms", "likelihood", "losses", "data", "layers", "linalg"],
     ["kinds", "blocks"],
     ["layercollection"],
     ["generator"],
     ["object"],
     ["metrics"],
+    ["hessian"],
     ["plot"],
     ["__init__"],
 ]

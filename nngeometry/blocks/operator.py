@@ -12,19 +12,21 @@ from torch import Tensor
 from ..linalg import cg
 from .base import Block, Function
 
+_UNKNOWN = "the {} of a matrix known by its products alone takes {} products"
+
 
 @dataclass(frozen=True, eq=False)
 class Operator(Block):
-    """A symmetric positive semidefinite matrix given as functions.
+    """A symmetric matrix given as functions.
 
-    matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal; like: an empty tensor
-    of its dtype and device.
+    matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
+    but p products; like: an empty tensor of its dtype and device.
     """
 
     matvec: Callable[[Tensor], Tensor]
     size: int
-    trace_of: Callable[[], Tensor]
-    diag_of: Callable[[], Tensor]
+    trace_of: Callable[[], Tensor] | None
+    diag_of: Callable[[], Tensor] | None
     like: Tensor
 
     @property
@@ -38,9 +40,13 @@ class Operator(Block):
         return self.matvec(V.reshape(-1, self.size)).view(V.shape)
 
     def diag(self) -> Tensor:
+        if self.diag_of is None:
+            raise NotImplementedError(f"{_UNKNOWN.format('diagonal', self.size)}: use PMatDiag, or an estimator")
         return self.diag_of()
 
     def trace(self) -> Tensor:
+        if self.trace_of is None:
+            raise NotImplementedError(f"{_UNKNOWN.format('trace', self.size)}: use trace(estimator=...) or PMatDiag")
         return self.trace_of()
 
     def eig(self) -> Block:

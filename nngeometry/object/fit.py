@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..forms import LayerJacobian
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer
-from ..memory import require
+from ..memory import chunk_length, require
 
 #: Tensors, numbers and lists, in tuples: merged entry by entry with ``+``.
 State = tuple[Any, ...]
@@ -259,3 +259,26 @@ def eye(layers: Sequence[Layer]) -> Estimator:
         lambda state, n: Eye(state[0] / (n * p), (p,)),
         lambda block, mean: Eye((block.c - mean.square().sum() / p).clamp(min=0), (p,)),  # type: ignore[attr-defined]
     )
+
+
+def columns(operator: Block, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """The columns ``start:stop`` of a matrix known by its products, a few at a time: (first of them, ``(k, P)``)."""
+    p = operator.numel
+    step = chunk_length(4 * p * operator.dtype.itemsize, stop - start)
+    for first in range(start, stop, step):
+        k = min(step, stop - first)
+        units = torch.zeros(k, p, dtype=operator.dtype, device=operator.device)
+        units[torch.arange(k), first + torch.arange(k)] = 1.0
+        yield first, operator.mv(units)
+
+
+def principal(operator: Block, start: int, stop: int) -> Tensor:
+    """The diagonal sub-block of the coordinates ``start:stop``, by as many products."""
+    block = torch.cat([rows[:, start:stop] for _, rows in columns(operator, start, stop)])
+    return (block + block.T) / 2
+
+
+def diagonal(operator: Block) -> Tensor:
+    """The diagonal, by P products."""
+    pieces = [rows[:, first:].diagonal() for first, rows in columns(operator, 0, operator.numel)]
+    return torch.cat(pieces)

@@ -29,7 +29,7 @@ class PMatImplicit(PMat):
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
         if options:
             raise TypeError(f"{cls.__name__} has no option {', '.join(options)}")
-        return operator(generator, examples)
+        return operator(generator, examples) if isinstance(generator, Generator) else generator.operator(examples)
 
 
 def operator(generator: Generator, examples: Any) -> Operator:

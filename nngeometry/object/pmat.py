@@ -50,7 +50,7 @@ class PMat:
     def __init__(
         self,
         layer_collection: LayerCollection,
-        generator: Generator | None = None,
+        generator: Any = None,
         data: Block | None = None,
         examples: Any = None,
         **options: Any,
@@ -73,9 +73,19 @@ class PMat:
         self.root = data
 
     @classmethod
-    def _estimate(cls, generator: Generator, examples: Any, **options: Any) -> Block:
+    def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
         layers = list(generator.layer_collection.layers.values())
-        return Direct(tuple(fit(generator, examples, cls.plan(layers, **options))))
+        if isinstance(generator, Generator):
+            return Direct(tuple(fit(generator, examples, cls.plan(layers, **options))))
+        return cls.project(generator.operator(examples), layers, **options)
+
+    @classmethod
+    def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
+        """This representation of a matrix that is known by its products."""
+        raise NotImplementedError(
+            f"{cls.__name__} is made of per-example Jacobians, which a Hessian is not: use PMatImplicit, PMatDense, "
+            "PMatBlockDiag, PMatDiag or PMatLowRank, or GGN instead of Hessian"
+        )
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:

@@ -18,14 +18,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
+from ..autograd import pull
 from ..generator import Evaluator, Generator, check_mode, unchanged
-from ..memory import budget
+from ..memory import budget, chunk_length
 
 #: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
 Product = Callable[[Tensor], Tensor]
 #: From the parameters (leaves of autograd), a minibatch and its position to the product on it, what it counts in
 #: the mean, and the tensors from which autograd will start.
 Linearise = Callable[[list[Tensor], data.Batch, int], tuple[Product, float, Sequence[Tensor]]]
+
+#: From a minibatch to the sum of its losses and what a mean counts it as.
+Total = Callable[[data.Batch], tuple[Tensor, float]]
 
 
 class Products:
@@ -45,8 +49,9 @@ class Products:
         named = evaluator.layer_collection.named_parameters(evaluator.model)
         self.names, parameters = zip(*[(name, p.detach().clone().requires_grad_()) for name, p in named], strict=True)
         self.parameters: list[Tensor] = list(parameters)
-        self._kept: dict[int, tuple[Product, float]] = {}
+        self._kept: dict[int, tuple[Product, float, int]] = {}
         self._kept_bytes = 0
+        self._batched = True
 
     def __call__(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, P)``."""
@@ -55,21 +60,36 @@ class Products:
         out = torch.zeros_like(V)
         total = 0.0
         for position, batch in enumerate(self.evaluator.minibatches(self.examples)):
-            product, weight = self._kept.get(position) or self._prepare(position, batch)
-            out += product(V)
+            product, weight, held = self._kept.get(position) or self._prepare(position, batch)
+            for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
+                into += product(rows)
             total += weight
         if not self.mean:
             return out.to(self.evaluator.dtype)
         return (out / total).to(self.evaluator.dtype)
 
-    def _prepare(self, position: int, batch: data.Batch) -> tuple[Product, float]:
+    def _prepare(self, position: int, batch: data.Batch) -> tuple[Product, float, int]:
         with unchanged(self.evaluator.model), torch.enable_grad(), differentiable_attention():
             product, weight, roots = self.linearise(self.parameters, batch, position)
         held = saved_bytes(roots)
         if self._kept_bytes + held <= budget():
-            self._kept[position] = product, weight
+            self._kept[position] = product, weight, held
             self._kept_bytes += held
-        return product, weight
+        return product, weight, held
+
+    def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Vector-Jacobian products for every row of ``weights``, vectorised unless an operation has no batching
+        rule.
+        """
+        try:
+            grads = pull(outputs, inputs, weights, self._batched)
+        except RuntimeError:
+            if not self._batched:
+                raise
+            self._batched = False
+            grads = pull(outputs, inputs, weights, False)
+        k = len(weights[0])
+        return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
     def outputs(self, batch: data.Batch) -> Tensor:
         """The output of the model with the kept parameters in place of its own."""
@@ -102,49 +122,34 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
         if not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         u = torch.zeros_like(f, requires_grad=True)
-        pulled = _grads(f, params, u, create_graph=True)
-        pulled_u = [g for g in pulled if g.requires_grad]
-        depends = [g.requires_grad for g in pulled]
+        pulled = _differentiable(_gradient(f, params, u))
         fixed = f.detach()
 
         def product(V: Tensor) -> Tensor:
-            def one(v: Tensor) -> Tensor:
-                shares = [s for s, d in zip(split_like(v, params), depends, strict=True) if d]
-                (jv,) = torch.autograd.grad(pulled_u, u, shares, retain_graph=True)
-                return flatten(_grads(f, params, generator.curvature(fixed, jv, batch, position), retain_graph=True))
+            (jv,) = products.pull([g for _, g in pulled], [u], _shares(V, params, pulled))
+            s = torch.stack([generator.curvature(fixed, one, batch, position) for one in jv])
+            return _flat_rows(products.pull([f], params, [s]))
 
-            return torch.stack([one(v) for v in V])
-
-        return product, generator.weigh(fixed, batch), (f, *pulled_u)
+        return product, generator.weigh(fixed, batch), [f, *(g for _, g in pulled)]
 
     products = Products(generator, examples, linearise, generator.mean)
     return products
 
 
-def hessian(
-    evaluator: Evaluator, examples: Any, total: Callable[[data.Batch], tuple[Tensor, float]], mean: bool
-) -> Products:
-    """Products with the Hessian of a loss. total: from a minibatch to the sum of its losses and what the mean
-    counts it as.
-    """
+def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Products:
+    """Products with the Hessian of a loss: the derivative of its gradient along a vector."""
 
     def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
         value, weight = products.evaluate(total, batch)
         check_second_derivatives(value)
-        gradient = _grads(value, params, None, create_graph=True)
-        curved = [g for g in gradient if g.requires_grad]
-        depends = [g.requires_grad for g in gradient]
+        curved = _differentiable(_gradient(value, params, None))
 
         def product(V: Tensor) -> Tensor:
-            def one(v: Tensor) -> Tensor:
-                shares = [s for s, d in zip(split_like(v, params), depends, strict=True) if d]
-                if not curved:
-                    return torch.zeros_like(v)
-                return flatten(_grads(curved, params, shares, retain_graph=True))
+            if not curved:
+                return torch.zeros_like(V)
+            return _flat_rows(products.pull([g for _, g in curved], params, _shares(V, params, curved)))
 
-            return torch.stack([one(v) for v in V])
-
-        return product, weight, (value, *curved)
+        return product, weight, [value, *(g for _, g in curved)]
 
     products = Products(evaluator, examples, linearise, mean)
     return products
@@ -153,7 +158,7 @@ def hessian(
 def finite_difference(
     evaluator: Evaluator,
     examples: Any,
-    total: Callable[[data.Batch], tuple[Tensor, float]],
+    total: Total,
     mean: bool,
     step: float,
 ) -> Products:
@@ -170,7 +175,8 @@ def finite_difference(
             named = {f"model.{name}": p for name, p in zip(products.names, moved, strict=True)}
             with torch.enable_grad():
                 value, _ = functional_call(_Function(evaluator.model, total), named, (batch,))
-                return flatten(_grads(value, moved, None))
+                grads = torch.autograd.grad(value, moved, allow_unused=True, materialize_grads=True)
+                return torch.cat([g.flatten() for g in grads])
 
         def product(V: Tensor) -> Tensor:
             def one(v: Tensor) -> Tensor:
@@ -189,18 +195,32 @@ def finite_difference(
     return products
 
 
-def _grads(outputs: Any, params: list[Tensor], weights: Any, **options: bool) -> list[Tensor]:
-    return list(torch.autograd.grad(outputs, params, weights, allow_unused=True, materialize_grads=True, **options))
+def _gradient(value: Tensor, params: list[Tensor], weight: Tensor | None) -> list[Tensor]:
+    """A gradient that can be differentiated again."""
+    return list(
+        torch.autograd.grad(value, params, weight, create_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def _differentiable(gradient: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Those entries of a gradient that depend on something, with their positions."""
+    return [(k, g) for k, g in enumerate(gradient) if g.requires_grad]
+
+
+def _shares(V: Tensor, params: Sequence[Tensor], wanted: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+    """The shares of flat rows ``(k, P)`` that belong to the wanted parameters, ``(k, *shape)`` each."""
+    pieces = V.split([p.numel() for p in params], 1)
+    return [pieces[k].reshape(-1, *params[k].shape) for k, _ in wanted]
+
+
+def _flat_rows(gradients: Sequence[Tensor]) -> Tensor:
+    """``(k, P)``."""
+    return torch.cat([g.detach().reshape(len(g), -1) for g in gradients], 1)
 
 
 def split_like(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Flat parameters ``(P,)`` in the shapes of ``params``."""
     return [piece.view_as(p) for piece, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
-
-
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """``(P,)``."""
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 #: Nodes of torch's autograd graph whose own derivative is wrong (found by comparing with central differences), and

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from .. import blocks
+from ..blocks import Block
 from ..generator import Generator
+from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from . import fit
 from .fit import Estimator
@@ -23,6 +26,10 @@ class PMatDense(PMat):
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.dense(layers)]
 
+    @classmethod
+    def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
+        return _direct([blocks.Dense(fit.principal(operator, 0, operator.numel))])
+
 
 class PMatBlockDiag(PMat):
     """One dense block for each layer. Exact inside of layers; memory the sum of the squared sizes."""
@@ -31,6 +38,12 @@ class PMatBlockDiag(PMat):
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.dense([layer]) for layer in layers]
 
+    @classmethod
+    def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
+        ends = list(accumulate(layer.numel() for layer in layers))
+        starts = [0, *ends[:-1]]
+        return _direct([blocks.Dense(fit.principal(operator, a, b)) for a, b in zip(starts, ends, strict=True)])
+
 
 class PMatDiag(PMat):
     """The diagonal. Memory P."""
@@ -38,6 +51,11 @@ class PMatDiag(PMat):
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.diag(layer) for layer in layers]
+
+    @classmethod
+    def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
+        pieces = fit.diagonal(operator).split([layer.numel() for layer in layers])
+        return _direct([blocks.Diag(piece) for piece in pieces])
 
 
 class PMatQuasiDiag(PMat):
@@ -166,12 +184,21 @@ class PMatEye(PMat):
         if data is None and examples is None:
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
-            data = blocks.Direct((blocks.Part(((0, p),), fit.Packing.flat(p), eye),))
+            data = blocks.Direct((blocks.Part(((0, p),), Packing.flat(p), eye),))
         super().__init__(layer_collection, generator, data, examples)
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.eye(layers)]
+
+
+def _direct(side_by_side: Sequence[Block]) -> blocks.Direct:
+    """Blocks on flat parameters, side by side."""
+    parts, start = [], 0
+    for block in side_by_side:
+        parts.append(blocks.Part(((start, start + block.numel),), Packing.flat(block.numel), block))
+        start += block.numel
+    return blocks.Direct(tuple(parts))
 
 
 def _reduce(sharing: str) -> bool:

@@ -1,0 +1,157 @@
+"""Second derivatives of a loss: its Hessian, and the generalised Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data
+from .blocks import Operator
+from .generator import Evaluator, Generator
+from .layercollection import LayerCollection
+from .likelihood import Cotangents, Loss
+from .losses import output_loss
+from .metrics import Representation
+from .object.products import finite_difference, hessian
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """Hessian products by central differences of the gradient, for models without a second derivative.
+
+    step: how far parameters are moved, for a vector whose largest entry is one. The error is of order step**2 plus
+    rounding / step: the products are estimates, to about 1e-9 in float64 and 1e-3 in float32.
+    """
+
+    step: float = 1e-4
+
+
+def GGN(
+    model: nn.Module,
+    loader: Any,
+    representation: Representation,
+    loss: Loss | None = None,
+    *,
+    function: Callable[..., Any] | None = None,
+    layer_collection: LayerCollection | None = None,
+    device: torch.device | str | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Any:
+    """The generalised Gauss-Newton matrix of a loss, ``sum_x J^T H J`` with H the Hessian of the loss in the output.
+
+    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping). CrossEntropyLoss (with class
+    weights, ignore_index, label_smoothing, class probabilities, extra axes), BCEWithLogitsLoss, MSELoss,
+    PoissonNLLLoss, GaussianNLLLoss, HuberLoss and SmoothL1Loss with reduction "mean" or "sum", whose loss over all
+    minibatches is that of the data set as one minibatch, however it is split; or any callable with one value for
+    each example, of which the mean over examples is taken, and whose Hessian must be positive semidefinite. The
+    default is ``nn.CrossEntropyLoss()``. The rest is as in :func:`~nngeometry.FIM`, and so are the representations.
+
+    >>> from nngeometry import GGN, PMatKFAC
+    >>> model = nn.Linear(4, 3)
+    >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> G = GGN(model, batch, PMatKFAC, nn.CrossEntropyLoss(label_smoothing=0.1))
+
+    Source: Schraudolph (2002), Neural Computation 14; Martens (2014), 1412.1193.
+    """
+    lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    known = output_loss(nn.CrossEntropyLoss() if loss is None else loss)
+
+    def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        return known.sqrt(f, *data.targets(batch))
+
+    def curvature(f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
+        return known.hvp(f, u, *data.targets(batch))
+
+    generator = Generator(
+        model,
+        lc,
+        cotangents,
+        function=function,
+        device=device,
+        verbose=verbose,
+        curvature=curvature,
+        weigh=lambda f, batch: known.weight(f, *data.targets(batch)),
+        mean=known.mean,
+    )
+    return representation(layer_collection=lc, generator=generator, examples=loader, **options)
+
+
+def Hessian(
+    model: nn.Module,
+    loader: Any,
+    representation: Representation,
+    loss: Loss | None = None,
+    *,
+    function: Callable[..., Any] | None = None,
+    products: FiniteDifference | None = None,
+    layer_collection: LayerCollection | None = None,
+    device: torch.device | str | None = None,
+    verbose: bool = False,
+    **options: Any,
+) -> Any:
+    """The Hessian of a loss with respect to the parameters, by products: exact, indefinite in general.
+
+    loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``. representation:
+    PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the eigenvalues of largest
+    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. The rest is as in
+    :func:`~nngeometry.FIM`.
+
+    Raises ``NotImplementedError`` where torch's second derivative is known to be wrong (weight_norm).
+
+    >>> from nngeometry import Hessian, PMatImplicit, PVector
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> H = Hessian(model, batch, PMatImplicit)
+    >>> H.mv(PVector.from_model(model).detach()).size()
+    torch.Size([43])
+
+    Source: Pearlmutter (1994), Neural Computation 6.
+    """
+    lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    source = LossCurvature(
+        model,
+        lc,
+        nn.CrossEntropyLoss() if loss is None else loss,
+        function=function,
+        device=device,
+        verbose=verbose,
+        products=products,
+    )
+    return representation(layer_collection=lc, generator=source, examples=loader, **options)
+
+
+class LossCurvature(Evaluator):
+    """A model with a loss: the source of Hessian products. Arguments as in :func:`Hessian`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_collection: LayerCollection,
+        loss: Loss,
+        *,
+        products: FiniteDifference | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, layer_collection, **options)
+        self.loss = output_loss(loss)
+        self.products = products
+
+    def operator(self, examples: Any) -> Operator:
+        """The Hessian as an operator."""
+
+        def total(batch: data.Batch) -> tuple[Tensor, float]:
+            f = self.outputs(batch)
+            targets = data.targets(batch)
+            return self.loss.total(f, *targets), self.loss.weight(f.detach(), *targets)
+
+        if self.products is None:
+            matvec = hessian(self, examples, total, self.loss.mean)
+        else:
+            matvec = finite_difference(self, examples, total, self.loss.mean, self.products.step)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return Operator(matvec, self.layer_collection.numel(), None, None, like)
