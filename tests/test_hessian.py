@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton matrices equal dense oracles: loops over autograd, checked by central differences of the gradient."""
+"""Hessian and Gauss-Newton matrices equal loops over autograd, which central differences of the gradient check."""
 
 import oracle
 import pytest
@@ -68,7 +68,7 @@ LOSSES = {
 def minibatches(name, make_targets, sizes=(3, 2, 1)):
     out = []
     for k, n in enumerate(sizes):
-        model, batch, function = CASES[name].make(n)
+        model, batch, _ = CASES[name].make(n)
         torch.manual_seed(10 + k)
         out.append((*batch, *make_targets(n)))
     return model, out
@@ -172,14 +172,14 @@ def convex(f, *rest):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_model(name):
-    """The Hessian of every kind of layer: by loops, and by central differences of the gradient, which need no second derivative."""
+    """Every kind of layer, against central differences of the gradient, which need no second derivative."""
     model, batch, function = CASES[name].make(3)
     lc = LayerCollection.from_model(model)
     f = oracle.run(model, batch, function)
     G = dense_ggn(model, f, lambda f: convex(f).mean())
     assert oracle.relative(GGN(model, batch, PMatImplicit, convex, function=function).to_torch(), G) < TOLERANCE
     if name in NO_SECOND:
-        with pytest.raises(NotImplementedError, match="second derivative of torch.nn.utils.weight_norm"):
+        with pytest.raises(NotImplementedError, match="second derivative of torch"):
             Hessian(model, batch, PMatImplicit, nonlinear, function=function).mv(random_pvector(lc))
     else:
         H = Hessian(model, batch, PMatDense, nonlinear, function=function).to_torch()
@@ -257,7 +257,7 @@ def test_products_are_kept_or_made_again():
 
 def test_representations_that_make_no_sense_say_so():
     model, batches = minibatches("mlp", LOSSES["ce"][0])
-    with pytest.raises(NotImplementedError, match="use GGN instead|or GGN instead of Hessian"):
+    with pytest.raises(NotImplementedError, match="or GGN instead of Hessian"):
         Hessian(model, batches, PMatKFAC)
     H = Hessian(model, batches, PMatImplicit)
     with pytest.raises(NotImplementedError, match="takes 31 products"):

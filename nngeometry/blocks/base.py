@@ -331,9 +331,13 @@ class Spectral(Block):
         return f"Spectral({self.basis.describe()})"
 
     def mv(self, V: Tensor) -> Tensor:
+        transpose = self.basis.transpose()
+        inside = transpose.mv(V)
         if not self._missing:
-            return self.basis.mv(self.l * self.basis.transpose().mv(V))
-        return self.basis.mv((self.l - self.rest) * self.basis.transpose().mv(V)) + self.rest * V
+            return self.basis.mv(self.l * inside)
+        outside = V - self.basis.mv(inside)
+        outside = outside - self.basis.mv(transpose.mv(outside))  # twice: rest may be far larger than l
+        return self.basis.mv(self.l * inside) + self.rest * outside
 
     def to_dense(self) -> Tensor:
         q = self.basis.to_dense()

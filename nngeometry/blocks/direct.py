@@ -73,8 +73,10 @@ class Direct(Block):
             block = part.block.to_dense().view(*part.packing.shape, *part.packing.shape)
             half = part.packing.unpack(block).movedim(-1, 0)
             flat = part.packing.unpack(half).T
-            index = torch.cat([torch.arange(a, b, device=self.device) for a, b in part.slices])
-            out[index.unsqueeze(1), index] = flat
+            lengths = [b - a for a, b in part.slices]
+            for (a, b), rows in zip(part.slices, flat.split(lengths), strict=True):
+                for (c, d), piece in zip(part.slices, rows.split(lengths, 1), strict=True):
+                    out[a:b, c:d] = piece
         return out
 
     def diag(self) -> Tensor:

@@ -1,0 +1,223 @@
+"""What the algorithms share: random, orthonormal and unit rows, estimates with an error, and restarted solves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import chunk_length
+
+#: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
+Matvec = Callable[[Tensor], Tensor]
+#: A way to draw probes: ``sampler(count, size, like=, generator=)``.
+Sampler = Callable[..., Tensor]
+
+
+# Random rows: independent, of mean zero and covariance one, made on the generator's device
+
+
+def rademacher(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Signs ``(count, size)``: of all probes those of least variance for a trace; exact on a diagonal matrix.
+
+    >>> rademacher(3, 2, like=torch.empty(0)).abs()
+    tensor([[1., 1.],
+            [1., 1.],
+            [1., 1.]])
+    """
+    device = like.device if generator is None else generator.device
+    signs = torch.randint(0, 2, (count, size), dtype=torch.int8, device=device, generator=generator)
+    return (2 * signs - 1).to(like)
+
+
+def gaussian(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal rows ``(count, size)``.
+
+    >>> gaussian(3, 2, like=torch.empty(0)).shape
+    torch.Size([3, 2])
+    """
+    device = like.device if generator is None else generator.device
+    return torch.randn(count, size, dtype=like.dtype, device=device, generator=generator).to(like)
+
+
+def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Rows ``(count, size)`` uniform on the sphere of radius sqrt(size).
+
+    >>> sphere(3, 4, like=torch.empty(0)).norm(dim=1)
+    tensor([2., 2., 2.])
+    """
+    rows = gaussian(count, size, like=like, generator=generator)
+    return rows * (size**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+# Rows of a basis
+
+
+def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0.0) -> Tensor:
+    """Orthonormal rows that span what ``rows`` adds to an orthonormal ``basis``; what is not above ``floor`` (a
+    singular value) is left out, so there may be fewer.
+
+    >>> orthonormal_rows(torch.tensor([[3.0, 4.0, 0.0], [6.0, 8.0, 0.0]])).abs()
+    tensor([[0.6000, 0.8000, 0.0000]])
+
+    Source: "twice is enough", Giraud, Langou, Rozloznik (2005), Comput. Math. Appl. 50.
+    """
+    out = rows
+    for turn in range(2):
+        if basis is not None and len(basis):
+            out = out - (out @ basis.mT) @ basis
+        if not len(out):
+            break
+        q, r = torch.linalg.qr(out.mT)
+        u, s, _ = torch.linalg.svd(r, full_matrices=False)
+        # What the second turn still shortens was rounding error along the basis.
+        out = (q @ u[:, s > (0.5 if turn else max(floor, _noise(out) * float(s[0])))]).mT
+    return out
+
+
+def to_dense(matvec: Matvec, size: int, like: Tensor) -> Tensor:
+    """The matrix, by ``size`` products."""
+    out = like.new_empty(size, size)
+    step = chunk_length(size * like.element_size(), size)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        unit = like.new_zeros(stop - start, size)
+        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+        out[:, start:stop] = matvec(unit).mT
+    return out
+
+
+def _noise(rows: Tensor) -> float:
+    """The relative size of what rounding leaves of a vector that should vanish."""
+    return 4 * torch.finfo(rows.dtype).eps * max(4.0, rows.shape[-1] ** 0.5)
+
+
+# Estimates
+
+
+class Estimate(NamedTuple):
+    """A value known up to a random error: the convention of the whole library.
+
+    value: the estimate. error: its standard error, of the same shape, such that ``value +- 1.96 error`` is a 95 %
+    interval (for few probes it is widened by Student's quantile: by 15 % with ten, by 3 % with fifty). Zero where
+    the value is exact. products: how many vectors were multiplied with the matrix.
+    """
+
+    value: Tensor
+    error: Tensor
+    products: int
+
+
+def mean_of(samples: Tensor, products: int) -> Estimate:
+    """The mean over the first axis, with its standard error.
+
+    >>> mean_of(torch.tensor([1.0, 2.0, 3.0]), products=3)
+    Estimate(value=tensor(2.), error=tensor(1.2674), products=3)
+    """
+    n = len(samples)
+    return Estimate(samples.mean(0), samples.std(0) * (widening(n) / n**0.5), products)
+
+
+def widening(n: int) -> float:
+    """The 97.5 % quantile of Student's t with n - 1 degrees of freedom, over that of the normal distribution."""
+    if n < 2:
+        raise ValueError("an error needs at least two probes")
+    z, d = 1.959964, n - 1
+    if d <= 4:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[d - 1] / z
+    # Expansion of the quantile in 1 / d: Abramowitz and Stegun (1964), 26.7.5.
+    t2, t4, t6 = z**2 + 1, 5 * z**4 + 16 * z**2 + 3, 3 * z**6 + 19 * z**4 + 17 * z**2 - 15
+    return 1 + t2 / (4 * d) + t4 / (96 * d**2) + t6 / (384 * d**3)
+
+
+# Solves
+
+
+class Solution(NamedTuple):
+    """x: the solutions, a row each. residuals: relative residuals ``(k,)``, recomputed from x at the end.
+    products: how many calls of ``matvec``, each on all rows that were not finished.
+    """
+
+    x: Tensor
+    residuals: Tensor
+    products: int
+
+
+def retire(
+    step: Callable[..., tuple[Tensor, ...]],
+    finished: Callable[..., Tensor],
+    state: Sequence[Tensor],
+    limit: int,
+) -> tuple[tuple[Tensor, ...], int]:
+    """Repeat ``step`` on a state of tensors with a common first axis, without the rows that are ``finished``; at
+    most ``limit`` times. The final state of all rows, and the number of steps.
+    """
+    out = tuple(t.clone() for t in state)
+    state = tuple(state)
+    rows = torch.arange(len(state[0]), device=state[0].device)
+    for count in range(limit + 1):
+        done = finished(*state)
+        if count == limit:
+            done = torch.ones_like(done)
+        if bool(done.any()):
+            for whole, part in zip(out, state, strict=True):
+                whole[rows[done]] = part[done]
+            state, rows = tuple(t[~done] for t in state), rows[~done]
+        if not len(rows):
+            break
+        state = step(*state)
+    return out, count
+
+
+def solve(
+    name: str,
+    inner: Callable[[Tensor, Tensor, int], tuple[Tensor, int, str]],
+    residual: Callable[[Tensor, Tensor], Tensor],
+    measure: Callable[[Tensor], Tensor],
+    b: Tensor,
+    x: Tensor,
+    *,
+    rtol: float,
+    max_products: int,
+    warm: bool,
+) -> Solution:
+    """Repeat an inner solver, which follows its residual by a recursion, on the true residual, until that is small.
+
+    inner: ``(residuals, targets, limit) -> (correction of x, products, what went wrong)``. residual: ``(b, x) -> b -
+    A x``. measure: the size of a residual, which shall come down to ``rtol`` times its value at x = 0. warm: x is
+    not zero.
+    """
+    start = measure(b)
+    x = torch.where((start == 0).unsqueeze(1), 0.0, x)
+    r = residual(b, x) if warm else b
+    products = int(warm)
+    norms = measure(r) if warm else start
+    stuck = torch.zeros_like(norms, dtype=torch.bool)
+    trouble = ""
+    while True:
+        rows = (~(norms <= rtol * start) & ~stuck).nonzero().squeeze(1)
+        if not len(rows) or products >= max_products:
+            break
+        correction, used, trouble = inner(r[rows], 0.5 * rtol * start[rows], max_products - products)
+        trial = x[rows] + correction
+        rest = residual(b[rows], trial)
+        products += used + 1
+        size = measure(rest)
+        better = size < norms[rows]
+        stuck[rows] = ~(size < 0.5 * norms[rows])
+        x[rows] = torch.where(better.unsqueeze(1), trial, x[rows])
+        r = torch.index_put(r, (rows,), torch.where(better.unsqueeze(1), rest, r[rows]))
+        norms[rows] = torch.where(better, size, norms[rows])
+    residuals = norms / torch.where(start > 0, start, 1.0)
+    if bool((residuals <= rtol).all()):
+        return Solution(x, residuals, products)
+    if not trouble and products < max_products:
+        trouble = f"products in {str(b.dtype).removeprefix('torch.')} allow no better; raise rtol or the precision"
+    worst = math.nan if bool(residuals.isnan().any()) else float(residuals.max())
+    raise RuntimeError(
+        f"{name}: relative residual {worst:.2g} after {products} products, the target was {rtol:.2g}: "
+        + (trouble or "raise max_products or rtol, add regul, or give a preconditioner")
+    )
