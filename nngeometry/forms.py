@@ -24,11 +24,14 @@ Map = Callable[[Tensor], Tensor]
 class LayerJacobian(ABC):
     """``J[c, b]`` for ``cotangents`` cotangents and ``examples`` examples, each of packed shape ``shape``."""
 
-    def __init__(self, cotangents: int, examples: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, cotangents: int, examples: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.cotangents = cotangents
         self.examples = examples
         self.shape = shape
         self.dtype = dtype
+        self.device = device
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -102,7 +105,7 @@ class Outer(LayerJacobian):
 
     def __init__(self, inputs: Tensor, g: Tensor, expand: Map | None = None, cols: int | None = None) -> None:
         cols = inputs.shape[-1] if cols is None else cols
-        super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], cols), g.dtype)
+        super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], cols), g.dtype, g.device)
         self.inputs = inputs
         self.g = g
         self.expand = expand
@@ -196,7 +199,7 @@ class Gather(LayerJacobian):
     """
 
     def __init__(self, ids: Tensor, g: Tensor, size: int) -> None:
-        super().__init__(g.shape[0], g.shape[1], (1, g.shape[3], size), g.dtype)
+        super().__init__(g.shape[0], g.shape[1], (1, g.shape[3], size), g.dtype, g.device)
         self.ids = ids
         self.g = g
         self.size = size
@@ -278,7 +281,7 @@ class Dense(LayerJacobian):
     """The Jacobian itself, for layers with few parameters: j ``(C, B, *shape)``."""
 
     def __init__(self, j: Tensor) -> None:
-        super().__init__(j.shape[0], j.shape[1], tuple(j.shape[2:]), j.dtype)
+        super().__init__(j.shape[0], j.shape[1], tuple(j.shape[2:]), j.dtype, j.device)
         self.j = j
 
     def dense(self) -> Tensor:
@@ -312,9 +315,10 @@ class Lazy(LayerJacobian):
         examples: int,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        device: torch.device,
         offset: int = 0,
     ) -> None:
-        super().__init__(cotangents, examples, shape, dtype)
+        super().__init__(cotangents, examples, shape, dtype, device)
         self.compute = compute
         self.offset = offset
 
@@ -322,14 +326,16 @@ class Lazy(LayerJacobian):
         return self.compute(self.offset, self.offset + self.examples)
 
     def narrow(self, start: int, stop: int) -> Lazy:
-        return Lazy(self.compute, self.cotangents, stop - start, self.shape, self.dtype, self.offset + start)
+        return Lazy(
+            self.compute, self.cotangents, stop - start, self.shape, self.dtype, self.device, self.offset + start
+        )
 
     def fold(self, ratio: int) -> Lazy:
         def compute(start: int, stop: int) -> Tensor:
             whole = self.narrow(start * ratio, stop * ratio).dense()
             return whole.unflatten(1, (-1, ratio)).sum(2)
 
-        return Lazy(compute, self.cotangents, self.examples // ratio, self.shape, self.dtype)
+        return Lazy(compute, self.cotangents, self.examples // ratio, self.shape, self.dtype, self.device)
 
 
 def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
@@ -346,7 +352,7 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     def compute(start: int, stop: int) -> Tensor:
         return _total(f.narrow(start, stop).dense() for f in forms)
 
-    return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype)
+    return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype, first.device)
 
 
 def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tensor]:
@@ -366,12 +372,11 @@ def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
     if all(isinstance(f, Outer) and f.positions == 1 for f in forms) and forms[0].cotangents > 1:
         return _gram_contracted(forms, unpack)  # type: ignore[arg-type]
-    total: Tensor | None = None
+    p = sum(prod(f.shape) for f in forms)
+    total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
     for piece in rows(forms, unpack):
-        j = piece.flatten(0, 1)
-        total = j.T @ j if total is None else total.addmm_(j.T, j)
-    assert total is not None
-    return total
+        add_gram(total, piece.flatten(0, 1))
+    return mirror(total)
 
 
 def _gram_contracted(forms: Sequence[Outer], unpack: Sequence[Map]) -> Tensor:
@@ -405,9 +410,31 @@ def _pair(one: Outer, other: Outer) -> Tensor:
 def _second_moment(x: Tensor) -> Tensor:
     """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
     if x.shape[1] == 1:
-        x = x.squeeze(1)
-        return (x.T @ x).unsqueeze(0)
+        d = x.shape[2]
+        return mirror(add_gram(x.new_zeros(d, d), x.squeeze(1))).unsqueeze(0)
     return torch.einsum("ngi,ngj->gij", x, x)
+
+
+#: Columns at a time in which a symmetric product is made: large enough for GEMM to run at speed.
+_PANEL = 512
+
+
+def add_gram(total: Tensor, x: Tensor) -> Tensor:
+    """Add ``x^T x`` to the lower triangle of ``total`` in place: half the work of the whole product."""
+    d = x.shape[1]
+    for start in range(0, d, _PANEL):
+        stop = min(start + _PANEL, d)
+        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+    return total
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copy the lower triangle, in panels, to the upper one in place."""
+    d = total.shape[0]
+    for start in range(0, d, _PANEL):
+        stop = min(start + _PANEL, d)
+        total[:start, start:stop] = total[start:stop, :start].T
+    return total
 
 
 def _total(pieces: Iterator[Tensor]) -> Tensor:

@@ -486,7 +486,7 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         flat = torch.cat([mine.get(k, zero) for k, zero in enumerate(zeros)], -1)
         return layer.packing.pack(flat)
 
-    return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype)
+    return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)
 
 
 @contextmanager

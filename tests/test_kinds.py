@@ -5,7 +5,7 @@ import pytest
 import torch
 from models import CASES
 
-from nngeometry import Gaussian, Generator, LayerCollection, memory_budget
+from nngeometry import Gaussian, Generator, LayerCollection, forms, memory_budget
 from nngeometry.likelihood import Cotangents
 
 
@@ -114,3 +114,10 @@ def test_sub_collections(name):
         lc = whole.select(lambda x, layer=layer: x.name == layer)
         expected = oracle.jacobian(model, batch, function, lc)
         assert oracle.relative(streamed(model, batch, function, lc), expected) < 1e-10
+
+
+@pytest.mark.parametrize("d", [1, 5, 511, 512, 513, 1300])
+def test_symmetric_products(d):
+    x = torch.randn(7, d)
+    total = forms.mirror(forms.add_gram(forms.add_gram(torch.zeros(d, d), x[:3]), x[3:]))
+    torch.testing.assert_close(total, x.T @ x)

@@ -91,7 +91,7 @@ def generic(
             )
             return by_loop(xs, gs).to(dtype)
 
-    return Lazy(compute, cotangents, examples, (numel,), dtype)
+    return Lazy(compute, cotangents, examples, (numel,), dtype, gys[0][1].device)
 
 
 class _attributes_kept:
