@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import data
 from .blocks import Operator
-from .generator import Evaluator, Generator
+from .evaluator import Evaluator
+from .generator import Generator
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, Loss
 from .losses import output_loss
@@ -154,4 +155,4 @@ class LossCurvature(Evaluator):
         else:
             matvec = finite_difference(self, examples, total, self.loss.mean, self.products.step)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return Operator(matvec, self.layer_collection.numel(), None, None, like)
+        return Operator(matvec, self.layer_collection.numel(), None, None, like, psd=False)

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .kinds import Kind, Packing, kind_of
 
-#: What selects layers: a name (also of a parent module), a module type, or a predicate on layers.
-Selector = "str | type[nn.Module] | Callable[[Layer], bool]"
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -26,7 +23,11 @@ class Layer:
     params: tuple[tuple[str, tuple[int, ...]], ...]
     packing: Packing
     kronecker: bool
+    kind_name: str = field(default="?", compare=False)
     module_type: type[nn.Module] | None = field(default=None, compare=False)
+
+    def __reduce__(self) -> Any:  # the type may be one that cannot be pickled
+        return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name)
 
     def numel(self) -> int:
         """Number of scalar parameters."""
@@ -41,10 +42,6 @@ class Layer:
     def bias(self) -> tuple[int, ...] | None:
         """Shape of the parameter named ``bias``, None if the layer has none."""
         return dict(self.params).get("bias")
-
-    @property
-    def kind_name(self) -> str:
-        return "?" if self.module_type is None else self.module_type.__name__
 
     def matches(self, selector: Any) -> bool:
         """Whether a name (of the layer or of a module above it), a module type or a predicate selects this layer."""
@@ -122,12 +119,12 @@ class LayerCollection:
             raise ValueError(f"layer {name!r} is in the collection already")
         self.layers[name] = layer
 
-    def add_layer_from_model(self, model: nn.Module, module: nn.Module) -> None:
-        """Append the layer of one module of the model, in place."""
+    def add_layer_from_model(self, model: nn.Module, module: nn.Module, frozen: bool = False) -> None:
+        """Append the layer of one module of the model, in place. frozen: its frozen parameters too."""
         names = [name for name, m in model.named_modules() if m is module]
         if not names:
             raise ValueError(f"the given {type(module).__name__} is not a module of the model")
-        found = LayerCollection.from_model(model, lambda layer: layer.name == names[0], frozen=True)
+        found = LayerCollection.from_model(model, lambda layer: layer.name == names[0], frozen=frozen)
         self.add_layer(names[0], found[names[0]])
 
     def select(self, *selectors: Any) -> LayerCollection:
@@ -261,16 +258,23 @@ def split(layer: Layer, flat: Tensor) -> list[Tensor]:
     ]
 
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
+
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str, nn.Parameter]]]:
     """Every module that owns parameters, each once, with its kind and those parameters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+        if any(name.startswith(prefix) for prefix in inside) or isinstance(module, _LISTS):
             continue
         kind = kind_of(module)
         if kind.whole:
             inside = (*inside, name + "." if name else "")
         params = dict(module.named_parameters(recurse=kind.whole))
+        if not kind.whole:
+            for k, child in module.named_children():
+                if isinstance(child, _LISTS):  # it has no forward: its parameters act in that of its owner
+                    params.update({f"{k}.{j}": p for j, p in child.named_parameters()})
         if params:
             yield name, module, kind, params
 
@@ -287,6 +291,8 @@ def _layer(
     natural = kind.packing is not None and not shared and next(iter(own)) == "weight"
     if natural and (own.keys() == params.keys() or kind.kronecker):
         assert kind.packing is not None
-        return Layer(name, shapes, kind.packing(module, "bias" in own), kind.kronecker, type(module))
+        return Layer(
+            name, shapes, kind.packing(module, "bias" in own), kind.kronecker, type(module).__name__, type(module)
+        )
     numel = sum(p.numel() for p in own.values())
-    return Layer(name, shapes, Packing.flat(numel), False, type(module))
+    return Layer(name, shapes, Packing.flat(numel), False, type(module).__name__, type(module))

@@ -35,7 +35,7 @@ class Cotangents:
 
 def diagonal_cotangents(scale: Tensor) -> Cotangents:
     """For each element of an example's output, ``scale`` there and zero elsewhere: scale ``(B, *out)``."""
-    flat = scale.flatten(1)
+    flat = scale.reshape(len(scale), -1)
 
     def take(start: int, stop: int) -> Tensor:
         s = flat.new_zeros(stop - start, *flat.shape)
@@ -138,18 +138,24 @@ class Poisson(_Elementwise):
 class Categorical(Likelihood):
     """One of K classes with logits f along axis ``dim`` (1, as in ``nn.CrossEntropyLoss``): H = diag(p) - p p^T.
 
-    The other axes are independent positions. The square root is the triangular one with K - 1 columns of
-    Tanabe and Sagae (1992, J. R. Stat. Soc. B 54), computed in log space so that no p underflows:
-    column i is ``sqrt(p_i P(j>i) / P(j>=i)) (e_i - softmax(f_j; j > i))``.
+    The other axes are independent positions (refused with ``positions=False``). The square root is the triangular
+    one with K - 1 columns of Tanabe and Sagae (1992, J. R. Stat. Soc. B 54), computed in log space so that no p
+    underflows: column i is ``sqrt(p_i P(j>i) / P(j>=i)) (e_i - softmax(f_j; j > i))``.
 
     >>> Categorical().sqrt(torch.zeros(5, 10)).count
     9
     """
 
     dim: int = 1
+    positions: bool = True
 
     def _rows(self, f: Tensor) -> Tensor:
         """``(B, positions, K)``."""
+        if not self.positions and f.ndim != 2:
+            raise ValueError(
+                f'variant="classif_logits" expects outputs (n, K), got {tuple(f.shape)}: for several positions use '
+                '"segmentation_logits" (n, K, ...) or Categorical(dim=-1) (n, ..., K)'
+            )
         if f.ndim < 2:
             raise ValueError(
                 f"Categorical: logits of shape {tuple(f.shape)} have no axis of classes; use Bernoulli for single "
@@ -207,7 +213,7 @@ class Categorical(Likelihood):
 
 #: The names of NNGeometry for the likelihoods.
 VARIANTS: dict[str, Likelihood] = {
-    "classif_logits": Categorical(),
+    "classif_logits": Categorical(positions=False),
     "classif_binary_logits": Bernoulli(),
     "regression": Gaussian(),
     "segmentation_logits": Categorical(),
@@ -237,11 +243,31 @@ def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
         loss.reduction = "none"  # type: ignore[assignment]
     leaf = f.detach().requires_grad_()
     with torch.enable_grad():
-        values = loss(leaf, *targets)
-        if values.ndim == 0 or values.shape[0] != f.shape[0]:
-            raise ValueError(
-                f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
-                'return the unreduced loss (reduction="none")'
-            )
+        values = per_example(loss, leaf, *targets)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    if not bool(torch.isfinite(gradient).all()):
+        raise ValueError("loss: its gradient has NaN or infinite entries: check the targets of this minibatch")
     return gradient
+
+
+def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
+    """The losses of the examples, ``(B, ...)``, checked to be one (or several) for each, of its own output alone."""
+    values = loss(f, *targets)
+    if values.ndim == 0 or values.shape[0] != f.shape[0]:
+        raise ValueError(
+            f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
+            'return the unreduced loss (reduction="none")'
+        )
+    if f.shape[0] > 1 and values.requires_grad:
+        probe = f.detach().requires_grad_()
+        with torch.enable_grad():
+            first = loss(probe, *targets)[0].sum()
+            (reached,) = torch.autograd.grad(first, probe, allow_unused=True, materialize_grads=True)
+        if bool(reached[1:].count_nonzero()):
+            raise ValueError(
+                "loss: the value of the first example depends on the outputs of others (an average over the batch, or "
+                f"outputs {tuple(f.shape)} broadcast against targets of another shape): return one value for each "
+                "example, "
+                "of its own output"
+            )
+    return values

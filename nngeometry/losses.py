@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .likelihood import Categorical, Cotangents, Loss, diagonal_cotangents
+from .likelihood import Categorical, Cotangents, Loss, diagonal_cotangents, per_example
 
 
 class OutputLoss(ABC):
@@ -139,13 +139,7 @@ class _Callable:
         self.loss = loss
 
     def total(self, f: Tensor, *targets: Any) -> Tensor:
-        values = self.loss(f, *targets)
-        if values.ndim == 0 or values.shape[0] != f.shape[0]:
-            raise ValueError(
-                f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}: "
-                'return the unreduced loss (reduction="none"); the library takes the mean over examples'
-            )
-        return values.sum()
+        return per_example(self.loss, f, *targets).sum()
 
     def weight(self, f: Tensor, *targets: Any) -> float:
         return f.shape[0]
@@ -159,9 +153,9 @@ class _Callable:
                 torch.autograd.grad(gk.sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
                 if gk.requires_grad
                 else torch.zeros_like(leaf)
-                for gk in g.flatten(1).unbind(1)
+                for gk in g.reshape(len(g), -1).unbind(1)
             ]
-        return torch.stack([c.flatten(1) for c in columns], 2)
+        return torch.stack([c.reshape(len(c), -1) for c in columns], 2)
 
     def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
         l, q = torch.linalg.eigh(self._hessians(f, *targets))
@@ -176,7 +170,7 @@ class _Callable:
         return Cotangents.of(s.movedim(2, 0).reshape(-1, *f.shape))
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        return torch.einsum("bkl,bl->bk", self._hessians(f, *targets), u.flatten(1)).view_as(f)
+        return torch.einsum("bkl,bl->bk", self._hessians(f, *targets), u.reshape(len(u), -1)).view_as(f)
 
 
 def output_loss(loss: Loss) -> OutputLoss | _Callable:

@@ -204,7 +204,7 @@ def _matrix(
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
     def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        if n_output is not None and f.flatten(1).shape[1] != n_output and f.shape[1:2] != (n_output,):
+        if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
             raise ValueError(
                 f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
                 "example: leave n_output out"

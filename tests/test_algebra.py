@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import oracle
 import pytest
@@ -26,6 +27,7 @@ from nngeometry import (
     PMatQuasiDiag,
     PVector,
     Relative,
+    linalg,
     memory_budget,
     random_pvector,
 )
@@ -416,8 +418,29 @@ def test_implicit():
     flat = v.to_torch().clone().requires_grad_()
     F.vTMv(PVector(F.layer_collection, flat)).backward()
     close(flat.grad, 2 * M @ v.to_torch())
-    with pytest.raises(NotImplementedError, match="PMatLowRank or PMatDense"):
-        F.eig(3)
+    expected = torch.linalg.eigvalsh(M).flip(0)
+    l, vectors = F.eig(3)
+    torch.testing.assert_close(l, expected[:3])
+    close(F.mv(vectors[0]), l[0] * vectors[0].to_torch())
+    close(F.norm(2), expected[0])
+    dense = M + 0.1 * eye(M)
+    assert oracle.relative(F.inv(0.1).mv(v).to_torch(), torch.linalg.solve(dense, v.to_torch())) < 1e-5
+    half = FIM_OF("dense").pow(0.5).to_torch()
+    assert oracle.relative(F.pow(0.5).mv(v).to_torch(), half @ v.to_torch()) < 1e-6
+    assert (
+        oracle.relative(
+            (F + 0.1 * PMatEye(F.layer_collection)).pow(-0.5).mv(v).to_torch(),
+            FIM_OF("dense").inv(0.1).pow(0.5).mv(v).to_torch(),
+        )
+        < 1e-6
+    )
+    preconditioned = F.solve(v, 0.1, rtol=1e-9, preconditioner=FIM_OF("kfac"))
+    assert oracle.relative(preconditioned.to_torch(), torch.linalg.solve(dense, v.to_torch())) < 1e-7
+    estimate = F.trace(estimator=partial(linalg.xtrace, products=40, generator=torch.Generator().manual_seed(0)))
+    assert abs(float(estimate.value - M.trace())) < 6 * float(estimate.error) + 1e-9
+    for operation in (F.logdet, F.eigenvalues, F.norm, F.eig):
+        with pytest.raises((NotImplementedError, ValueError), match=r"known by its products"):
+            operation()
     with pytest.raises(TypeError, match="cannot be saved"):
         F.save("nowhere")
     with torch.no_grad():  # it stays the matrix at the parameters that it was made with

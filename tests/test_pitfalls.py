@@ -169,7 +169,7 @@ def net(middle, train=True):
         (lambda: nn.BatchNorm1d(4, track_running_stats=False).eval(), r"layer '1' \(BatchNorm1d\) normalises"),
         (lambda: nn.Dropout(0.5), r"layer '1' \(Dropout\) drops units at random"),
         (Noise, "draws random numbers"),
-        (Centre, "layer '0': the output for one example depends on the others"),
+        (Centre, "depends on the others"),
         (Count, "changes its buffers 1.calls"),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "changes its buffers"),
     ],

@@ -15,10 +15,12 @@ FLOORS = [
     ["memory", "autograd", "forms", "likelihood", "losses", "data", "layers", "linalg"],
     ["kinds", "blocks"],
     ["layercollection"],
+    ["evaluator"],
     ["generator"],
     ["object"],
     ["metrics"],
     ["hessian"],
+    ["spectrum"],
     ["plot"],
     ["__init__"],
 ]

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..linalg import cg, eigsh, funm, minres
 from ..memory import require
 
-Function = Callable[[Tensor], Tensor]
+Map = Callable[[Tensor], Tensor]
 #: One number, or a positive one for each coordinate.
 Regul = float | Tensor
 
@@ -57,6 +58,18 @@ class Block(ABC):
         """Whether it equals its transpose; sums and direct sums of symmetric blocks do, products do not."""
         return True
 
+    @property
+    def by_products(self) -> bool:
+        """Whether entries are known by products alone: then verbs that need the whole matrix are iterative, or
+        raise.
+        """
+        return False
+
+    @property
+    def definite(self) -> bool:
+        """Whether it is known to be positive semidefinite."""
+        return False
+
     # Derived, and overridden where the structure makes it cheaper.
 
     @property
@@ -76,7 +89,14 @@ class Block(ABC):
         """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k,
         *shape)``.
         """
-        return self.eig().top(k)
+        if not self.by_products:
+            return self.eig().top(k)
+        if k is None:
+            raise ValueError("eig: say how many, eig(k): a matrix known by its products has them by Lanczos")
+        if k == 0:
+            return self._empty().new_zeros(0), self._empty().new_zeros(0, self.numel)
+        pairs = eigsh(self._product, self.numel, k, like=self._empty())
+        return pairs.values, pairs.vectors
 
     def trace(self) -> Tensor:
         return self.diag().sum()
@@ -85,6 +105,8 @@ class Block(ABC):
         """Frobenius (None, "fro"), spectral (2), smallest singular value (-2), or nuclear norm ("nuc")."""
         if ord is None or ord == "fro":
             return self._frobenius()
+        if ord == 2 and self.by_products:
+            return eigsh(self._product, self.numel, 1, which="magnitude", like=self._empty()).values.abs()[0]
         if ord == 2:
             return self.eigenvalues().abs().max()
         if ord == -2:
@@ -96,9 +118,9 @@ class Block(ABC):
     def _frobenius(self) -> Tensor:
         return torch.linalg.vector_norm(self._as_dense("norm").data)
 
-    def apply(self, f: Function) -> Block:
+    def apply(self, f: Map) -> Block:
         """f(M), with f applied to the eigenvalues."""
-        return self.eig().apply(f)
+        return Function(self, f) if self.by_products else self.eig().apply(f)
 
     def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
@@ -113,7 +135,35 @@ class Block(ABC):
         return regul.rsqrt().reshape(self.shape)
 
     def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._as_dense("solve")._solve(V, regul)
+        return self.iterate(V, regul) if self.by_products else self._as_dense("solve")._solve(V, regul)
+
+    def iterate(self, V: Tensor, regul: Regul, rtol: float | None = None, precondition: Map | None = None) -> Tensor:
+        """``(M + regul)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
+
+        rtol: of the true residual, by default 1e-6 (100 eps if that is more). precondition: approximates
+        ``(M + regul)^-1`` on ``(k, p)``; for conjugate gradients.
+        """
+        with torch.no_grad():
+            b = V.reshape(-1, self.numel)
+            shift = regul.reshape(-1) if isinstance(regul, Tensor) else regul
+            tolerance = max(1e-6, 100 * torch.finfo(self.dtype).eps) if rtol is None else rtol
+
+            def shifted(rows: Tensor) -> Tensor:
+                return self._product(rows) + shift * rows
+
+            if self.definite or precondition is not None:
+                x = cg(shifted, b, rtol=tolerance, preconditioner=precondition).x
+            else:
+                x = minres(shifted, b, rtol=tolerance).x
+            return x.view(V.shape)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """``(k, p) -> (k, p)``, outside of autograd."""
+        with torch.no_grad():
+            return self.mv(rows.reshape(-1, *self.shape)).reshape(-1, self.numel)
+
+    def _empty(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def inv(self, regul: Regul = 0.0) -> Block:
         """``(M + regul)^-1``. Raises ``ValueError`` if that is singular to working precision."""
@@ -123,7 +173,7 @@ class Block(ABC):
         return self._inv(regul)
 
     def _inv(self, regul: float) -> Block:
-        return self._as_dense("inverse")._inv(regul)
+        return Inverse(self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
 
     def logdet(self, regul: Regul = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
@@ -149,6 +199,8 @@ class Block(ABC):
         """M**exponent. Raises ``ValueError`` where an eigenvalue makes it undefined."""
         if exponent == 1:
             return self
+        if self.by_products:
+            return self.apply(_power(exponent))
         spectral = self.eig()
         l = spectral.eigenvalues()
         if exponent < 0:
@@ -220,7 +272,7 @@ class Block(ABC):
         """What it is, in a word or two, for tables."""
         return type(self).__name__
 
-    def map(self, fn: Function) -> Block:
+    def map(self, fn: Map) -> Block:
         """The same block with ``fn`` applied to every tensor."""
         return type(self)(**{f.name: _map(fn, getattr(self, f.name)) for f in fields(self)})
 
@@ -240,7 +292,13 @@ class Block(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}  # without caches
 
     def _as_dense(self, operation: str) -> Any:
-        """As a dense matrix, if it fits the memory budget."""
+        """As a dense matrix, if it fits the memory budget and takes no products."""
+        if self.by_products:
+            raise NotImplementedError(
+                f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an "
+                "estimator of "
+                "nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"
+            )
         from_ = type(self).__name__
         require(
             self.numel**2 * self.dtype.itemsize,
@@ -280,7 +338,7 @@ def check_held(l: Tensor, k: int | None, rest: Tensor) -> None:
         )
 
 
-def _map(fn: Function, value: Any) -> Any:
+def _map(fn: Map, value: Any) -> Any:
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, Block):
@@ -375,7 +433,7 @@ class Spectral(Block):
     def _frobenius(self) -> Tensor:
         return (self.l.square().sum() + self._missing * self.rest.square()).sqrt()
 
-    def apply(self, f: Function) -> Spectral:
+    def apply(self, f: Map) -> Spectral:
         return Spectral(self.basis, f(self.l), f(self.rest) if self._missing else self.rest)
 
     def _solve(self, V: Tensor, regul: float) -> Tensor:
@@ -432,7 +490,7 @@ class Eye(Block):
     def _frobenius(self) -> Tensor:
         return self.c.abs() * self.numel**0.5
 
-    def apply(self, f: Function) -> Eye:
+    def apply(self, f: Map) -> Eye:
         return Eye(f(self.c), self.size)
 
     def _solve(self, V: Tensor, regul: float) -> Tensor:
@@ -489,7 +547,7 @@ class Diag(Block):
     def _frobenius(self) -> Tensor:
         return torch.linalg.vector_norm(self.d)
 
-    def apply(self, f: Function) -> Diag:
+    def apply(self, f: Map) -> Diag:
         return Diag(f(self.d))
 
     def pow(self, exponent: float) -> Block:
@@ -550,6 +608,89 @@ class Compression(Block):
     def symmetric(self) -> bool:
         return self.inner.symmetric
 
+    @property
+    def by_products(self) -> bool:
+        return self.inner.by_products
+
+    @property
+    def definite(self) -> bool:
+        return self.inner.definite
+
+
+@dataclass(frozen=True, eq=False)
+class Function(Block):
+    """f(M) of a matrix known by its products, by Lanczos."""
+
+    inner: Block
+    f: Map
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def by_products(self) -> bool:
+        return True
+
+    def mv(self, V: Tensor) -> Tensor:
+        flat = V.reshape(-1, self.numel)
+        return Symmetric.apply(lambda rows: funm(self.inner._product, rows, self.f), flat).view(V.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse(Block):
+    """``(M + regul)^-1`` of a matrix known by its products, by one solve for each product."""
+
+    inner: Block
+    regul: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def by_products(self) -> bool:
+        return True
+
+    @property
+    def definite(self) -> bool:
+        return self.inner.definite
+
+    def mv(self, V: Tensor) -> Tensor:
+        return Symmetric.apply(lambda rows: self.inner.iterate(rows, self.regul), V.reshape(-1, self.numel)).view(
+            V.shape
+        )
+
+    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
+        if not isinstance(regul, Tensor) and regul == 0:
+            return self.inner.mv(V) + self.regul * V
+        return super().solve(V, regul)
+
+
+class Symmetric(torch.autograd.Function):
+    """``M V`` of a symmetric M given as a function, with derivative M, since M does not depend on V."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Map, V: Tensor) -> Tensor:
+        ctx.product = product
+        return product(V.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, Symmetric.apply(ctx.product, grad)
+
+
+def _power(exponent: float) -> Map:
+    """Lambda**exponent, NaN where it is undefined; rounding below zero counts as zero."""
+
+    def f(l: Tensor) -> Tensor:
+        noise = l.numel() * torch.finfo(l.dtype).eps * l.abs().max()
+        if exponent == int(exponent):
+            return l**exponent
+        return torch.where(l < -100 * noise, torch.nan, l.clamp(min=0) ** exponent)
+
+    return f
+
 
 @dataclass(frozen=True, eq=False)
 class Sum(Block):
@@ -561,6 +702,10 @@ class Sum(Block):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.terms[0].shape
+
+    @property
+    def by_products(self) -> bool:
+        return any(t.by_products for t in self.terms)
 
     def describe(self) -> str:
         return " + ".join(t.describe() for t in self.terms)
@@ -604,6 +749,10 @@ class Product(Block):
     @property
     def symmetric(self) -> bool:
         return False
+
+    @property
+    def by_products(self) -> bool:
+        return self.left.by_products or self.right.by_products
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import Block, Diag, Eye, Function, Spectral, check_invertible
+from .base import Block, Diag, Eye, Map, Spectral, check_invertible
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class Dense(Block):
         inverse = self.eig()._inv(regul)
         return Dense(_dense_batch(inverse), self.out)
 
-    def apply(self, f: Function) -> Dense:
+    def apply(self, f: Map) -> Dense:
         return Dense(_dense_batch(self.eig().apply(f)), self.out)
 
     def pow(self, exponent: float) -> Block:
@@ -131,10 +131,11 @@ class Dense(Block):
 
     def congruence(self, s: Tensor) -> Dense:
         s = s.reshape(self.data.shape[:-1])
-        return Dense(s.unsqueeze(-1) * self.data * s.unsqueeze(-2), self.out)
+        return Dense(s.unsqueeze(-1) * self.data * s.unsqueeze(-2), self.out, self.symmetric)
 
     def restrict(self, s: slice) -> Block:
-        return Dense(self.data[s, s]) if self.data.ndim == 2 else super().restrict(s)
+        # A copy: a view would keep, and save, the whole matrix.
+        return Dense(self.data[s, s].clone(), None, self.symmetric) if self.data.ndim == 2 else super().restrict(s)
 
     def transpose(self) -> Dense:
         return Dense(self.data.mT, self._into, self.symmetric, self.shape)

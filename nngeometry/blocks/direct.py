@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Function, Regul, Spectral, add, check_held, matmul
+from .base import Block, Map, Regul, Spectral, add, check_held, matmul
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Direct(Block):
     def _frobenius(self) -> Tensor:
         return torch.stack([part.block.norm() for part in self.parts]).square().sum().sqrt()
 
-    def apply(self, f: Function) -> Direct:
+    def apply(self, f: Map) -> Direct:
         return self._each(lambda block: block.apply(f))
 
     def pow(self, exponent: float) -> Direct:
@@ -184,7 +184,7 @@ class Direct(Block):
     def tensors(self) -> list[Tensor]:
         return [t for part in self.parts for t in part.block.tensors()]
 
-    def map(self, fn: Function) -> Direct:
+    def map(self, fn: Map) -> Direct:
         return self._each(lambda block: block.map(fn))
 
     def state(self) -> dict[str, Any]:

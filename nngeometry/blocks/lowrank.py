@@ -36,8 +36,10 @@ class LowRank(Block):
         return self.rows.square().sum(1) @ self.weights
 
     def _frobenius(self) -> Tensor:
+        if bool((self.weights < 0).any()):  # the sum below would cancel
+            return torch.linalg.vector_norm(self._eig.l)
         gram = self.rows @ self.rows.T
-        return (self.weights @ gram.square() @ self.weights).clamp(min=0).sqrt()
+        return torch.linalg.vector_norm(self.weights.sqrt().unsqueeze(1) * gram * self.weights.sqrt())
 
     @cached_property
     def _eig(self) -> Spectral:
@@ -61,7 +63,7 @@ class LowRank(Block):
         return LowRank(self.rows * s, self.weights)
 
     def restrict(self, s: slice) -> LowRank:
-        return LowRank(self.rows[:, s], self.weights)
+        return LowRank(self.rows[:, s].clone(), self.weights)
 
     def scale(self, c: float) -> LowRank:
         return LowRank(self.rows, c * self.weights)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import require
-from .base import Block, Diag, Eye, Spectral, check_invertible
+from .base import Block, Diag, Eye, Regul, Spectral, check_invertible
 from .dense import Dense
 
 
@@ -16,7 +16,7 @@ from .dense import Dense
 class QuasiDiag(Block):
     """For each row an arrowhead matrix, ``[[diag(d[:-1]), cross], [cross^T, d[-1]]]`` (Ollivier 2015, 1303.0818).
 
-    d: ``(..., cols)``; cross: ``(..., cols - 1)``.
+    d: ``(..., cols)``; cross: ``(..., cols - 1)``. It may be indefinite although the whole matrix is not.
     """
 
     d: Tensor
@@ -70,6 +70,14 @@ class QuasiDiag(Block):
         body, schur = self._eliminated(regul)
         tip = (V[..., -1:] - (self.cross / body * V[..., :-1]).sum(-1, keepdim=True)) / schur
         return torch.cat([(V[..., :-1] - self.cross * tip) / body, tip], -1)
+
+    def logdet(self, regul: Regul = 0.0) -> Tensor:
+        if isinstance(regul, Tensor):
+            return super().logdet(regul)
+        body, schur = self._eliminated(regul)
+        if bool((body < 0).any()) or bool((schur < 0).any()):
+            raise ValueError(f"logdet: the matrix plus regul={regul} has negative eigenvalues: use a larger regul")
+        return body.log().sum() + schur.log().sum()
 
     def _inv(self, regul: float) -> Block:
         return self.eig()._inv(regul)

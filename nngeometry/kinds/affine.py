@@ -25,13 +25,19 @@ def _rows_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix(view, (0, 1, 2), view[:2], bias)
 
 
-@kind(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, packing=_rows_packing, kronecker=True)
+@kind(
+    nn.Linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+    packing=_rows_packing,
+    kronecker=True,
+    features_last=True,
+)
 def linear(module: Any, gy: Tensor, x: Tensor) -> Outer:
     a = _with_one(x.reshape(x.shape[0], -1, 1, x.shape[-1]), module.bias)
     return Outer(a, gy.reshape(*gy.shape[:2], -1, 1, gy.shape[-1]))
 
 
-@kind(nn.Bilinear, packing=_rows_packing, kronecker=True)
+@kind(nn.Bilinear, packing=_rows_packing, kronecker=True, features_last=True)
 def bilinear(module: nn.Bilinear, gy: Tensor, x1: Tensor, x2: Tensor) -> LayerJacobian:
     product = (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
     return linear(module, gy, product)
@@ -117,7 +123,7 @@ def _columns_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix((cols, 1, rows), (1, 2, 0), (1, rows), bias)
 
 
-@kind(nn.Embedding, packing=_columns_packing, kronecker=True)
+@kind(nn.Embedding, packing=_columns_packing, kronecker=True, features_last=True)
 def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
     if module.max_norm is not None or module.scale_grad_by_freq:
         option = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
@@ -137,4 +143,4 @@ def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
 @when_imported("transformers.pytorch_utils")
 def _huggingface() -> None:
     conv1d = sys.modules["transformers.pytorch_utils"].Conv1D  # a Linear whose weight is stored transposed
-    kind(conv1d, packing=_columns_packing, kronecker=True)(linear)
+    kind(conv1d, packing=_columns_packing, kronecker=True, features_last=True)(linear)

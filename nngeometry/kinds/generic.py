@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def generic(
     def outputs(p: dict[str, Tensor], xs: Sequence[Any]) -> tuple[Tensor, ...]:
         batch_of_one = [x.unsqueeze(a) if a is not None else x for x, a in zip(xs, axes, strict=True)]
         args, kwargs = pytree.tree_unflatten(batch_of_one, tree)
-        found = pytree.tree_leaves(functional_call(module, p, args, kwargs))
+        found = pytree.tree_leaves(functional_call(module, p, args, kwargs, tie_weights=False))
         return tuple(found[k].reshape(g.shape[2:]) for k, g in gys)
 
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
@@ -74,7 +75,7 @@ def generic(
     def compute(start: int, stop: int) -> Tensor:
         xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
         gs = tuple(g[:, start:stop] for _, g in gys)
-        with _attributes_kept(module), warnings.catch_warnings():
+        with _undisturbed(module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if isinstance(module, _NO_VMAP):
                 return by_loop(xs, gs).to(dtype)
@@ -94,14 +95,25 @@ def generic(
     return Lazy(compute, cotangents, examples, (numel,), dtype, gys[0][1].device)
 
 
-class _attributes_kept:
-    """Restore the plain tensor attributes of a module: old-style weight_norm overwrites one in every forward."""
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Call a module without the user's hooks on it (they see the recorded call already), its plain tensor
+    attributes kept.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.kept = {k: v for k, v in vars(self.module).items() if isinstance(v, Tensor)}
-
-    def __exit__(self, *_: object) -> None:
-        vars(self.module).update(self.kept)
+    The hooks of torch.nn.utils stay: the old weight_norm computes the weight in one, and stores it.
+    """
+    kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    before = [dict(h) for h in hooks]
+    try:
+        for hook in hooks:
+            for key, function in list(hook.items()):
+                if not type(function).__module__.startswith("torch.nn.utils"):
+                    del hook[key]
+        yield
+    finally:
+        for hook, all_of_them in zip(hooks, before, strict=True):
+            hook.clear()
+            hook.update(all_of_them)
+        for m, attributes in kept:
+            vars(m).update(attributes)

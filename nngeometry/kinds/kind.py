@@ -91,6 +91,7 @@ class Kind:
     function: KindFunction | None
     packing: PackingFunction | None = None
     kronecker: bool = False
+    features_last: bool = False
     whole: bool = False
 
 
@@ -100,7 +101,7 @@ _TABLE: dict[type[nn.Module], Kind] = {}
 
 
 def kind(
-    *types: type[nn.Module], packing: PackingFunction, kronecker: bool = False
+    *types: type[nn.Module], packing: PackingFunction, kronecker: bool = False, features_last: bool = False
 ) -> Callable[[KindFunction], KindFunction]:
     """Register a function as the Jacobian of modules of exactly these types (a subclass may compute something else).
 
@@ -122,7 +123,7 @@ def kind(
 
     def register(function: KindFunction) -> KindFunction:
         for t in types:
-            _TABLE[t] = Kind(function, packing, kronecker)
+            _TABLE[t] = Kind(function, packing, kronecker, features_last)
         return function
 
     return register
@@ -139,6 +140,8 @@ def whole(*types: type[nn.Module]) -> None:
         _TABLE[t] = _WHOLE
 
 
+#: The parameters that the functions of the table know.
+_USUAL = (["weight"], ["weight", "bias"])
 _LATER: dict[str, Callable[[], None]] = {}
 
 
@@ -159,6 +162,6 @@ def kind_of(module: nn.Module) -> Kind:
     if parametrize.is_parametrized(module):
         return _WHOLE
     found = _TABLE.get(type(module), GENERIC)
-    if found.function is not None and not set(dict(module.named_parameters(recurse=False))) <= {"weight", "bias"}:
+    if found.function is not None and list(dict(module.named_parameters(recurse=False))) not in _USUAL:
         return GENERIC  # e.g. the old torch.nn.utils.weight_norm, which replaces the weight on an instance
     return found

@@ -55,7 +55,7 @@ def group_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 
-@kind(nn.LayerNorm, packing=_pairs)
+@kind(nn.LayerNorm, packing=_pairs, features_last=True)
 def layer_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     d = module.weight.numel()
@@ -66,14 +66,14 @@ def _single(module: Any, bias: bool) -> Packing:
     return Packing.flat(module.weight.numel())
 
 
-@kind(nn.RMSNorm, packing=_single)
+@kind(nn.RMSNorm, packing=_single, features_last=True)
 def rms_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.rms_norm(x, module.normalized_shape, eps=module.eps)
     d = module.weight.numel()
     return Dense(torch.einsum("cbtd,btd->cbd", gy.reshape(*gy.shape[:2], -1, d), y.reshape(y.shape[0], -1, d)))
 
 
-@kind(Affine1d, packing=_pairs)
+@kind(Affine1d, packing=_pairs, features_last=True)
 def affine(module: Any, gy: Tensor, x: Tensor) -> Dense:
     d = module.num_features
     return _scaling(module, gy.reshape(*gy.shape[:2], -1, d), x.reshape(x.shape[0], -1, d))

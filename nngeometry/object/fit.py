@@ -179,7 +179,7 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     """The dense block of a layer that has no Kronecker form, if it fits the memory budget."""
     p = layer.numel()
     require(
-        4 * p * p,
+        8 * p * p,
         f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of "
         f"{p} parameters",
         "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer "
@@ -193,8 +193,14 @@ def kron(layer: Layer, reduce: bool) -> Estimator:
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         (j,) = js
-        left = j.left_factor(reduce)  # type: ignore[attr-defined]
-        right, count = j.right_factor(reduce) if n else (0, 0)  # type: ignore[attr-defined]
+        if not isinstance(j, forms.Outer | forms.Gather):
+            raise ValueError(
+                f"layer {layer.name!r}: the layer collection says that it has Kronecker factors, but the module of "
+                "this model "
+                "has not: build it with LayerCollection.from_model(model)"
+            )
+        left = j.left_factor(reduce)
+        right, count = j.right_factor(reduce) if n else (0, 0)
         return left, right, count
 
     def finish(state: State, n: float) -> Block:

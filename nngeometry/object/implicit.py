@@ -50,14 +50,14 @@ def operator(generator: Generator, examples: Any) -> Operator:
             )
 
     if not generator.centred:
-        return Operator(products, size, trace, diagonal, like)
+        return Operator(products, size, trace, diagonal, like, psd=True)
     with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
         mean = mean_jacobian(generator, examples)
 
     def centred(V: Tensor) -> Tensor:
         return products(V) - torch.outer(V @ mean, mean)
 
-    return Operator(centred, size, lambda: trace() - mean.square().sum(), diagonal, like)
+    return Operator(centred, size, lambda: trace() - mean.square().sum(), diagonal, like, psd=True)
 
 
 def trace_of(generator: Generator, examples: Any) -> Tensor:
@@ -88,17 +88,12 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
 
 @contextmanager
 def at(model: nn.Module, parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """The model with other values of some parameters, for a while."""
-    before = [p.detach().clone() for p in parameters]
-    if all(torch.equal(p, v) for p, v in zip(before, values, strict=True)):
-        yield
-        return
+    """The model with other values of some parameters, for a while; a pending backward does not notice."""
+    before = [p.data for p in parameters]
     try:
-        with torch.no_grad():
-            for p, v in zip(parameters, values, strict=True):
-                p.copy_(v)
+        for p, v in zip(parameters, values, strict=True):
+            p.data = v.detach()
         yield
     finally:
-        with torch.no_grad():
-            for p, v in zip(parameters, before, strict=True):
-                p.copy_(v)
+        for p, data in zip(parameters, before, strict=True):
+            p.data = data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +14,7 @@ from ..blocks import Block, Direct, add, matmul
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
-from .fit import Estimator, fit
+from . import fit
 from .map import PFMapDense
 from .vector import FlatArray, PVector, check_same_space
 
@@ -33,6 +33,10 @@ class Relative:
 
 #: What ``regul=`` accepts: a number, Relative(factor), or one of these for each layer by name.
 RegulLike = float | Relative | Mapping[str, "float | Relative"]
+
+
+#: A stochastic estimate from products: ``(matvec, size, like=) -> Estimate``, see :mod:`nngeometry.linalg`.
+Estimator = Callable[..., Any]
 
 
 class PMat:
@@ -76,7 +80,7 @@ class PMat:
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
         layers = list(generator.layer_collection.layers.values())
         if isinstance(generator, Generator):
-            return Direct(tuple(fit(generator, examples, cls.plan(layers, **options))))
+            return Direct(tuple(fit.fit(generator, examples, cls.plan(layers, **options))))
         return cls.project(generator.operator(examples), layers, **options)
 
     @classmethod
@@ -88,7 +92,7 @@ class PMat:
         )
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
+    def plan(cls, layers: Sequence[Layer]) -> list[fit.Estimator]:
         """How this representation estimates a set of layers: one estimator for each of its blocks."""
         raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
 
@@ -123,14 +127,25 @@ class PMat:
 
     # Linear systems
 
-    def solve(self, b: Any, regul: RegulLike = 1e-8) -> Any:
-        """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense: exact, whatever the representation.
+    def solve(
+        self, b: Any, regul: RegulLike = 1e-8, *, rtol: float | None = None, preconditioner: PMat | None = None
+    ) -> Any:
+        """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense, whatever the representation.
 
         regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each
-        layer. Raises ``ValueError`` if M + regul is singular to working precision.
+        layer. A matrix known by its products alone is solved by conjugate gradients (MINRES where it may be
+        indefinite): rtol is the relative residual to reach, by default 1e-6 (1e-5 in float32), and preconditioner
+        another representation, whose own solve with the same regul guides the iteration. All others are exact.
+
+        Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
         """
-        flat = self._of(b)
-        return b._like(self.root.solve(flat, self._regul(regul)))
+        flat, r = self._of(b), self._regul(regul)
+        if not self.root.by_products:
+            return b._like(self.root.solve(flat, r))
+        if preconditioner is None:
+            return b._like(self.root.iterate(flat, r, rtol))
+        inverse = self._other(preconditioner)
+        return b._like(self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r)))
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
@@ -171,8 +186,14 @@ class PMat:
         """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
         return self.root.norm(ord)
 
-    def trace(self, per_layer: bool = False) -> Any:
-        """Trace, a scalar. per_layer: a dict of the traces of the diagonal blocks of the layers."""
+    def trace(self, per_layer: bool = False, estimator: Estimator | None = None) -> Any:
+        """Trace, a scalar, exact. per_layer: a dict of the traces of the diagonal blocks of the layers.
+
+        estimator: for a matrix known by its products only, e.g. ``functools.partial(linalg.xtrace, products=60)``;
+        the result is then an :class:`~nngeometry.linalg.Estimate`, with its standard error.
+        """
+        if estimator is not None:
+            return estimator(self.root.mv, self.size(0), like=self._like())
         return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
 
     def sample(self, generator: torch.Generator | None = None) -> PVector:
@@ -182,13 +203,26 @@ class PMat:
 
     # Entries
 
-    def get_diag(self) -> Tensor:
-        """The diagonal ``(P,)``, in flat parameter order."""
+    def get_diag(self, estimator: Estimator | None = None) -> Any:
+        """The diagonal ``(P,)``, in flat parameter order. estimator: as in :meth:`trace`, e.g. ``linalg.xdiag``."""
+        if estimator is not None:
+            return estimator(self.root.mv, self.size(0), like=self._like())
         return self.root.diag()
 
     def to_torch(self) -> Tensor:
         """The dense matrix ``(P, P)``."""
         return self.root.to_dense()
+
+    def to_scipy(self) -> Any:
+        """As a ``scipy.sparse.linalg.LinearOperator`` on numpy vectors, for ``eigsh``, ``cg``, ``lobpcg``, ..."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(V: Any) -> Any:
+            rows = torch.as_tensor(V, dtype=self.dtype, device=self.device).reshape(self.size(0), -1).T
+            return self.root.mv(rows).T.detach().cpu().numpy().reshape(V.shape)
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.size(), matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype=dtype)
 
     def block(self, name: str) -> PMat:
         """The diagonal block of one layer, as a matrix on that layer alone."""
@@ -297,6 +331,9 @@ class PMat:
         return "\n".join(lines)
 
     # Helpers
+
+    def _like(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""

@@ -8,8 +8,9 @@ gradient on padding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
 from ..autograd import pull
-from ..generator import Evaluator, Generator, check_mode, unchanged
+from ..evaluator import Evaluator, check_mode, unchanged
+from ..generator import Generator
 from ..memory import budget, chunk_length
 
 #: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
@@ -36,8 +38,8 @@ class Products:
     """``V -> M V`` for a matrix that is a sum over minibatches, with the parameters as they are now.
 
     evaluator: the model. linearise: how a minibatch gives its product. mean: whether the sum is divided by what
-    minibatches count. While what autograd saved for them fits the memory budget, minibatches are linearised once
-    and kept, so that a product costs no forward pass; the others are linearised again in every product.
+    minibatches count. If what autograd saved for them fits the memory budget, all minibatches are linearised once and
+    kept, so that a product costs no forward pass; otherwise the data are read and linearised again in every product.
     """
 
     def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise, mean: bool = True) -> None:
@@ -49,8 +51,7 @@ class Products:
         named = evaluator.layer_collection.named_parameters(evaluator.model)
         self.names, parameters = zip(*[(name, p.detach().clone().requires_grad_()) for name, p in named], strict=True)
         self.parameters: list[Tensor] = list(parameters)
-        self._kept: dict[int, tuple[Product, float, int]] = {}
-        self._kept_bytes = 0
+        self._kept: list[tuple[Product, float, int]] | None = None
         self._batched = True
 
     def __call__(self, V: Tensor) -> Tensor:
@@ -59,8 +60,7 @@ class Products:
         V = V.detach().to(self.parameters[0].dtype)
         out = torch.zeros_like(V)
         total = 0.0
-        for position, batch in enumerate(self.evaluator.minibatches(self.examples)):
-            product, weight, held = self._kept.get(position) or self._prepare(position, batch)
+        for product, weight, held in self._kept or self._linearised():
             for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
                 into += product(rows)
             total += weight
@@ -68,14 +68,21 @@ class Products:
             return out.to(self.evaluator.dtype)
         return (out / total).to(self.evaluator.dtype)
 
+    def _linearised(self) -> Iterator[tuple[Product, float, int]]:
+        """Every minibatch linearised; all are kept if together they fit."""
+        keep: list[tuple[Product, float, int]] | None = []
+        for position, batch in enumerate(self.evaluator.minibatches(self.examples)):
+            made = self._prepare(position, batch)
+            if keep is not None:
+                keep.append(made)
+                keep = keep if sum(held for *_, held in keep) <= budget() else None
+            yield made
+        self._kept = keep
+
     def _prepare(self, position: int, batch: data.Batch) -> tuple[Product, float, int]:
         with unchanged(self.evaluator.model), torch.enable_grad(), differentiable_attention():
             product, weight, roots = self.linearise(self.parameters, batch, position)
-        held = saved_bytes(roots)
-        if self._kept_bytes + held <= budget():
-            self._kept[position] = product, weight, held
-            self._kept_bytes += held
-        return product, weight, held
+        return product, weight, saved_bytes(roots)
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Vector-Jacobian products for every row of ``weights``, vectorised unless an operation has no batching
@@ -117,6 +124,8 @@ class _Function(nn.Module):
 def gauss_newton(generator: Generator, examples: Any) -> Products:
     """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
 
+    checked: list[bool] = []
+
     def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
         f = products.outputs(batch)
         if not f.requires_grad:
@@ -124,6 +133,11 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
         u = torch.zeros_like(f, requires_grad=True)
         pulled = _differentiable(_gradient(f, params, u))
         fixed = f.detach()
+        if not checked:
+            generator.probe(generator.layer_collection.sites(generator.model), batch)
+            generator.cotangents(fixed, batch, position)  # for the checks in there
+            check_transpose(f, params, u, pulled)
+            checked.append(True)
 
         def product(V: Tensor) -> Tensor:
             (jv,) = products.pull([g for _, g in pulled], [u], _shares(V, params, pulled))
@@ -134,6 +148,26 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
 
     products = Products(generator, examples, linearise, generator.mean)
     return products
+
+
+def check_transpose(f: Tensor, params: list[Tensor], u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:
+    """Raise unless J v, by double backward, is the transpose of J^T u: not so if a custom backward hides from
+    autograd.
+    """
+    w = torch.cos(torch.arange(1, f.numel() + 1, dtype=f.dtype, device=f.device)).view(f.shape)
+    v = [torch.sin(torch.arange(1, g.numel() + 1, dtype=g.dtype, device=g.device)).view(g.shape) for _, g in pulled]
+    jv = torch.autograd.grad([g for _, g in pulled], u, v, retain_graph=True, allow_unused=True)[0]
+    inputs = [params[k] for k, _ in pulled]
+    jw = torch.autograd.grad(f, inputs, w, retain_graph=True, allow_unused=True, materialize_grads=True)
+    with torch.no_grad():
+        one = 0.0 if jv is None else float((w * jv).sum())
+        other = float(sum((a * b).sum() for a, b in zip(v, jw, strict=True)))
+        size = float(sum((a * b).abs().sum() for a, b in zip(v, jw, strict=True)))
+    if abs(one - other) > 1e-3 * size:
+        raise NotImplementedError(
+            "the backward of some operation cannot be differentiated (a custom autograd function with detached or "
+            "once_differentiable backward): use a representation that is made of Jacobians, e.g. PMatLowRank"
+        )
 
 
 def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Products:
@@ -254,16 +288,20 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         yield node
 
 
+@cache
+def _saved_names(node_type: Hashable) -> list[str]:
+    return [name for name in dir(node_type) if name.startswith("_saved_") or name == "saved_tensors"]
+
+
 def saved_bytes(roots: Sequence[Tensor]) -> int:
     """Bytes of the tensors that autograd saved for the graphs of some tensors, each counted once."""
     sizes: dict[int, int] = {}
     for node in nodes(roots):
-        for name in dir(node):
-            if name.startswith("_saved_") or name == "saved_tensors":
-                value = getattr(node, name, None)
-                for t in value if isinstance(value, tuple | list) else (value,):
-                    if isinstance(t, Tensor):
-                        sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), t.numel() * t.element_size())
+        for name in _saved_names(type(node)):  # type: ignore[arg-type]
+            value = getattr(node, name, None)
+            for t in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(t, Tensor) and t.layout == torch.strided:
+                    sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), t.numel() * t.element_size())
     return sum(sizes.values())
 
 

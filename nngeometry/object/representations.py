@@ -59,7 +59,10 @@ class PMatDiag(PMat):
 
 
 class PMatQuasiDiag(PMat):
-    """The diagonal, and the products of each weight with the bias of its row (Ollivier 2015, 1303.0818). Memory 2 P."""
+    """The diagonal, and the products of each weight with the bias of its row (Ollivier 2015, 1303.0818). Memory 2 P.
+
+    Only a part of the entries of a positive matrix, it may be indefinite: sample, logdet and roots then raise.
+    """
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:

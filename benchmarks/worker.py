@@ -1,0 +1,112 @@
+"""Measures jobs of one contender in the environment of that contender, and prints a line of JSON for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from settings import SETTINGS, Task
+
+_MOST_REPEATS = 100
+
+
+def describe(contender: Any) -> dict[str, Any]:
+    """What the orchestrator, which imports no torch, has to know."""
+    return {
+        "version": contender.VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "jobs": list(contender.JOBS),
+        "notes": contender.NOTES,
+        "settings": {name: setting.jobs for name, setting in SETTINGS.items()},
+    }
+
+
+def measure(contender: Any, job: str, task: Task, seconds: float) -> dict[str, Any]:
+    """Memory of the first run, then the job and a gradient in turn until the job has taken ``seconds``."""
+    run = contender.JOBS[job](task)
+    set_up_torch(task)
+    forget_peak_memory()
+    before = peak_memory()
+    first, result = timed(run)
+    memory = peak_memory() - before
+    fingerprint = contender.fingerprint(task, result)
+    del result
+    task.gradient()
+    times: list[float] = []
+    gradients = [timed(task.gradient)[0]]
+    while not times or (sum(times) < seconds and len(times) < _MOST_REPEATS):
+        times.append(timed(run)[0])
+        gradients.append(timed(task.gradient)[0])
+    return {
+        "gradients": median(times) / median(gradients),
+        "seconds": median(times),
+        "gradient_seconds": median(gradients),
+        "first_seconds": first,
+        "repeats": len(times),
+        "memory": memory,
+        "fingerprint": fingerprint,
+    }
+
+
+def set_up_torch(task: Task) -> None:
+    """Have torch load what it loads at the first derivative of each sort, which is not to count as a job's memory."""
+    task.gradient(examples=2)
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(x.sin(), x, torch.ones(2, 2), is_grads_batched=True)
+    torch.func.jvp(torch.sin, (x,), (x,))
+    torch.func.vjp(torch.sin, x)[1](x)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = perf_counter()
+    result = run()
+    return perf_counter() - start, result
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def forget_peak_memory() -> None:
+    """Let the peak be what is resident now, where the system can; elsewhere, what was before hides small jobs."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("contender")
+    parser.add_argument("--setting", help="without one, describe the contender")
+    parser.add_argument("--jobs", nargs="+", default=[])
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    contender = import_module(f"contenders.{args.contender}")
+    if args.setting is None:
+        print(json.dumps(describe(contender)))
+        return
+    for job in args.jobs:
+        try:
+            found = measure(contender, job, SETTINGS[args.setting].load(args.small), args.seconds)
+        except Exception as error:  # the other jobs still count
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"job": job, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

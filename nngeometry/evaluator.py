@@ -1,0 +1,176 @@
+"""A model on data: minibatches in, checked outputs out, and everything left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data
+from .layercollection import LayerCollection
+
+
+class Evaluator:
+    """A model on data: runs it on minibatches, with its outputs checked.
+
+    model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. function:
+    ``function(*minibatch) -> f`` (``function(minibatch)`` if it is a mapping), by default ``model(minibatch[0])``.
+    device: where minibatches are moved, by default where the model is. verbose: show progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_collection: LayerCollection,
+        *,
+        function: Callable[..., Any] | None = None,
+        device: torch.device | str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        parameters = layer_collection.parameters(model)
+        if not parameters:
+            raise ValueError("the layer collection is empty: build it with LayerCollection.from_model(model)")
+        if any(p.is_complex() for p in parameters):
+            raise NotImplementedError(
+                "complex parameters: a real matrix of derivatives needs them as pairs of real ones"
+            )
+        _check_one_of("device", {p.device for p in parameters}, "move the model to one device")
+        _check_one_of("dtype", {p.dtype for p in parameters}, "cast the model, or use a LayerCollection for each dtype")
+        self.model = model
+        self.layer_collection = layer_collection
+        self.function = function
+        self.device = parameters[0].device if device is None else torch.device(device)
+        self.verbose = verbose
+        if self.device.type != parameters[0].device.type:
+            raise ValueError(
+                f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
+            )
+        #: Half precision is accumulated in single.
+        self.dtype = torch.float32 if parameters[0].dtype in (torch.float16, torch.bfloat16) else parameters[0].dtype
+
+    def minibatches(self, examples: Any) -> Iterator[data.Batch]:
+        """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when
+        verbose.
+        """
+        return data.minibatches(examples, self.device, self.verbose, type(self.model).__name__)
+
+    def outputs(self, batch: data.Batch) -> Tensor:
+        """The output of the model on a minibatch, checked: one row for each example, finite."""
+        f = self.outputs_unchecked(batch)
+        if not isinstance(f, Tensor):
+            raise TypeError(
+                f"the model returned a {type(f).__name__}, not a tensor: pass function=, "
+                "e.g. function=lambda *batch: model(batch[0]).logits"
+            )
+        n = data.count(batch)
+        if f.ndim == 0 or f.shape[0] != n:
+            raise ValueError(
+                f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one "
+                "row for each example"
+            )
+        if not bool(torch.isfinite(f).all()):
+            raise ValueError(
+                "the output of the model has NaN or infinite entries: check the parameters and the inputs of this "
+                "minibatch"
+            )
+        return f
+
+    def outputs_of(self, batch: data.Batch) -> Tensor:
+        """:meth:`outputs`, and an error if that modified the minibatch."""
+        versions = [t._version for t in data.tensors_of(batch)]
+        f = self.outputs(batch)
+        if versions != [t._version for t in data.tensors_of(batch)]:
+            raise ValueError(
+                "the model modifies its inputs in place, so a second look at them would differ: clone them"
+            )
+        return f
+
+    def outputs_unchecked(self, batch: data.Batch) -> Any:
+        """What the model or the user's function returns for a minibatch."""
+        arguments = data.arguments(batch)
+        if self.function is not None:
+            return self.function(*arguments)
+        if isinstance(arguments[0], Tensor):
+            return self.model(arguments[0])
+        raise TypeError(
+            f"minibatches of type {type(arguments[0]).__name__} need function=, "
+            "e.g. function=lambda batch: model(**batch).logits"
+        )
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raise, naming the module, if the model is in a mode in which per-example derivatives are undefined."""
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so "
+                "per-example derivatives "
+                "are undefined: call model.eval() (and keep track_running_stats=True)"
+            )
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+        if module.training and isinstance(rate, float) and rate > 0:
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative "
+                "is random: "
+                "call model.eval()"
+            )
+
+
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Switch ``requires_grad`` on for a while."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random state back as they were, and raise if the model had changed them."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(b, b._version, b.clone()) for _, own in buffers for b in own.values() if b is not None]
+    devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    try:
+        yield
+        now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        if not all(torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+            raise ValueError(
+                "the forward pass of the model draws random numbers, so its derivative is random: call model.eval(), "
+                "or switch the noise off"
+            )
+        replaced = any(module._buffers.get(k) is not b for module, own in buffers for k, b in own.items())
+        if replaced or any(b._version != version for b, version, _ in values):
+            names = {id(b): name for name, b in model.named_buffers()}
+            changed = [names[id(b)] for b, version, _ in values if b._version != version and id(b) in names]
+            raise ValueError(
+                f"the forward pass of the model changes its buffers {', '.join(changed)}, so its output depends on "
+                "the batches before: call model.eval()"
+            )
+    finally:
+        for module, own in buffers:
+            module._buffers.update(own)
+        with torch.no_grad():
+            for b, version, before in values:
+                if b._version != version:
+                    b.copy_(before)
+        torch.set_rng_state(states[0])
+        for d, state in zip(devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, d)
+
+
+def _check_one_of(what: str, found: set[Any], remedy: str) -> None:
+    if len(found) > 1:
+        raise ValueError(
+            f"the collected parameters have more than one {what} ({', '.join(map(str, sorted(found, key=str)))}): "
+            f"{remedy}"
+        )

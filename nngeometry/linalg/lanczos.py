@@ -1,0 +1,452 @@
+"""Lanczos with full reorthogonalisation: Krylov bases, eigenpairs with their multiplicity, functions of a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import budget
+from .base import Matvec, gaussian, noise, orthonormal_rows, to_dense
+
+Which = Literal["largest", "smallest", "both", "magnitude"]
+
+
+class Krylov(NamedTuple):
+    """basis: orthonormal rows ``(m, p)``. matrix: the matrix in that basis ``(m, m)``, in float64: tridiagonal, or
+    banded for a block. closed: the basis spans an invariant space, so every eigenvalue of ``matrix`` is exact.
+    """
+
+    basis: Tensor
+    matrix: Tensor
+    closed: bool
+
+
+class Eigenpairs(NamedTuple):
+    """values: ``(k,)``. vectors: orthonormal rows ``(k, p)``. residuals: \\|A v - l v\\| ``(k,)``, computed from the
+    matrix at the end; within this distance of each value there is an eigenvalue. products: how many vectors were
+    multiplied with the matrix.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    products: int
+
+
+class _Space:
+    """A growing orthonormal basis V, the matrix T = V A V^T in it, and the block X that comes next:
+    ``A V^T = V^T T + X^T link``.
+    """
+
+    def __init__(self, matvec: Matvec, capacity: int, size: int, like: Tensor) -> None:
+        self.matvec, self.capacity, self.size = matvec, capacity, size
+        self.rows = like.new_empty(capacity, size)
+        self.full = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self.next = like.new_empty(0, size)
+        self.link = torch.zeros(0, 0, dtype=torch.float64)
+        self.count = self.products = 0
+        self.scale = 0.0
+
+    @property
+    def basis(self) -> Tensor:
+        return self.rows[: self.count]
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.full[: self.count, : self.count]
+
+    def seed(self, rows: Tensor) -> None:
+        """Go on with these rows, whatever they add to the basis."""
+        self.next = orthonormal_rows(rows, self.basis)
+        self.link = torch.zeros(len(self.next), self.count, dtype=torch.float64)
+
+    def replace(self, values: Tensor, vectors: Tensor, rest: Tensor) -> None:
+        """Hold these approximate eigenpairs only, and go on with the rows of their residuals."""
+        self.count = len(values)
+        self.rows[: self.count] = vectors
+        self.full.zero_()
+        self.full[: self.count, : self.count] = torch.diag(values).to(self.full)
+        self.seed(rest)
+        self.link += (self.next @ rest.mT).to(self.link)
+
+    def expand(self, slack: float = 0.0) -> None:
+        """Take the next block into the basis, at one product for each of its rows."""
+        old, new = self.count, self.count + len(self.next)
+        self.rows[old:new] = self.next
+        self.count = new
+        y = self.matvec(self.next)
+        self.products += len(y)
+        if not bool(y.isfinite().all()):
+            raise RuntimeError("Lanczos: a product is not finite")
+        size = float(torch.linalg.vector_norm(y, dim=1).max())
+        self.scale = max(self.scale, size)
+        inner = torch.zeros(len(y), new, dtype=torch.float64)
+        for _ in range(2):
+            h = y @ self.basis.mT
+            y = y - h @ self.basis
+            inner += h.to(inner)
+        allowed = max(slack, noise(y) ** 0.5) * self.scale
+        if bool(((inner[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(inner[:, old:]) > allowed:
+            raise ValueError("Lanczos: the matrix is not symmetric")
+        self.full[old:new, :new] = inner
+        self.full[:new, old:new] = inner.mT
+        self.full[old:new, old:new] = (inner[:, old:] + inner[:, old:].mT) / 2
+        self.next = orthonormal_rows(y, self.basis, noise(y) * self.scale)
+        self.link = torch.zeros(len(self.next), new, dtype=torch.float64)
+        self.link[:, old:] = (self.next @ y.mT).to(self.link)
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values (ascending), their coefficients in the basis as columns, and bounds of their residuals."""
+        values, columns = torch.linalg.eigh(self.matrix)
+        return values, columns, torch.linalg.vector_norm(self.link @ columns, dim=0)
+
+    def compress(self, values: Tensor, columns: Tensor) -> None:
+        """Keep these Ritz vectors only."""
+        keep = len(values)
+        turn = columns.mT.to(self.rows)
+        for piece in self.rows.split(2**16, dim=1):
+            piece[:keep] = turn @ piece[: self.count]
+        self.full.zero_()
+        self.full[:keep, :keep] = torch.diag(values)
+        self.link = self.link @ columns
+        self.count = keep
+
+
+def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Krylov:
+    """An orthonormal basis of the Krylov space of a symmetric matrix and some rows, and the matrix in it.
+
+    matvec: ``(k, p) -> (k, p)``. start: ``(k, p)``, a block of rows that share one space. steps: how often the block
+    is multiplied; the basis has up to ``k steps`` rows, fewer if the space closes. Every new row is orthogonalised
+    twice against all others, so no eigenvalue appears twice that is not double.
+
+    >>> A = torch.diag(torch.arange(1.0, 6.0))
+    >>> space = lanczos(lambda v: v @ A, torch.ones(1, 5), steps=5)
+    >>> torch.linalg.eigvalsh(space.matrix).round(decimals=3)
+    tensor([1., 2., 3., 4., 5.], dtype=torch.float64)
+
+    Source: Lanczos (1950), J. Res. Natl. Bur. Stand. 45; Golub and Underwood (1977) for blocks.
+    """
+    size = start.shape[1]
+    space = _Space(matvec, min(size, len(start) * steps), size, start)
+    space.seed(start)
+    for _ in range(steps):
+        if not len(space.next):
+            break
+        space.expand()
+    return Krylov(space.basis, space.matrix, not len(space.next))
+
+
+# Eigenpairs
+
+
+def eigsh(
+    matvec: Matvec,
+    size: int,
+    k: int,
+    *,
+    which: Which = "largest",
+    tol: float | None = None,
+    max_products: int | None = None,
+    block: int = 1,
+    basis: int | None = None,
+    multiplicities: bool = True,
+    generator: torch.Generator | None = None,
+    like: Tensor,
+) -> Eigenpairs:
+    """Some eigenpairs of a symmetric matrix, by thick-restart Lanczos with full reorthogonalisation.
+
+    matvec: ``(k, p) -> (k, p)``. size: p. k: how many. which: "largest" (descending), "smallest" (ascending),
+    "magnitude" (largest absolute value first) or "both" (the k largest and the k smallest, all descending; each pair
+    once if that is more than p). tol: bound of the residuals relative to the largest absolute eigenvalue, by default
+    eps^(2/3), 4e-11 in float64; the error of the eigenvalues is usually its square. max_products: by default 100 for
+    each pair, and at least 2000. block: rows multiplied at once. basis: how many rows to hold, by default up to 200
+    within half of the memory budget. A matrix no larger than that is simply built, by p products; so is one that
+    fits a sixteenth of the budget when p products were not enough. multiplicities: begin again at random rows until
+    nothing new is found, for up to twice as many products. Without it, further copies of a repeated eigenvalue
+    beyond ``block`` may be missed. With it, the chance to miss one is 1e-8, or the search ended in converged pairs.
+    generator: of the first rows, by default one of its own with a fixed seed. like: an empty tensor of the dtype and
+    device.
+
+    Raises ``RuntimeError`` unless all pairs asked for have converged.
+
+    >>> l = torch.tensor([5.0, 5.0, 3.0, 1.0, 0.0])
+    >>> eigsh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
+    tensor([5., 5., 3.])
+
+    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22; for the chance to miss an eigenvalue Kuczynski and
+    Wozniakowski (1992), SIAM J. Matrix Anal. Appl. 13, theorem 3.2.
+    """
+    if not 1 <= k <= size:
+        raise ValueError(f"eigsh: expected 1 <= k <= {size}, got {k}")
+    if which not in ("largest", "smallest", "both", "magnitude"):
+        raise ValueError(f"eigsh: which is largest, smallest, both or magnitude, got {which!r}")
+    eps = torch.finfo(like.dtype).eps
+    tol = eps ** (2 / 3) if tol is None else tol
+    if tol < 10 * eps:
+        raise ValueError(f"eigsh: {like.dtype} allows no tolerance below {10 * eps:.1g}, got {tol:.1g}")
+    wanted = min(size, 2 * k if which == "both" else k)
+    block = min(block, size)
+    capacity = max(wanted + max(wanted // 2, 10) + 2 * block, basis or _affordable(size, like, max(200, 4 * wanted)))
+    if capacity >= size:
+        return _dense_pairs(matvec, size, wanted, which, like)
+    limit = max(2000, 100 * wanted) if max_products is None else max_products
+    if generator is None:
+        generator = torch.Generator(like.device).manual_seed(0)
+
+    space = _Space(matvec, capacity, size, like)
+    space.seed(gaussian(block, size, like=like, generator=generator))
+    settled: Tensor | None = None  # the wanted values when the search last began anew
+    steps, restarted, check = 0, False, wanted
+    small = size * size * like.element_size() <= budget() // 16
+    while True:
+        if small and size <= space.products <= limit - size:
+            return _dense_pairs(matvec, size, wanted, which, like, space.products)
+        if space.products + len(space.next) > limit:
+            raise RuntimeError(_failure(space, wanted, which, tol, settled is not None))
+        space.expand(4 * tol)
+        steps += not restarted
+        full = space.count + len(space.next) > capacity
+        closed = not len(space.next)
+        if space.count < check and not full and not closed:
+            continue
+        check = space.count + max(block, space.count // 10)
+        values, columns, bounds = space.ritz()
+        order = _order(values, which)
+        lead = order[:wanted]
+        scale = float(values.abs().max())
+        if closed and len(values) < wanted:
+            space.seed(gaussian(block, size, like=like, generator=generator))
+        elif bool((bounds[lead] <= 0.5 * tol * scale).all()) and len(values) >= wanted:
+            found = (values[lead].abs() if which == "magnitude" else values[lead]).sort().values
+            new = settled is None or bool(((found - settled).abs() > 2 * tol * scale).any())
+            if multiplicities and new:
+                block = block if settled is None else min(2 * block, max(1, (capacity - wanted) // 4))
+                settled = found
+                space.compress(values[lead], columns[:, lead])
+                space.seed(gaussian(block, size, like=like, generator=generator))
+                steps, restarted, check = 0, False, wanted
+            elif not multiplicities or closed or _certain(values, bounds, order, wanted, which, tol, steps, size):
+                space.compress(values[lead], columns[:, lead])
+                pairs, rest = _true_pairs(space, which)
+                if bool((pairs.residuals <= tol * scale).all()):
+                    return pairs
+                space.replace(pairs.values, pairs.vectors, rest)
+            elif full:
+                _restart(space, values, columns, order, wanted, which)
+                restarted = True
+        elif full:
+            _restart(space, values, columns, order, wanted, which)
+            restarted = True
+
+
+def _affordable(size: int, like: Tensor, most: int) -> int:
+    return min(most, budget() // (2 * size * like.element_size()))
+
+
+def _order(values: Tensor, which: Which) -> Tensor:
+    """Indices, the most wanted first; "both" takes turns."""
+    if which == "magnitude":
+        return values.abs().argsort(descending=True, stable=True)
+    order = values.argsort(descending=which != "smallest", stable=True)
+    return torch.stack([order, order.flip(0)], 1).flatten()[: len(order)] if which == "both" else order
+
+
+def _sorted(values: Tensor, which: Which) -> Tensor:
+    """Indices, in the order of the result."""
+    return _order(values, "largest" if which == "both" else which)
+
+
+def _restart(space: _Space, values: Tensor, columns: Tensor, order: Tensor, wanted: int, which: Which) -> None:
+    lead, rest = order[:wanted], order[wanted:]
+    if which == "magnitude":  # both ends must converge before we know that nothing was missed
+        rest = rest[_order(values[rest], "both")]
+    keep = torch.cat([lead, rest[: (space.capacity - wanted) // 3]])
+    space.compress(values[keep], columns[:, keep])
+
+
+def _certain(
+    values: Tensor, bounds: Tensor, order: Tensor, wanted: int, which: Which, tol: float, steps: int, size: int
+) -> bool:
+    """Whether the space, begun at random rows, would have shown any eigenvalue better than the wanted ones."""
+    lead, rest = values[order[:wanted]], order[wanted:]
+    if not len(rest):
+        return False
+    scale = float(values.abs().max())
+
+    def beyond(sign: float, edge: Tensor) -> bool:
+        """No eigenvalue above ``edge`` at this end, beyond those that we have."""
+        best = rest[(sign * values[rest]).argmax()]
+        gap, width = float(edge - sign * values[best]), float(edge - (sign * values).min())
+        bound = float(bounds[best])
+        if bound <= 0.5 * tol * scale or (bound <= tol**0.5 * scale and bound <= gap):
+            return True
+        share = max(gap, 0.0) / max(1.25 * width, 1e-300)
+        return 1.648 * size**0.5 * math.exp(-(share**0.5) * (2 * steps - 1)) < 1e-8
+
+    if which == "magnitude":
+        edge = lead.abs().min()
+        return beyond(1.0, edge) and beyond(-1.0, edge)
+    top, bottom = (lead, -lead) if which != "both" else (lead[0::2], -lead[1::2])
+    return (which == "smallest" or beyond(1.0, top.min())) and (which == "largest" or beyond(-1.0, bottom.min()))
+
+
+def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
+    """The eigenpairs of the matrix in the whole basis, and the rows of their residuals."""
+    rows = space.basis
+    products = space.matvec(rows)
+    space.products += len(rows)
+    inner = (rows @ products.mT).to(space.full)
+    values, columns = torch.linalg.eigh((inner + inner.mT) / 2)
+    order = _sorted(values, which)
+    values, turn = values[order].to(rows), columns[:, order].mT.to(rows)
+    vectors = turn @ rows
+    rest = turn @ products - values.unsqueeze(1) * vectors
+    return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), rest
+
+
+def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, products: int = 0) -> Eigenpairs:
+    dense = to_dense(matvec, size, like)
+    if not bool(dense.isfinite().all()):
+        raise RuntimeError("eigsh: a product is not finite")
+    if _asymmetry(dense) > noise(dense) ** 0.5 * float(dense.abs().max()):
+        raise ValueError("eigsh: the matrix is not symmetric")
+    values, columns = torch.linalg.eigh((dense + dense.mT) / 2)
+    order = _order(values, which)[:wanted]
+    order = order[_sorted(values[order], which)]
+    values, vectors = values[order], columns[:, order].mT
+    residuals = torch.linalg.vector_norm(vectors @ dense.mT - values.unsqueeze(1) * vectors, dim=1)
+    return Eigenpairs(values, vectors.contiguous(), residuals, products + size)
+
+
+def _asymmetry(matrix: Tensor) -> float:
+    return float((matrix - matrix.mT).abs().max())
+
+
+def _failure(space: _Space, wanted: int, which: Which, tol: float, again: bool) -> str:
+    if again:
+        what = "the pairs converged, but not the search for further copies of them"
+        remedy = "raise max_products or basis, or set multiplicities=False"
+    else:
+        values, _, bounds = space.ritz()
+        lead = _order(values, which)[:wanted]
+        done = int((bounds[lead] <= 0.5 * tol * float(values.abs().max())).sum()) if len(lead) else 0
+        what = f"{done} of {wanted} pairs converged"
+        remedy = "raise max_products, basis or tol"
+    return f"eigsh: {what} in {space.products} products: {remedy}"
+
+
+# Each row on its own
+
+
+def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Lanczos from each row of b on its own, one step at a time; products are shared.
+
+    Yields after each step the bases ``(k, m, p)``, the tridiagonal matrices ``(k, m, m)`` in float64, and which rows
+    are closed: their space is invariant. From then on the matrix of such a row repeats its first entry, which has
+    no weight.
+    """
+    count, size = b.shape
+    norms = torch.linalg.vector_norm(b, dim=1)
+    rows = b.new_zeros(count, min(steps, size), size)
+    full = torch.zeros(count, rows.shape[1], rows.shape[1], dtype=torch.float64)
+    live = norms > 0
+    v = b / torch.where(live, norms, 1.0).unsqueeze(1)
+    scale = torch.zeros_like(norms)
+    for m in range(1, rows.shape[1] + 1):
+        rows[:, m - 1] = v
+        y = torch.zeros_like(v)
+        y[live] = matvec(v[live])
+        if not bool(y.isfinite().all()):
+            raise RuntimeError("Lanczos: a product is not finite")
+        scale = torch.maximum(scale, torch.linalg.vector_norm(y, dim=1))
+        inner = torch.zeros(count, m, dtype=torch.float64)
+        for _ in range(2):
+            h = rows[:, :m] @ y.unsqueeze(2)
+            y = y - (rows[:, :m].mT @ h).squeeze(2)
+            inner += h.squeeze(2).to(inner)
+        alpha = inner[:, m - 1]
+        if bool((inner[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(inner)).any()):
+            raise ValueError("Lanczos: the matrix is not symmetric")
+        full[:, m - 1, m - 1] = torch.where(live.cpu(), alpha, full[:, 0, 0])
+        beta = torch.linalg.vector_norm(y, dim=1)
+        live = live & (beta > noise(y) * scale) & (m < size)
+        yield rows[:, :m], full[:, :m, :m], ~live
+        if m < rows.shape[1]:
+            beta = torch.where(live, beta, 0.0)
+            full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
+            v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
+
+
+def quadrature_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values, weights (squared first components of the eigenvectors) and eigenvectors as columns."""
+    values, columns = torch.linalg.eigh(matrices)
+    return values, columns[..., 0, :].square(), columns
+
+
+def funm(
+    matvec: Matvec,
+    b: Tensor,
+    f: Callable[[Tensor], Tensor],
+    *,
+    steps: int | None = None,
+    tol: float | None = None,
+) -> Tensor:
+    """``f(A) b`` for a symmetric matrix and each row of b, by Lanczos.
+
+    matvec: ``(k, p) -> (k, p)``. b: ``(k, p)``. f: acts on a tensor of Ritz values, which lie between the smallest
+    and the largest eigenvalue. steps: at most how many products for each row, by default 500. tol: when the result
+    changed by less than this, relative to its norm, in the last two growths of the space by a fifth each, it is
+    taken for converged; by default eps^(2/3), 4e-11 in float64. Exact when the space closes, at the latest after p
+    steps. Memory: k x steps x p numbers, in chunks of rows that fit the memory budget.
+
+    Raises ``RuntimeError`` if the tolerance is not reached, and ``ValueError`` if f is not finite where it matters:
+    the inverse square root of a singular matrix, say. Rounding can put a Ritz value of a singular matrix slightly
+    below zero: add regul in f, or clamp.
+
+    >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
+    >>> funm(lambda v: v @ A, torch.ones(1, 3), torch.sqrt).round(decimals=3)
+    tensor([[1., 2., 3.]])
+
+    Source: Saad (1992), SIAM J. Numer. Anal. 29; Druskin and Knizhnerman (1989).
+    """
+    steps = min(500 if steps is None else steps, b.shape[1])
+    tol = torch.finfo(b.dtype).eps ** (2 / 3) if tol is None else tol
+    length = max(1, budget() // (steps * b.shape[1] * b.element_size()))
+    return torch.cat([_funm(matvec, rows, f, steps, tol) for rows in b.split(length)]) if len(b) else b.clone()
+
+
+def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, tol: float) -> Tensor:
+    norms = torch.linalg.vector_norm(b, dim=1).to("cpu", torch.float64)
+    last = torch.zeros(len(b), 0, dtype=torch.float64)
+    calm, check, change = 0, 2, norms
+    for rows, matrices, closed in tridiagonals(matvec, b, steps):
+        m = matrices.shape[1]
+        done = bool(closed.all())
+        if m < check and not done and m < steps:
+            continue
+        check = m + max(2, m // 5)
+        coefficients = norms.unsqueeze(1) * _first_column(f, matrices, norms > 0)
+        change = torch.linalg.vector_norm(coefficients - torch.nn.functional.pad(last, (0, m - last.shape[1])), dim=1)
+        size = torch.linalg.vector_norm(coefficients, dim=1)
+        open_ = ~closed.cpu()
+        calm = calm + 1 if bool((change <= tol * size)[open_].all()) else 0
+        last = coefficients
+        if done or calm == 2:
+            return (coefficients.unsqueeze(1).to(b) @ rows).squeeze(1)
+    worst = float((change / size)[open_].max())
+    raise RuntimeError(
+        f"funm: after {steps} steps the result still changes by {worst:.1g}, the target was {tol:.1g}: "
+        "raise steps or tol, or add regul"
+    )
+
+
+def _first_column(f: Callable[[Tensor], Tensor], matrices: Tensor, live: Tensor) -> Tensor:
+    values, weights, columns = quadrature_of(matrices)
+    mapped = torch.where((weights > 0) & live.unsqueeze(1), f(values), 0.0)
+    if not bool(mapped.isfinite().all()):
+        raise ValueError(f"funm: f is not finite at a Ritz value of {float(values[~mapped.isfinite()][0]):.3g}")
+    return (columns @ (mapped * columns[:, 0]).unsqueeze(2)).squeeze(2)

@@ -1,0 +1,182 @@
+"""Stochastic Lanczos quadrature: the spectral density of a matrix, and the trace of any function of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import budget
+from .base import Estimate, Matvec, Sampler, mean_of, rademacher, to_dense
+from .lanczos import quadrature_of, tridiagonals
+
+
+class Density(NamedTuple):
+    """grid: ``(n,)``. value: the mean density over the probes, a fraction of the eigenvalues per unit of the grid.
+    error: its standard error, with the convention of :class:`Estimate`.
+    """
+
+    grid: Tensor
+    value: Tensor
+    error: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """For each probe, Ritz values ``(probes, steps)`` and weights, which sum to one: a spectrum of atoms that has the
+    first ``2 steps`` moments of the matrix as the probe sees it. What is computed from it costs no more products.
+
+    values, weights: in float64. size: p. products: spent. coarse: values and weights of three quarters of the steps;
+    what differs between the two is bias of the quadrature, and part of every error. exact: the values are all
+    eigenvalues.
+    """
+
+    values: Tensor
+    weights: Tensor
+    size: int
+    products: int
+    coarse: tuple[Tensor, Tensor]
+    exact: bool = False
+
+    def trace_of(self, f: Callable[[Tensor], Tensor]) -> Estimate:
+        """The trace of f(A). f: acts on a tensor of Ritz values. Raises ``ValueError`` where f is not finite.
+
+        >>> l = torch.linspace(1, 2, 1000)
+        >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=2, like=torch.empty(0))
+        >>> spectrum.trace_of(torch.ones_like).value.round(decimals=3)
+        tensor(1000., dtype=torch.float64)
+        """
+        samples = self.size * _average(f, self.values, self.weights)
+        if self.exact:
+            return Estimate(samples[0], torch.zeros_like(samples[0]), self.products)
+        mean = mean_of(samples, self.products)
+        bias = mean.value - self.size * _average(f, *self.coarse).mean()
+        return mean._replace(error=torch.hypot(mean.error, bias))
+
+    def logdet(self, regul: float = 0.0) -> Estimate:
+        """The logarithm of the determinant of A + regul; ``ValueError`` unless that is positive definite."""
+        if bool((self.values[self.weights > 0] + regul <= 0).any()):
+            raise ValueError("logdet: the matrix is not positive definite: add regul")
+        return self.trace_of(lambda l: torch.log(l + regul))
+
+    def density(self, grid: int | Tensor = 1000, sigma: float | None = None) -> Density:
+        """The spectral density, blurred by a Gaussian. grid: points, or how many. sigma: of the Gaussian, by default
+        a hundredth of the width of the spectrum.
+        """
+        width = float(self.values.max() - self.values.min())
+        sigma = (0.01 * width or 0.01 * float(self.values.abs().max()) or 1.0) if sigma is None else sigma
+        return self._blurred(self.values, self.weights, grid, sigma)
+
+    def log_density(
+        self, grid: int | Tensor = 1000, sigma: float = 0.1, *, sign: int = 0, floor: float | None = None
+    ) -> Density:
+        """The density of ``log10 |l|``, blurred by a Gaussian; the grid is in these units too. sign: 1 or -1 for the
+        positive or negative eigenvalues only. floor: what is smaller in absolute value counts as this, by default
+        machine precision times the largest; in particular the zero eigenvalues, which have both signs.
+        """
+        largest = float(self.values.abs().max())
+        floor = (torch.finfo(self.values.dtype).eps * largest or 1.0) if floor is None else floor
+        chosen = (sign * self.values >= 0) | (self.values.abs() <= floor)
+        return self._blurred(self.values.abs().clamp_min(floor).log10(), self.weights * chosen, grid, sigma)
+
+    def _blurred(self, values: Tensor, weights: Tensor, grid: int | Tensor, sigma: float) -> Density:
+        if isinstance(grid, int):
+            grid = torch.linspace(
+                float(values.min()) - 5 * sigma, float(values.max()) + 5 * sigma, grid, dtype=torch.float64
+            )
+        points = grid.to(values)
+        rows = []
+        for l, w in zip(values, weights, strict=True):
+            z = (points.unsqueeze(1) - l) / sigma
+            rows.append((torch.exp(-0.5 * z.square()) @ w) / (sigma * (2 * torch.pi) ** 0.5))
+        if self.exact:
+            return Density(grid, rows[0], torch.zeros_like(rows[0]))
+        mean = mean_of(torch.stack(rows), self.products)
+        return Density(grid, mean.value, mean.error)
+
+
+def slq(
+    matvec: Matvec,
+    size: int,
+    *,
+    steps: int,
+    probes: int,
+    sampler: Sampler = rademacher,
+    deflate: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    like: Tensor,
+) -> Quadrature:
+    """Stochastic Lanczos quadrature of a symmetric matrix: ``steps`` products for each of several probes.
+
+    matvec: ``(k, p) -> (k, p)``. size: p. probes: at least two; at p or more of them all eigenvalues are computed
+    instead, by p products. sampler: of the probes. deflate: orthonormal eigenvectors ``(m, p)`` to leave out, such
+    as outliers known from :func:`eigsh`: the result is that of the matrix on the other p - m directions. generator:
+    by default torch's global one. like: an empty tensor of the dtype and device.
+
+    Memory: probes x steps x p numbers, in chunks of probes that fit the memory budget.
+
+    >>> l = torch.linspace(1, 2, 1000)
+    >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=5, like=torch.empty(0))
+    >>> spectrum.values.shape
+    torch.Size([5, 10])
+
+    Source: Golub and Meurant (1994); Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Papyan (2018),
+    1811.07062; Ghorbani, Krishnan, Xiao (2019), 1901.10159.
+    """
+    free = size - (0 if deflate is None else len(deflate))
+    if steps < 1 or free < 1:
+        raise ValueError(f"slq: expected at least one step and one direction, got steps={steps} and {free} directions")
+    if probes >= size:
+        dense = to_dense(matvec, size, like).to("cpu", torch.float64)
+        if deflate is not None:
+            rest = torch.linalg.qr(deflate.mT.to(dense), mode="complete").Q[:, len(deflate) :]
+            dense = rest.mT @ dense @ rest
+        values = torch.linalg.eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
+        weights = torch.full_like(values, 1 / free)
+        return Quadrature(values, weights, free, size, (values, weights), exact=True)
+    if probes < 2:
+        raise ValueError("slq: an error needs at least two probes")
+
+    def off(rows: Tensor) -> Tensor:
+        return rows if deflate is None else rows - (rows @ deflate.mT) @ deflate
+
+    spent = 0
+
+    def product(rows: Tensor) -> Tensor:
+        nonlocal spent
+        spent += len(rows)
+        return off(matvec(rows))
+
+    fine: list[tuple[Tensor, Tensor]] = []
+    coarse: list[tuple[Tensor, Tensor]] = []
+    length = max(1, budget() // (min(steps, size) * size * like.element_size()))
+    for start in range(0, probes, length):
+        v = off(off(sampler(min(length, probes - start), size, like=like, generator=generator)))
+        mass = (v.square().sum(1) / free).to("cpu", torch.float64).unsqueeze(1)
+        for _, matrix, closed in tridiagonals(product, v, min(steps, free)):
+            matrices, done = matrix, bool(closed.all())
+            if done:
+                break
+        m = matrices.shape[1]
+        for out, order in ((fine, m), (coarse, m if done else max(1, 3 * m // 4))):
+            values, weights, _ = quadrature_of(matrices[:, :order, :order])
+            out.append((values, weights * mass))
+    return Quadrature(*_stack(fine), free, spent, _stack(coarse))
+
+
+def _average(f: Callable[[Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:
+    mapped = torch.where(weights > 0, f(values), 0.0)
+    if not bool(mapped.isfinite().all()):
+        raise ValueError(f"f is not finite at a Ritz value of {float(values[~mapped.isfinite()][0]):.3g}")
+    return (mapped * weights).sum(1)
+
+
+def _stack(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Parts of unlike width under each other, with atoms of no weight."""
+    width = max(values.shape[1] for values, _ in parts)
+    values = [torch.cat([l, l[:, -1:].expand(-1, width - l.shape[1])], 1) for l, _ in parts]
+    weights = [torch.nn.functional.pad(w, (0, width - w.shape[1])) for _, w in parts]
+    return torch.cat(values), torch.cat(weights)

@@ -1,0 +1,346 @@
+"""Spectra of matrices in parameter space: density, extreme eigenpairs, outliers, negative part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, inf, pi
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linalg import eigsh
+from .linalg.base import Estimate, Matvec, gaussian, mean_of
+from .linalg.lanczos import Which, quadrature_of, tridiagonals
+from .memory import budget
+from .object.pmat import PMat
+from .object.vector import PVector
+
+#: A default smoothing width is this fraction of the range of the eigenvalues; on a logarithmic axis, in decades.
+_WIDTH, LOG_WIDTH = 1 / 200, 0.1
+#: How far a logarithmic axis reaches below the largest absolute eigenvalue, in powers of ten.
+_DECADES = 6.0
+#: Points of a default grid in one smoothing width, and at most in all.
+_POINTS, _MOST = 4, 20_000
+
+
+class Density(NamedTuple):
+    """grid: ``(g,)``. value: the density there ``(g,)``, for a logarithmic axis ``(2, g)``. error: its standard error,
+    of the same shape.
+    """
+
+    grid: Tensor
+    value: Tensor
+    error: Tensor
+
+
+class Negative(NamedTuple):
+    """The negative part of a spectrum. count: how many eigenvalues. total: their sum."""
+
+    count: Estimate
+    total: Estimate
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What stochastic Lanczos quadrature knows of the eigenvalues of a matrix, in float64 on the CPU.
+
+    nodes: Ritz values ``(probes, steps)``, ascending. weights: ``(probes, steps)``, how many eigenvalues each of them
+    stands for; each row sums to ``size - k``. outliers: ``(k,)``, eigenvalues that are exact and not among the nodes,
+    those of largest magnitude first. size: of the matrix. products: how many vectors were multiplied with it.
+
+    A function f summed over all eigenvalues is ``sum_j weights_j f(nodes_j)`` for each probe, plus its values at the
+    outliers. The quadrature is exact for polynomials of degree up to ``2 steps - 1``. The standard errors are those of
+    the mean over the probes; where f jumps or bends within a gap of the nodes, too few steps add a bias.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    outliers: Tensor
+    size: int
+    products: int
+
+    def sum(self, f: Callable[[Tensor], Tensor]) -> Estimate:
+        """The sum of ``f`` over all eigenvalues, the trace of f(F). f acts on a tensor of eigenvalues, by entry.
+
+        Raises ``ValueError`` if f is not finite at one of them.
+        """
+        values, exact = f(self.nodes), f(self.outliers)
+        values = torch.where(self.weights > 0, values, 0.0).to(self.weights)
+        if not bool(values.isfinite().all() and exact.isfinite().all()):
+            every = torch.cat([self.nodes[~values.isfinite()], self.outliers[~exact.isfinite()]])
+            raise ValueError(f"sum: f is not finite at an eigenvalue near {float(every[0]):.3g}")
+        rest = mean_of((self.weights * values).sum(1), self.products)
+        return rest._replace(value=rest.value + exact.to(self.weights).sum())
+
+    def count(self, low: float = -inf, high: float = inf) -> Estimate:
+        """How many eigenvalues there are with ``low <= l < high``.
+
+        The error includes what the nodes leave open: the count below x of any two spectra that agree on polynomials of
+        degree ``2 steps - 2`` differs by at most the Christoffel number at x.
+        """
+        inside = self.sum(lambda l: ((l >= low) & (l < high)).double())
+        blur = sum(self._christoffel(x) for x in (low, high) if abs(x) < inf)
+        return inside._replace(error=(inside.error.square() + blur**2).sqrt())
+
+    def negative(self, threshold: float | None = None) -> Negative:
+        """How many eigenvalues are below ``-threshold``, and their sum.
+
+        threshold: by default that of :meth:`floor`, since what rounding and unfinished Lanczos steps leave of a zero
+        eigenvalue may have either sign.
+        """
+        edge = -(self.floor() if threshold is None else threshold)
+        return Negative(self.count(high=edge), self.sum(lambda l: torch.where(l < edge, l, 0.0)))
+
+    def trace(self) -> Estimate:
+        """The sum of the eigenvalues."""
+        return self.sum(lambda l: l)
+
+    def logdet(self, regul: float = 0.0) -> Estimate:
+        """``log det(F + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        lowest = min(float(self.nodes.min()), *self.outliers.tolist(), inf)
+        if not lowest + regul > 0:
+            raise ValueError(
+                f"logdet: the matrix has an eigenvalue near {lowest:.3g}, so F + {regul:.3g} is not positive definite: "
+                "give a larger regul"
+            )
+        return self.sum(lambda l: (l + regul).log())
+
+    def density(self, grid: Tensor | None = None, width: float | None = None) -> Density:
+        """The density of eigenvalues, of total mass one with the outliers: each is smoothed to a normal density.
+
+        grid: where, by default from six widths below the lowest to six above the highest. width: the standard
+        deviation, by default a two-hundredth of the range.
+        """
+        low, high = self.range()
+        width = _positive(width, self.width())
+        grid = _grid(low - 6 * width, high + 6 * width, width) if grid is None else grid.to(self.nodes)
+        return Density(grid, *self._smooth(grid, self.nodes, self.weights, self.outliers, width))
+
+    def log_density(
+        self, grid: Tensor | None = None, width: float | None = None, floor: float | None = None
+    ) -> Density:
+        """The densities of log10 of the magnitude of positive and of negative eigenvalues, in this order ``(2, g)``.
+
+        grid: magnitudes, by default from the floor to the largest. width: the standard deviation in decades, by
+        default 0.1. floor: what is smaller counts as zero and is left out, by default a millionth of the largest.
+        The two sum to the share of the eigenvalues above the floor.
+        """
+        width, floor = _positive(width, LOG_WIDTH), _positive(floor, self.floor())
+        top = max(self._largest(), floor)
+        at = torch.tensor([floor, top], dtype=torch.float64).log10()
+        points = _grid(float(at[0]) - 6 * width, float(at[1]) + 6 * width, width)
+        points = points if grid is None else grid.to(self.nodes).log10()
+        pairs = []
+        for sign in (1.0, -1.0):
+            inside, beyond = sign * self.nodes >= floor, sign * self.outliers >= floor
+            nodes = torch.where(inside, sign * self.nodes, 1.0).log10()
+            weights = torch.where(inside, self.weights, 0.0)
+            pairs.append(self._smooth(points, nodes, weights, (sign * self.outliers[beyond]).log10(), width))
+        value, error = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return Density(10**points, value, error)
+
+    def width(self) -> float:
+        """The default width of the smoothing."""
+        low, high = self.range()
+        return _WIDTH * (high - low or abs(high) or 1.0)
+
+    def floor(self) -> float:
+        """Below which an eigenvalue counts as zero unless another limit is given: a millionth of the largest
+        magnitude.
+        """
+        return 10**-_DECADES * self._largest() or 1.0
+
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest Ritz value or outlier."""
+        every = torch.cat([self.nodes[self.weights > 0], self.outliers])
+        return float(every.min()), float(every.max())
+
+    def _largest(self) -> float:
+        return max(map(abs, self.range()))
+
+    def _christoffel(self, x: float) -> float:
+        """The largest weight that x can have as a node, mean over the probes: ``1 / sum_j L_j(x)^2 / w_j`` with the
+        Lagrange polynomials of the nodes. Zero where Lanczos ended by itself, since the nodes are eigenvalues then.
+        """
+        total = 0.0
+        for nodes, weights in zip(self.nodes, self.weights, strict=True):
+            used = weights > 0
+            if int(used.sum()) < min(len(nodes) + 1, self.size - len(self.outliers)):
+                n, w = nodes[used], weights[used]
+                apart = (n.unsqueeze(1) - n).abs().clamp(min=1e-300).log().fill_diagonal_(0.0).sum(1)
+                near = (x - n).abs().clamp(min=1e-300).log()
+                total += float((-(2 * (near.sum() - near - apart) - w.log()).logsumexp(0)).exp())
+        return total / len(self.nodes)
+
+    def _smooth(
+        self, grid: Tensor, nodes: Tensor, weights: Tensor, outliers: Tensor, width: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over the probes and standard error ``(g,)``."""
+        rows = torch.stack([_bells(grid, n, w, width) for n, w in zip(nodes, weights, strict=True)])
+        bulk = mean_of(rows / self.size, 0)
+        exact = _bells(grid, outliers, torch.ones_like(outliers), width) / self.size
+        return bulk.value + exact, bulk.error
+
+
+def spectral_density(
+    F: PMat,
+    *,
+    steps: int = 80,
+    probes: int = 10,
+    outliers: int = 0,
+    generator: torch.Generator | None = None,
+    verbose: bool = False,
+) -> Spectrum:
+    """The eigenvalues of a symmetric matrix as a density, by stochastic Lanczos quadrature: ``steps`` x ``probes``
+    products, and memory for ``steps`` vectors.
+
+    For a random vector v, the quadrature of Gauss that Lanczos gives is the spectrum as v sees it: Ritz values, with
+    weights. It is averaged over several v, from which the standard errors come. The extreme eigenvalues are found
+    best, the bulk is blurred.
+
+    F: any representation. steps: of Lanczos, at most P are taken. probes: random vectors, at least two. outliers: so
+    many eigenvalues of largest magnitude are computed first and removed, so that they are exact, and the bulk is
+    resolved better. generator: of the probes, by default torch's global one. verbose: show a progress bar.
+
+    >>> from nngeometry import Hessian, PMatImplicit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+    >>> spectrum = spectral_density(H, steps=20, outliers=2)
+    >>> len(spectrum.outliers), round(float(spectrum.count().value))
+    (2, 43)
+    >>> grid, density, error = spectrum.density()
+    >>> round(float(torch.trapezoid(density, grid)), 3)
+    1.0
+
+    Source: Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Ghorbani, Krishnan, Xiao (2019), 1901.10159;
+    Papyan (2018), 1811.07062, for the deflation.
+    """
+    size = F.size(0)
+    if steps < 1 or probes < 2:
+        raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
+    if not 0 <= outliers < size:
+        raise ValueError(f"spectral_density: expected 0 <= outliers < {size}, got {outliers}")
+    like, products = _like(F), 0
+    with torch.no_grad(), _progress(F.root.mv, verbose) as matvec:
+        exact, basis = torch.zeros(0, dtype=torch.float64), like.new_empty(0, size)
+        if outliers:
+            exact, basis, _, products = eigsh(matvec, size, outliers, which="magnitude", like=like)
+
+        def bulk(rows: Tensor) -> Tensor:
+            """The part orthogonal to the outliers."""
+            return rows - (rows @ basis.mT) @ basis
+
+        starts = bulk(bulk(gaussian(probes, size, like=like, generator=generator)))
+        steps = min(steps, size - outliers)
+        nodes, shares = _quadratures(lambda v: bulk(matvec(v)), starts, steps)
+    return Spectrum(nodes, (size - outliers) * shares, exact.double().cpu(), size, products + probes * steps)
+
+
+def _quadratures(matvec: Matvec, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    length = max(1, budget() // (steps * starts.shape[1] * starts.element_size()))
+    pairs = []
+    for rows in starts.split(length):
+        for _, last, closed in tridiagonals(matvec, rows, steps):
+            matrices = last
+            if bool(closed.all()):
+                break
+        pairs.append(quadrature_of(matrices)[:2])
+    return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+
+
+def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
+    """The spectra of the diagonal blocks of the layers, by name. options: of :func:`spectral_density`; steps, probes
+    and outliers are those of each block, of a small block as many as it has.
+
+    >>> from nngeometry import GGN, PMatKFAC
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    >>> G = GGN(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatKFAC)
+    >>> {name: spectrum.size for name, spectrum in layer_spectra(G).items()}
+    {'0': 25, '2': 18}
+    """
+    spectra = {}
+    for name, layer in F.layer_collection.layers.items():
+        outliers = min(options.get("outliers", 0), layer.numel() - 1)
+        spectra[name] = spectral_density(F.block(name), **{**options, "outliers": outliers})
+    return spectra
+
+
+@dataclass(frozen=True)
+class ExtremePairs:
+    """values: ``(k,)``. vectors: of norm one, orthogonal. residuals: ``|F v - l v|`` ``(k,)``, computed at the end:
+    within this distance of each value there is an eigenvalue. products: how many vectors were multiplied with F.
+    """
+
+    values: Tensor
+    vectors: list[PVector]
+    residuals: Tensor
+    products: int
+
+
+def extreme_eigenpairs(
+    F: PMat, k: int, which: Which = "largest", *, verbose: bool = False, **options: Any
+) -> ExtremePairs:
+    """The k eigenpairs at one end of the spectrum of a symmetric matrix, by its products alone.
+
+    which: "largest" (descending), "smallest" (ascending), "both" (k of each end, all descending) or "magnitude"
+    (largest absolute value first). options: of :func:`~nngeometry.linalg.eigsh`, such as tol, max_products, generator.
+    Raises ``RuntimeError`` unless all pairs have converged.
+
+    >>> from nngeometry import Hessian, PMatImplicit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+    >>> pairs = extreme_eigenpairs(H, 1, "both")
+    >>> v = pairs.vectors[1]
+    >>> bool((H.mv(v) - pairs.values[1] * v).norm() < 1e-5)
+    True
+
+    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22.
+    """
+    with torch.no_grad(), _progress(F.root.mv, verbose) as matvec:
+        pairs = eigsh(matvec, F.size(0), k, which=which, like=_like(F), **options)
+    vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]
+    return ExtremePairs(pairs.values, vectors, pairs.residuals, pairs.products)
+
+
+def _like(F: PMat) -> Tensor:
+    return torch.empty(0, dtype=F.dtype, device=F.device)
+
+
+@contextmanager
+def _progress(matvec: Matvec, verbose: bool) -> Iterator[Matvec]:
+    """The same products, counted by a progress bar."""
+    if not verbose:
+        yield matvec
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("verbose=True shows a progress bar with tqdm: pip install tqdm") from error
+    with tqdm(desc="products") as bar:
+
+        def counted(rows: Tensor) -> Tensor:
+            bar.update(len(rows))
+            return matvec(rows)
+
+        yield counted
+
+
+def _positive(given: float | None, default: float) -> float:
+    value = default if given is None else float(given)
+    if not value > 0:
+        raise ValueError(f"a width or a floor must be positive, got {value}")
+    return value
+
+
+def _grid(low: float, high: float, width: float) -> Tensor:
+    return torch.linspace(low, high, min(_MOST, 2 + ceil(_POINTS * (high - low) / width)), dtype=torch.float64)
+
+
+def _bells(grid: Tensor, centres: Tensor, weights: Tensor, width: float) -> Tensor:
+    """A sum of normal densities, on a grid."""
+    used = weights > 0
+    z = (grid.unsqueeze(1) - centres[used]) / width
+    return (torch.exp(-z.square() / 2) @ weights[used]) / (width * (2 * pi) ** 0.5)
