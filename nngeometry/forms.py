@@ -38,22 +38,27 @@ class LayerJacobian(ABC):
         """``(C, B, *shape)``."""
 
     @abstractmethod
-    def narrow(self, start: int, stop: int) -> LayerJacobian:
-        """The same form for the examples ``start:stop``."""
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> LayerJacobian:
+        """The same form for the examples ``start:stop`` and the cotangents ``first:last``."""
 
     @abstractmethod
     def fold(self, ratio: int) -> LayerJacobian:
         """Sum every ``ratio`` consecutive examples into one (windows of an image, beams, ...)."""
 
-    def chunks(self, copies: int = 1) -> Iterator[LayerJacobian]:
-        """Pieces over the examples whose ``copies`` dense Jacobians fit a work array."""
-        size = copies * self.cotangents * prod(self.shape) * self.dtype.itemsize
-        step = chunk_length(size, self.examples)
-        if step >= self.examples:
-            yield self
-            return
-        for start in range(0, self.examples, step):
-            yield self.narrow(start, min(start + step, self.examples))
+    def tiles(self) -> Iterator[tuple[slice, slice, LayerJacobian]]:
+        """Pieces over cotangents and examples whose dense Jacobian fits a work array, with where they are."""
+        size = prod(self.shape) * self.dtype.itemsize
+        c = chunk_length(size, self.cotangents)
+        b = chunk_length(size * c, self.examples) if c == self.cotangents else 1
+        for first in range(0, self.cotangents, c):
+            for start in range(0, self.examples, b):
+                examples = slice(start, min(start + b, self.examples))
+                cotangents = slice(first, min(first + c, self.cotangents))
+                yield (
+                    cotangents,
+                    examples,
+                    self.narrow(examples.start, examples.stop, cotangents.start, cotangents.stop),
+                )
 
     def square(self) -> Tensor:
         """Sum of J**2 over cotangents and examples: ``(*shape)``."""
@@ -69,20 +74,24 @@ class LayerJacobian(ABC):
 
     def sqnorm(self) -> Tensor:
         """Squared norm of J[c, b]: ``(C, B)``."""
-        return torch.cat([j.flatten(2).square().sum(2) for j in self._denses()], 1)
+        out = torch.empty(self.cotangents, self.examples, dtype=self.dtype, device=self.device)
+        for c, b, piece in self.tiles():
+            out[c, b] = piece.dense().flatten(2).square().sum(2)
+        return out
 
     def dot(self, V: Tensor) -> Tensor:
         """``J[c, b] . V[k]`` for V ``(K, *shape)``: ``(K, C, B)``."""
         flat = V.flatten(1)
-        return torch.cat([torch.einsum("cbp,kp->kcb", j.flatten(2), flat) for j in self._denses()], 2)
+        out = torch.empty(len(V), self.cotangents, self.examples, dtype=self.dtype, device=self.device)
+        for c, b, piece in self.tiles():
+            out[:, c, b] = torch.einsum("cbp,kp->kcb", piece.dense().flatten(2), flat)
+        return out
 
     def pull(self, u: Tensor) -> Tensor:
         """``sum_cb u[k, c, b] J[c, b]`` for u ``(K, C, B)``: ``(K, *shape)``."""
-        pieces = list(self.chunks())
-        shares = u.split([piece.examples for piece in pieces], 2)
         return _total(
-            torch.einsum("cbp,kcb->kp", piece.dense().flatten(2), share).view(-1, *self.shape)
-            for piece, share in zip(pieces, shares, strict=True)
+            torch.einsum("cbp,kcb->kp", piece.dense().flatten(2), u[:, c, b]).view(-1, *self.shape)
+            for c, b, piece in self.tiles()
         )
 
     def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
@@ -90,7 +99,7 @@ class LayerJacobian(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
 
     def _denses(self) -> Iterator[Tensor]:
-        return (piece.dense() for piece in self.chunks())
+        return (piece.dense() for _, _, piece in self.tiles())
 
 
 class Outer(LayerJacobian):
@@ -123,10 +132,11 @@ class Outer(LayerJacobian):
     def dense(self) -> Tensor:
         return torch.einsum("cbtgo,btgi->cbgoi", self.g, self.a)
 
-    def narrow(self, start: int, stop: int) -> Outer:
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Outer:
+        g = self.g[first:last, start:stop]
         if self.expand is None or "a" in vars(self):
-            return Outer(self.a[start:stop], self.g[:, start:stop])
-        return Outer(self.inputs[start:stop], self.g[:, start:stop], self.expand, self.shape[2])
+            return Outer(self.a[start:stop], g)
+        return Outer(self.inputs[start:stop], g, self.expand, self.shape[2])
 
     def fold(self, ratio: int) -> Outer:
         a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
@@ -187,8 +197,14 @@ class Outer(LayerJacobian):
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
         """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""
-        a = self.a.mean(1, keepdim=True) if reduce else self.a
-        return _second_moment(a.flatten(0, 1)), a.shape[0] * a.shape[1]
+        size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
+        step = chunk_length(size, self.examples)
+        moments = []
+        for start in range(0, self.examples, step):
+            a = self.narrow(start, min(start + step, self.examples)).a
+            a = a.mean(1, keepdim=True) if reduce else a
+            moments.append(_second_moment(a.flatten(0, 1)))
+        return _total(iter(moments)), self.examples * (1 if reduce else self.positions)
 
 
 class Gather(LayerJacobian):
@@ -210,8 +226,8 @@ class Gather(LayerJacobian):
         index = self.ids.clamp(min=0)[None, :, :, None].expand_as(self.g)
         return out.scatter_add_(2, index, self.g).transpose(2, 3).unsqueeze(2)
 
-    def narrow(self, start: int, stop: int) -> Gather:
-        return Gather(self.ids[start:stop], self.g[:, start:stop], self.size)
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Gather:
+        return Gather(self.ids[start:stop], self.g[first:last, start:stop], self.size)
 
     def fold(self, ratio: int) -> Gather:
         ids = self.ids.reshape(-1, ratio * self.ids.shape[1])
@@ -287,8 +303,8 @@ class Dense(LayerJacobian):
     def dense(self) -> Tensor:
         return self.j
 
-    def narrow(self, start: int, stop: int) -> Dense:
-        return Dense(self.j[:, start:stop])
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Dense:
+        return Dense(self.j[first:last, start:stop])
 
     def fold(self, ratio: int) -> Dense:
         return Dense(self.j.unflatten(1, (-1, ratio)).sum(2))
@@ -305,34 +321,36 @@ class Dense(LayerJacobian):
 class Lazy(LayerJacobian):
     """A Jacobian computed on demand, a slice of examples at a time, so that it is never held whole.
 
-    compute: ``(start, stop) -> (C, stop - start, *shape)``.
+    compute: ``(start, stop, first, last) -> (last - first, stop - start, *shape)``, of examples and of cotangents.
     """
 
     def __init__(
         self,
-        compute: Callable[[int, int], Tensor],
+        compute: Callable[[int, int, int, int], Tensor],
         cotangents: int,
         examples: int,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        offset: int = 0,
+        origin: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__(cotangents, examples, shape, dtype, device)
         self.compute = compute
-        self.offset = offset
+        self.origin = origin
 
     def dense(self) -> Tensor:
-        return self.compute(self.offset, self.offset + self.examples)
+        b, c = self.origin
+        return self.compute(b, b + self.examples, c, c + self.cotangents)
 
-    def narrow(self, start: int, stop: int) -> Lazy:
-        return Lazy(
-            self.compute, self.cotangents, stop - start, self.shape, self.dtype, self.device, self.offset + start
-        )
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Lazy:
+        b, c = self.origin
+        last = self.cotangents if last is None else last
+        origin = (b + start, c + first)
+        return Lazy(self.compute, last - first, stop - start, self.shape, self.dtype, self.device, origin)
 
     def fold(self, ratio: int) -> Lazy:
-        def compute(start: int, stop: int) -> Tensor:
-            whole = self.narrow(start * ratio, stop * ratio).dense()
+        def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+            whole = self.narrow(start * ratio, stop * ratio, first, last).dense()
             return whole.unflatten(1, (-1, ratio)).sum(2)
 
         return Lazy(compute, self.cotangents, self.examples // ratio, self.shape, self.dtype, self.device)
@@ -349,8 +367,8 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
         ids = torch.cat([f.ids for f in forms], 1)  # type: ignore[attr-defined]
         return Gather(ids, torch.cat([f.g for f in forms], 2), first.size)  # type: ignore[attr-defined]
 
-    def compute(start: int, stop: int) -> Tensor:
-        return _total(f.narrow(start, stop).dense() for f in forms)
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        return _total(f.narrow(start, stop, first, last).dense() for f in forms)
 
     return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype, first.device)
 
@@ -358,14 +376,16 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
 def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tensor]:
     """Rows of the Jacobian of several layers side by side, ``unpack[k]`` taking form k to flat parameters.
 
-    Yields ``(C, b, P)`` with b examples at a time such that a piece fits a work array.
+    Yields ``(c, b, P)``, some cotangents and examples at a time such that a piece fits a work array.
     """
-    first = forms[0]
-    size = sum(prod(f.shape) for f in forms) * first.cotangents * first.dtype.itemsize
-    step = chunk_length(2 * size, first.examples)
-    for start in range(0, first.examples, step):
-        stop = min(start + step, first.examples)
-        yield torch.cat([u(f.narrow(start, stop).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
+    one = forms[0]
+    size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
+    c = chunk_length(size, one.cotangents)
+    b = chunk_length(size * c, one.examples) if c == one.cotangents else 1
+    for first in range(0, one.cotangents, c):
+        for start in range(0, one.examples, b):
+            piece = (start, min(start + b, one.examples), first, min(first + c, one.cotangents))
+            yield torch.cat([u(f.narrow(*piece).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
 
 
 def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:

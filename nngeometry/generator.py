@@ -477,8 +477,10 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         Packing.flat(sum(numel)) if site.kind.packing is None else site.kind.packing(site.module, "bias" in site.params)
     )
 
-    def compute(start: int, stop: int) -> Tensor:
-        whole = dict(zip(site.params, unpack.unpack(form.narrow(start, stop).dense()).split(numel, -1), strict=True))
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        whole = dict(
+            zip(site.params, unpack.unpack(form.narrow(start, stop, first, last).dense()).split(numel, -1), strict=True)
+        )
         mine = {k: whole[name] for name, k in names.items()}
         one = next(iter(mine.values()))
         zeros = [one.new_zeros(1).expand(*one.shape[:-1], size) for size in sizes]

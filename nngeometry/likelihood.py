@@ -263,7 +263,7 @@ def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
         with torch.enable_grad():
             first = loss(probe, *targets)[0].sum()
             (reached,) = torch.autograd.grad(first, probe, allow_unused=True, materialize_grads=True)
-        if bool(reached[1:].count_nonzero()):
+        if bool(reached[1:].nan_to_num().count_nonzero()):
             raise ValueError(
                 "loss: the value of the first example depends on the outputs of others (an average over the batch, or "
                 f"outputs {tuple(f.shape)} broadcast against targets of another shape): return one value for each "

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .layercollection import LayerCollection
-from .linalg.base import Estimate
+from .linalg import Density, Estimate
 from .object.pmat import PMat
-from .spectrum import LOG_WIDTH, Density, Spectrum
+from .spectrum import LOG_WIDTH, Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import ceil, inf, pi
+from dataclasses import dataclass, replace
+from math import ceil, hypot, inf, pi
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linalg import eigsh
-from .linalg.base import Estimate, Matvec, gaussian, mean_of
-from .linalg.lanczos import Which, quadrature_of, tridiagonals
-from .memory import budget
+from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
+from .linalg.base import Matvec
+from .linalg.lanczos import Which
 from .object.pmat import PMat
 from .object.vector import PVector
 
@@ -26,54 +25,52 @@ _DECADES = 6.0
 _POINTS, _MOST = 4, 20_000
 
 
-class Density(NamedTuple):
-    """grid: ``(g,)``. value: the density there ``(g,)``, for a logarithmic axis ``(2, g)``. error: its standard error,
-    of the same shape.
-    """
-
-    grid: Tensor
-    value: Tensor
-    error: Tensor
-
-
 class Negative(NamedTuple):
-    """The negative part of a spectrum. count: how many eigenvalues. total: their sum."""
+    """The negative part of a spectrum. number: how many eigenvalues. total: their sum."""
 
-    count: Estimate
+    number: Estimate
     total: Estimate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """What stochastic Lanczos quadrature knows of the eigenvalues of a matrix, in float64 on the CPU.
 
-    nodes: Ritz values ``(probes, steps)``, ascending. weights: ``(probes, steps)``, how many eigenvalues each of them
-    stands for; each row sums to ``size - k``. outliers: ``(k,)``, eigenvalues that are exact and not among the nodes,
-    those of largest magnitude first. size: of the matrix. products: how many vectors were multiplied with it.
+    bulk: the quadrature, without the outliers. outliers: ``(k,)``, eigenvalues that are known, those of largest
+    magnitude first. size: of the matrix. steps: of Lanczos, at most. products: how many vectors were multiplied with
+    it.
 
     A function f summed over all eigenvalues is ``sum_j weights_j f(nodes_j)`` for each probe, plus its values at the
-    outliers. The quadrature is exact for polynomials of degree up to ``2 steps - 1``. The standard errors are those of
-    the mean over the probes; where f jumps or bends within a gap of the nodes, too few steps add a bias.
+    outliers. That is exact in expectation for polynomials of degree up to ``2 steps - 1``. The standard errors are
+    those of the mean over the probes; they include the difference to fewer steps, as a measure of the bias.
     """
 
-    nodes: Tensor
-    weights: Tensor
+    bulk: Quadrature
     outliers: Tensor
     size: int
+    steps: int
     products: int
+
+    @property
+    def nodes(self) -> Tensor:
+        """Ritz values ``(probes, steps)``, of each row ascending."""
+        return self.bulk.values
+
+    @property
+    def weights(self) -> Tensor:
+        """How many eigenvalues each node stands for ``(probes, steps)``; each row sums to ``size - k``."""
+        return self.bulk.weights * self.bulk.size
 
     def sum(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """The sum of ``f`` over all eigenvalues, the trace of f(F). f acts on a tensor of eigenvalues, by entry.
 
         Raises ``ValueError`` if f is not finite at one of them.
         """
-        values, exact = f(self.nodes), f(self.outliers)
-        values = torch.where(self.weights > 0, values, 0.0).to(self.weights)
-        if not bool(values.isfinite().all() and exact.isfinite().all()):
-            every = torch.cat([self.nodes[~values.isfinite()], self.outliers[~exact.isfinite()]])
-            raise ValueError(f"sum: f is not finite at an eigenvalue near {float(every[0]):.3g}")
-        rest = mean_of((self.weights * values).sum(1), self.products)
-        return rest._replace(value=rest.value + exact.to(self.weights).sum())
+        exact = f(self.outliers).double()
+        if not bool(exact.isfinite().all()):
+            raise ValueError(f"sum: f is not finite at the eigenvalue {float(self.outliers[~exact.isfinite()][0]):.3g}")
+        rest = self.bulk.trace_of(lambda l: f(l).double())
+        return Estimate(rest.value + exact.sum(), rest.error, self.products)
 
     def count(self, low: float = -inf, high: float = inf) -> Estimate:
         """How many eigenvalues there are with ``low <= l < high``.
@@ -83,7 +80,7 @@ class Spectrum:
         """
         inside = self.sum(lambda l: ((l >= low) & (l < high)).double())
         blur = sum(self._christoffel(x) for x in (low, high) if abs(x) < inf)
-        return inside._replace(error=(inside.error.square() + blur**2).sqrt())
+        return inside._replace(error=torch.tensor(hypot(float(inside.error), blur), dtype=torch.float64))
 
     def negative(self, threshold: float | None = None) -> Negative:
         """How many eigenvalues are below ``-threshold``, and their sum.
@@ -117,7 +114,7 @@ class Spectrum:
         low, high = self.range()
         width = _positive(width, self.width())
         grid = _grid(low - 6 * width, high + 6 * width, width) if grid is None else grid.to(self.nodes)
-        return Density(grid, *self._smooth(grid, self.nodes, self.weights, self.outliers, width))
+        return Density(grid, *self._smooth(grid, self.bulk, self.outliers, width))
 
     def log_density(
         self, grid: Tensor | None = None, width: float | None = None, floor: float | None = None
@@ -137,8 +134,8 @@ class Spectrum:
         for sign in (1.0, -1.0):
             inside, beyond = sign * self.nodes >= floor, sign * self.outliers >= floor
             nodes = torch.where(inside, sign * self.nodes, 1.0).log10()
-            weights = torch.where(inside, self.weights, 0.0)
-            pairs.append(self._smooth(points, nodes, weights, (sign * self.outliers[beyond]).log10(), width))
+            bulk = replace(self.bulk, values=nodes, weights=self.bulk.weights * inside)
+            pairs.append(self._smooth(points, bulk, (sign * self.outliers[beyond]).log10(), width))
         value, error = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return Density(10**points, value, error)
 
@@ -168,21 +165,20 @@ class Spectrum:
         total = 0.0
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             used = weights > 0
-            if int(used.sum()) < min(len(nodes) + 1, self.size - len(self.outliers)):
+            if self.steps <= int(used.sum()) < self.bulk.size:
                 n, w = nodes[used], weights[used]
                 apart = (n.unsqueeze(1) - n).abs().clamp(min=1e-300).log().fill_diagonal_(0.0).sum(1)
                 near = (x - n).abs().clamp(min=1e-300).log()
                 total += float((-(2 * (near.sum() - near - apart) - w.log()).logsumexp(0)).exp())
         return total / len(self.nodes)
 
-    def _smooth(
-        self, grid: Tensor, nodes: Tensor, weights: Tensor, outliers: Tensor, width: float
-    ) -> tuple[Tensor, Tensor]:
-        """Mean over the probes and standard error ``(g,)``."""
-        rows = torch.stack([_bells(grid, n, w, width) for n, w in zip(nodes, weights, strict=True)])
-        bulk = mean_of(rows / self.size, 0)
-        exact = _bells(grid, outliers, torch.ones_like(outliers), width) / self.size
-        return bulk.value + exact, bulk.error
+    def _smooth(self, grid: Tensor, bulk: Quadrature, outliers: Tensor, width: float) -> tuple[Tensor, Tensor]:
+        """The density of all, and its standard error ``(g,)``."""
+        share = bulk.size / self.size
+        _, value, error = bulk.density(grid, width)
+        z = (grid.unsqueeze(1) - outliers) / width
+        exact = torch.exp(-z.square() / 2).sum(1) / (width * (2 * pi) ** 0.5)
+        return share * value + exact / self.size, share * error
 
 
 def spectral_density(
@@ -223,32 +219,23 @@ def spectral_density(
         raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
     if not 0 <= outliers < size:
         raise ValueError(f"spectral_density: expected 0 <= outliers < {size}, got {outliers}")
-    like, products = _like(F), 0
+    like, spent = _like(F), 0
+    exact, basis = torch.zeros(0, dtype=torch.float64), like.new_empty(0, size)
+    free = size - outliers
+
+    def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform, orthogonal to the outliers, so that the total weight of each probe is exact."""
+        rows = gaussian(count, size, like=like, generator=generator)
+        rows = rows - (rows @ basis.mT) @ basis
+        return rows * (free**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
     with torch.no_grad(), _progress(F.root.mv, verbose) as matvec:
-        exact, basis = torch.zeros(0, dtype=torch.float64), like.new_empty(0, size)
         if outliers:
-            exact, basis, _, products = eigsh(matvec, size, outliers, which="magnitude", like=like)
-
-        def bulk(rows: Tensor) -> Tensor:
-            """The part orthogonal to the outliers."""
-            return rows - (rows @ basis.mT) @ basis
-
-        starts = bulk(bulk(gaussian(probes, size, like=like, generator=generator)))
-        steps = min(steps, size - outliers)
-        nodes, shares = _quadratures(lambda v: bulk(matvec(v)), starts, steps)
-    return Spectrum(nodes, (size - outliers) * shares, exact.double().cpu(), size, products + probes * steps)
-
-
-def _quadratures(matvec: Matvec, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    length = max(1, budget() // (steps * starts.shape[1] * starts.element_size()))
-    pairs = []
-    for rows in starts.split(length):
-        for _, last, closed in tridiagonals(matvec, rows, steps):
-            matrices = last
-            if bool(closed.all()):
-                break
-        pairs.append(quadrature_of(matrices)[:2])
-    return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+            exact, basis, _, spent = eigsh(matvec, size, outliers, which="magnitude", like=like)
+        bulk = slq(
+            matvec, size, steps=steps, probes=probes, sampler=sphere, deflate=basis, generator=generator, like=like
+        )
+    return Spectrum(bulk, exact.double().cpu(), size, min(steps, free), spent + bulk.products)
 
 
 def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
@@ -337,10 +324,3 @@ def _positive(given: float | None, default: float) -> float:
 
 def _grid(low: float, high: float, width: float) -> Tensor:
     return torch.linspace(low, high, min(_MOST, 2 + ceil(_POINTS * (high - low) / width)), dtype=torch.float64)
-
-
-def _bells(grid: Tensor, centres: Tensor, weights: Tensor, width: float) -> Tensor:
-    """A sum of normal densities, on a grid."""
-    used = weights > 0
-    z = (grid.unsqueeze(1) - centres[used]) / width
-    return (torch.exp(-z.square() / 2) @ weights[used]) / (width * (2 * pi) ** 0.5)

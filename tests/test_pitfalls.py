@@ -445,3 +445,255 @@ def test_progress_bar(capsys):
     model, x = mlp()
     FIM(model, [(x,), (x,)], PMatDiag, verbose=True)
     assert "2/2" in capsys.readouterr().err
+
+
+# What an adversary tried: each was silently wrong once
+
+
+class Cell(nn.Module):
+    """Two outputs, one of which depends on the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 3)
+
+    def forward(self, x):
+        h, c = self.cell(x)
+        h, c = self.cell(x.flip(1), (h, c))
+        return h + c
+
+
+class WithFeatures(nn.Module):
+    """Bare parameters, several outputs of which one is computed from the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        features = torch.tanh(x * self.w)
+        return features, self.head(features), features
+
+
+class UsesFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = WithFeatures()
+
+    def forward(self, x):
+        a, b, c = self.inner(x)
+        return a * b + c
+
+
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList([nn.Parameter(torch.ones(3)) for _ in range(2)])
+        self.named = nn.ParameterDict({"b": nn.Parameter(torch.ones(3))})
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(torch.tanh(x * self.ws[0]) * self.ws[1] + self.named["b"])
+
+
+class Swapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x):
+        return self.bilinear(input2=x, input1=torch.tanh(x.flip(1)))
+
+
+class Flattened(nn.Module):
+    """Tokens flattened before the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x.reshape(-1, 3))).view(x.shape[0], -1, 2).sum(1)
+
+
+@pytest.mark.parametrize("net", [Cell, UsesFeatures, Lists, Swapped])
+def test_unusual_modules(net):
+    model = oracle.randomise(net())
+    batch = (torch.randn(4, 3),)
+    M = oracle.fim(model, [batch], "regression")
+    for representation in (PMatDense, PMatImplicit):
+        assert oracle.relative(FIM(model, batch, representation, "regression").to_torch(), M) < 1e-10
+
+
+def test_sequences_of_different_lengths():
+    model = oracle.randomise(Flattened())
+    batches = [(torch.randn(2, 4, 3),), (torch.randn(2, 2, 3),), (torch.randn(1, 5, 3),)]
+    M = oracle.fim(model, batches, "regression")
+    assert oracle.relative(FIM(model, batches, PMatDense, "regression").to_torch(), M) < 1e-10
+
+
+@pytest.mark.parametrize("variant", ["classif_binary_logits", "regression"])
+def test_outputs_without_an_axis_of_outputs(variant):
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    batch = (torch.randn(4, 3),)
+    expected = FIM(model[0], batch, PMatDense, variant).to_torch()
+    for representation in (PMatDense, PMatImplicit):
+        F = FIM(model, batch, representation, variant, n_output=1)
+        assert oracle.relative(F.to_torch(), expected) < 1e-12
+
+
+class FunctionalTie(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(torch.tanh(self.linear(x)), self.linear.weight.T)
+
+
+class SideOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Detached()
+
+    def forward(self, x):
+        return self.inner(x) + self.inner.inner.weight.sum()
+
+
+class OwnBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return (x - x.mean(0)) * self.w
+
+
+@pytest.mark.parametrize("net", [FunctionalTie, OwnBatchNorm])
+def test_derivatives_that_do_not_add_up_are_refused(net):
+    model = oracle.randomise(net())
+    with pytest.raises(ValueError, match=r"do not add up to the gradient|depends on the others"):
+        FIM(model, (torch.randn(4, 3),), PMatDense, "regression")
+
+
+def test_hooks_of_the_user_on_generic_modules():
+    model = nn.Sequential(OwnScale(), nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda m, a, y: 2 * y)
+    model[0].register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+    batch = (torch.randn(4, 3),)
+    M = oracle.fim(model, [batch], "regression")
+    assert oracle.relative(FIM(model, batch, PMatDense, "regression").to_torch(), M) < 1e-10
+    assert len(model[0]._forward_hooks) == 1
+
+
+class OwnScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return torch.sin(x * self.w)
+
+
+def test_losses_that_mix_examples_are_refused():
+    model, x = mlp(3)
+    y = torch.randn(3, 3)
+    for loss in (
+        lambda f, y: (f - y).square().mean(0),
+        lambda f, y: torch.log_softmax(f @ f.T, 1).diagonal(),
+    ):
+        with pytest.raises(ValueError, match="depends on the outputs of others"):
+            EmpiricalFisher(model, (x, y), PMatDiag, loss)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        EmpiricalFisher(model, (x, y * float("nan")), PMatDiag, nn.MSELoss())
+
+
+def test_ambiguous_arguments_are_refused():
+    model, x = mlp(4)
+    with pytest.raises(ValueError, match="not clear whether that is one minibatch"):
+        FIM(model, ((x, x), x), PMatDiag)
+    with pytest.raises(ValueError, match="these have 3, 4 examples"):
+        FIM(model, [x, x[:3]], PMatDiag)
+    with pytest.raises(ValueError, match='use "segmentation_logits"'):
+        FIM(nn.Linear(3, 4), (torch.randn(2, 5, 3),), PMatDiag)
+    with pytest.raises(NotImplementedError, match="complex"):
+        FIM(nn.Linear(3, 4, dtype=torch.complex64), (x,), PMatDiag)
+    with pytest.raises(ValueError, match="collection is empty"):
+        FIM(model, (x,), PMatDiag, layer_collection=LayerCollection())
+
+
+def test_inputs_changed_in_place_are_refused():
+    model, x = mlp(4)
+
+    def function(x):
+        x -= 1
+        return model(x)
+
+    with pytest.raises(ValueError, match="modifies its inputs in place"):
+        FIM(model, (x,), PMatDiag, function=function)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+def test_backwards_that_cannot_be_differentiated_are_refused():
+    model, x = mlp(4)
+    function = lambda x: model[2](Once.apply(model[0](x)))  # noqa: E731
+    M = oracle.fim(model, [(x,)], "regression", function)
+    assert oracle.relative(FIM(model, (x,), PMatDense, "regression", function=function).to_torch(), M) < 1e-10
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"cannot be differentiated|once_differentiable"):
+        FIM(model, (x,), PMatImplicit, "regression", function=function).mv(PVector.from_model(model).detach())
+
+
+def test_a_loader_that_shuffles_is_no_harm_to_products():
+    model, x = mlp(12)
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(x), 3, shuffle=True)
+    M = FIM(model, (x,), PMatDense).to_torch()
+    v = PVector.from_model(model).detach()
+    for budget in (2**30, 3000, 1):
+        with memory_budget(budget):
+            F = FIM(model, loader, PMatImplicit)
+            for _ in range(3):
+                assert oracle.relative(F.mv(v).to_torch(), M @ v.to_torch()) < 1e-10
+
+
+def test_products_of_matrices_keep_that_they_are_not_symmetric():
+    model, x = mlp(6)
+    A, B = FIM(model, (x,), PMatDense), FIM(model, (x,), PMatDiag)
+    P = A @ B
+    M = P.to_torch()
+    v = PVector.from_model(model).detach()
+    values = {"0": 0.1, "2": 0.7}
+    D = torch.cat([torch.full((16,), 0.1), torch.full((15,), 0.7)])
+    assert oracle.relative(P.solve(v, values).to_torch(), torch.linalg.solve(M + torch.diag(D), v.to_torch())) < 1e-9
+    block = P.block("2")
+    u = random_pvector(block.layer_collection)
+    assert (
+        oracle.relative(
+            block.solve(u, 0.1).to_torch(), torch.linalg.solve(M[16:, 16:] + 0.1 * torch.eye(15), u.to_torch())
+        )
+        < 1e-9
+    )
+
+
+def test_a_pending_backward_survives_the_trace_of_an_implicit_matrix():
+    model, x = mlp(4)
+    F = FIM(model, (x,), PMatImplicit)
+    before = float(F.trace())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    loss = model(x).square().sum()
+    assert float(F.trace()) == pytest.approx(before, rel=1e-12)
+    loss.backward()

@@ -84,12 +84,13 @@ def test_the_log_densities_and_what_is_near_zero_have_mass_one(F):
 
 @pytest.mark.parametrize("outliers", [0, 5])
 def test_the_density_is_that_of_the_eigenvalues(F, outliers):
-    spectrum = spectral_density(F, steps=F.size(0), probes=20, outliers=outliers, generator=seeded())
-    grid, density, error = spectrum.density()
-    z = (grid.unsqueeze(1) - exact(F)) / spectrum.width()
-    true = torch.exp(-z.square() / 2).mean(1) / (spectrum.width() * math.sqrt(2 * math.pi))
-    wrong = (density - true).abs() > 3 * error + 1e-6 * true.max()
-    assert wrong.double().mean() < 0.02
+    """Smoothed over more than the gaps between nodes; the errors of neighbours on the grid are not independent."""
+    spectrum = spectral_density(F, steps=60, outliers=outliers, generator=seeded())
+    width = 6 * spectrum.width()
+    grid, density, error = spectrum.density(width=width)
+    z = (grid.unsqueeze(1) - exact(F)) / width
+    true = torch.exp(-z.square() / 2).mean(1) / (width * math.sqrt(2 * math.pi))
+    assert ((density - true).abs() <= 4 * error + 1e-3 * true.max()).all()
 
 
 def test_moments(F):
@@ -184,17 +185,19 @@ def test_all_but_one_outlier():
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-4, 1e-2, 0.1])
-@pytest.mark.parametrize("steps", [20, 80, 1000])
-def test_the_negative_part(H, steps, threshold):
+@pytest.mark.parametrize("steps", [20, 60, 1000])
+def test_the_negative_part(steps, threshold):
+    H = matrix("hessian-dense")
     l = exact(H)
-    spectrum = spectral_density(H, steps=steps, outliers=3, generator=seeded())
-    count, total = spectrum.negative(threshold)
+    spectrum = spectral_density(H, steps=steps, outliers=3, generator=seeded(1))
+    number, total = spectrum.negative(threshold)
     below = l < -(spectrum.floor() if threshold is None else threshold)
-    assert near(count, below.sum())
+    assert near(number, below.sum())
     assert near(total, l[below].sum()) or threshold not in (None, 1e-4)
 
 
-def test_the_count_is_sharp_when_the_steps_suffice(H):
+def test_the_count_is_sharp_when_the_steps_suffice():
+    H = matrix("hessian-dense")
     spectrum = spectral_density(H, steps=H.size(0), probes=20, generator=seeded())
     count, total = spectrum.negative()
     assert count.error < 0.05 * H.size(0)
@@ -290,14 +293,13 @@ def test_a_progress_bar_is_shown(H, capsys):
 # Pictures
 
 
-@pytest.mark.parametrize("stems", [False, True])
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("log", "stems"), [(False, True), (True, True), (True, False)])
 def test_pictures(tmp_path, log, stems):
     spectra = {
         name: spectral_density(matrix(name), steps=20, outliers=3, generator=seeded())
-        for name in ("fim-dense", "fim-kfac", "hessian-implicit")
+        for name in ("fim-kfac", "hessian-implicit")
     }
-    figure = plot_density(spectra, tmp_path / "picture.png", log=log, stems=stems, ncols=2)
+    figure = plot_density(spectra, tmp_path / "picture.png", log=log, stems=stems, ncols=1)
     assert [ax.get_title() for ax in figure.axes] == list(spectra)
     for ax in figure.axes:
         low, high = ax.get_ylim()

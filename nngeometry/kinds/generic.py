@@ -17,7 +17,7 @@ from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
 whole(nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
-_NO_VMAP = (nn.RNNBase,)
+_NO_VMAP = (nn.RNNBase, nn.RNNCellBase)
 
 
 def generic(
@@ -52,7 +52,7 @@ def generic(
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         pull = vjp(lambda p: outputs(p, xs), primals)[1]
         (grads,) = vmap(pull)(gs)
-        return torch.cat([grads[k].reshape(cotangents, -1) for k in primals], 1)  # (C, p)
+        return torch.cat([grads[k].reshape(len(gs[0]), -1) for k in primals], 1)  # (C, p)
 
     def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         leaf = {k: p.clone().requires_grad_() for k, p in primals.items()}
@@ -60,7 +60,7 @@ def generic(
         with torch.enable_grad():
             for b in range(gs[0].shape[1]):
                 ys = outputs(leaf, [x[b] if m == 0 else x for x, m in zip(xs, mapped, strict=True)])
-                for c in range(cotangents):
+                for c in range(len(gs[0])):
                     grads = torch.autograd.grad(
                         ys,
                         list(leaf.values()),
@@ -70,11 +70,11 @@ def generic(
                         materialize_grads=True,
                     )
                     rows.append(torch.cat([d.flatten() for d in grads]))
-        return torch.stack(rows).view(-1, cotangents, numel).transpose(0, 1)
+        return torch.stack(rows).view(-1, len(gs[0]), numel).transpose(0, 1)
 
-    def compute(start: int, stop: int) -> Tensor:
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
         xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
-        gs = tuple(g[:, start:stop] for _, g in gys)
+        gs = tuple(g[first:last, start:stop] for _, g in gys)
         with _undisturbed(module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if isinstance(module, _NO_VMAP):

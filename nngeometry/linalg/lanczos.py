@@ -398,10 +398,10 @@ def funm(
     """``f(A) b`` for a symmetric matrix and each row of b, by Lanczos.
 
     matvec: ``(k, p) -> (k, p)``. b: ``(k, p)``. f: acts on a tensor of Ritz values, which lie between the smallest
-    and the largest eigenvalue. steps: at most how many products for each row, by default 500. tol: when the result
-    changed by less than this, relative to its norm, in the last two growths of the space by a fifth each, it is
-    taken for converged; by default eps^(2/3), 4e-11 in float64. Exact when the space closes, at the latest after p
-    steps. Memory: k x steps x p numbers, in chunks of rows that fit the memory budget.
+    and the largest eigenvalue. steps: at most how many products for each row, by default 500. tol: relative error to
+    reach, by default eps^(2/3), 4e-11 in float64; it is extrapolated from how the result changed while the space grew
+    three times by a fifth. Exact when the space closes, at the latest after p steps. Memory: k x steps x p numbers,
+    in chunks of rows that fit the memory budget.
 
     Raises ``RuntimeError`` if the tolerance is not reached, and ``ValueError`` if f is not finite where it matters:
     the inverse square root of a singular matrix, say. Rounding can put a Ritz value of a singular matrix slightly
@@ -422,24 +422,26 @@ def funm(
 def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, tol: float) -> Tensor:
     norms = torch.linalg.vector_norm(b, dim=1).to("cpu", torch.float64)
     last = torch.zeros(len(b), 0, dtype=torch.float64)
-    calm, check, change = 0, 2, norms
+    changes = [torch.full_like(norms, torch.inf)] * 3
+    check, error = 2, changes[0]
     for rows, matrices, closed in tridiagonals(matvec, b, steps):
-        m = matrices.shape[1]
-        done = bool(closed.all())
-        if m < check and not done and m < steps:
+        m, done = matrices.shape[1], closed.cpu()
+        if m < check and m < steps and not bool(done.all()):
             continue
         check = m + max(2, m // 5)
         coefficients = norms.unsqueeze(1) * _first_column(f, matrices, norms > 0)
-        change = torch.linalg.vector_norm(coefficients - torch.nn.functional.pad(last, (0, m - last.shape[1])), dim=1)
-        size = torch.linalg.vector_norm(coefficients, dim=1)
-        open_ = ~closed.cpu()
-        calm = calm + 1 if bool((change <= tol * size)[open_].all()) else 0
+        size = torch.linalg.vector_norm(coefficients, dim=1).clamp_min(torch.finfo(norms.dtype).tiny)
+        wider = torch.nn.functional.pad(last, (0, m - last.shape[1]))
+        changes = [*changes[1:], torch.linalg.vector_norm(coefficients - wider, dim=1) / size]
+        # The space grows by a constant factor, so the changes go on falling by at least their last rates.
+        rate = torch.maximum(changes[1] / changes[0].clamp_min(1e-300), changes[2] / changes[1].clamp_min(1e-300))
+        error = torch.where(rate < 1, changes[2] / (1 - rate), torch.inf)
+        error = torch.where(done | (torch.stack(changes[1:]) <= 1e-3 * tol).all(0), 0.0, error)
         last = coefficients
-        if done or calm == 2:
+        if bool((error <= tol).all()):
             return (coefficients.unsqueeze(1).to(b) @ rows).squeeze(1)
-    worst = float((change / size)[open_].max())
     raise RuntimeError(
-        f"funm: after {steps} steps the result still changes by {worst:.1g}, the target was {tol:.1g}: "
+        f"funm: after {steps} steps the relative error is about {float(error.max()):.1g}, the target was {tol:.1g}: "
         "raise steps or tol, or add regul"
     )
 
