@@ -24,6 +24,9 @@ docs: $(READY)
 
 examples: $(READY)
 	$(BIN)/python examples/quickstart.py --small
+	$(BIN)/python examples/spectrum.py --small
+	$(BIN)/python examples/visual_tour.py --small
+	$(BIN)/python examples/takeuchi.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

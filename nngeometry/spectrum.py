@@ -109,7 +109,8 @@ class Spectrum:
         """The density of eigenvalues, of total mass one with the outliers: each is smoothed to a normal density.
 
         grid: where, by default from six widths below the lowest to six above the highest. width: the standard
-        deviation, by default a two-hundredth of the range.
+        deviation, by default a two-hundredth of the range. The error is over the probes; gaps between nodes that are
+        wider than ``width`` show as bumps.
         """
         low, high = self.range()
         width = _positive(width, self.width())

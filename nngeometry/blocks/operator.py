@@ -39,6 +39,8 @@ class Operator(Block):
         return self.psd
 
     def mv(self, V: Tensor) -> Tensor:
+        if V.numel() == 0:
+            return V.clone()
         return Symmetric.apply(self.matvec, V.reshape(-1, self.size)).view(V.shape)
 
     def diag(self) -> Tensor:

@@ -440,9 +440,10 @@ def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, 
         last = coefficients
         if bool((error <= tol).all()):
             return (coefficients.unsqueeze(1).to(b) @ rows).squeeze(1)
+    worst = float(error.max())
+    reached = f"the relative error is about {worst:.1g}" if worst < math.inf else "nothing has converged"
     raise RuntimeError(
-        f"funm: after {steps} steps the relative error is about {float(error.max()):.1g}, the target was {tol:.1g}: "
-        "raise steps or tol, or add regul"
+        f"funm: after {steps} steps {reached}, the target was {tol:.1g}: raise steps or tol, or add regul"
     )
 
 
