@@ -9,6 +9,7 @@ from torch import nn
 from nngeometry import (
     FIM,
     GGN,
+    EmpiricalFisher,
     FiniteDifference,
     Hessian,
     LayerCollection,
@@ -271,3 +272,30 @@ def test_representations_that_make_no_sense_say_so():
         Hessian(model, batches, PMatDense, lambda f, y: f.sum())
     with pytest.raises(NotImplementedError, match='reduction="none"'):
         GGN(model, batches, PMatDense, nn.MultiMarginLoss())
+
+
+def test_low_rank_hessian():
+    """The best approximation of a given rank, of either sign."""
+    model, batches = minibatches("mlp", LOSSES["ce"][0])
+    H = Hessian(model, batches, PMatDense).to_torch()
+    l, q = torch.linalg.eigh(H)
+    keep = l.abs().argsort(descending=True)[:5]
+    expected = (q[:, keep] * l[keep]) @ q[:, keep].T
+    F = Hessian(model, batches, PMatLowRank, rank=5)
+    assert oracle.relative(F.to_torch(), expected) < 1e-8
+    torch.testing.assert_close(F.norm(), torch.linalg.norm(expected))
+
+
+def test_rank_of_the_empirical_fisher():
+    model, _ = minibatches("mlp", LOSSES["ce"][0])
+    F = EmpiricalFisher(model, (torch.randn(6, 3), labels(6)), PMatDense).to_torch()
+    assert int(torch.linalg.matrix_rank(F)) == 6
+
+
+@pytest.mark.parametrize("name", ["convnet", "attention", "tied", "lstm", "transformer-layer"])
+def test_second_derivatives_are_symmetric(name):
+    """u . H v = v . H u, where torch's own formulas have been wrong."""
+    model, batch, function = CASES[name].make(3)
+    H = Hessian(model, batch, PMatImplicit, nonlinear, function=function)
+    u, v = random_pvector(H.layer_collection), random_pvector(H.layer_collection)
+    torch.testing.assert_close(u.dot(H.mv(v)), v.dot(H.mv(u)))

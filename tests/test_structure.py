@@ -20,7 +20,7 @@ FLOORS = [
     ["object"],
     ["metrics"],
     ["hessian"],
-    ["spectrum"],
+    ["spectrum", "hierarchy"],
     ["plot"],
     ["__init__"],
 ]

@@ -14,6 +14,7 @@ from ..blocks import Block
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
+from ..linalg import eigsh
 from . import fit
 from .fit import Estimator
 from .pmat import PMat
@@ -117,11 +118,21 @@ class PMatEKFAC(PMat):
 
 
 class PMatLowRank(PMat):
-    """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples."""
+    """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples.
+
+    Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default).
+    """
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.lowrank(layers)]
+
+    @classmethod
+    def project(cls, operator: Block, layers: Sequence[Layer], rank: int = 10) -> Block:
+        """The ``rank`` eigenpairs of largest magnitude."""
+        like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+        pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
+        return _direct([blocks.LowRank(pairs.vectors, pairs.values)])
 
 
 class PMatMixed(PMat):
