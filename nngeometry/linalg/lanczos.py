@@ -14,6 +14,9 @@ from .base import Matvec, gaussian, noise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
+#: The accepted chance to miss a copy of a repeated eigenvalue.
+MISSED = 1e-6
+
 
 class Krylov(NamedTuple):
     """basis: orthonormal rows ``(m, p)``. matrix: the matrix in that basis ``(m, m)``, in float64: tridiagonal, or
@@ -167,7 +170,7 @@ def eigsh(
     within half of the memory budget. A matrix no larger than that is simply built, by p products; so is one that
     fits a sixteenth of the budget when p products were not enough. multiplicities: begin again at random rows until
     nothing new is found, for up to twice as many products. Without it, further copies of a repeated eigenvalue
-    beyond ``block`` may be missed. With it, the chance to miss one is 1e-8, or the search ended in converged pairs.
+    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6.
     generator: of the first rows, by default one of its own with a fixed seed. like: an empty tensor of the dtype and
     device.
 
@@ -177,8 +180,8 @@ def eigsh(
     >>> eigsh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
     tensor([5., 5., 3.])
 
-    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22; for the chance to miss an eigenvalue Kuczynski and
-    Wozniakowski (1992), SIAM J. Matrix Anal. Appl. 13, theorem 3.2.
+    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22. That a random start misses no end of the spectrum:
+    Kuczynski and Wozniakowski (1992), ibid. 13.
     """
     if not 1 <= k <= size:
         raise ValueError(f"eigsh: expected 1 <= k <= {size}, got {k}")
@@ -198,49 +201,46 @@ def eigsh(
         generator = torch.Generator(like.device).manual_seed(0)
 
     space = _Space(matvec, capacity, size, like)
-    space.seed(gaussian(block, size, like=like, generator=generator))
-    settled: Tensor | None = None  # the wanted values when the search last began anew
-    steps, restarted, check = 0, False, wanted
     small = size * size * like.element_size() <= budget() // 16
+    settled: Tensor | None = None  # the wanted values when the space last began anew at random rows
+    shifts = torch.zeros(0, dtype=torch.float64)  # the Ritz values dropped since then
+    check, anew = wanted, True  # the size of the space at which to look again
     while True:
+        if anew or not len(space.next):
+            space.seed(gaussian(block, size, like=like, generator=generator))
         if small and size <= space.products <= limit - size:
             return _dense_pairs(matvec, size, wanted, which, like, space.products)
         if space.products + len(space.next) > limit:
             raise RuntimeError(_failure(space, wanted, which, tol, settled is not None))
         space.expand(4 * tol)
-        steps += not restarted
-        full = space.count + len(space.next) > capacity
-        closed = not len(space.next)
-        if space.count < check and not full and not closed:
+        anew, closed, full = False, not len(space.next), space.count + len(space.next) > capacity
+        if not (closed or full or space.count >= check):
             continue
         check = space.count + max(block, space.count // 10)
         values, columns, bounds = space.ritz()
         order = _order(values, which)
         lead = order[:wanted]
         scale = float(values.abs().max())
-        if closed and len(values) < wanted:
-            space.seed(gaussian(block, size, like=like, generator=generator))
-        elif bool((bounds[lead] <= 0.5 * tol * scale).all()) and len(values) >= wanted:
+        if len(lead) == wanted and bool((bounds[lead] <= 0.5 * tol * scale).all()):
             found = (values[lead].abs() if which == "magnitude" else values[lead]).sort().values
-            new = settled is None or bool(((found - settled).abs() > 2 * tol * scale).any())
-            if multiplicities and new:
+            if multiplicities and (settled is None or bool(((found - settled).abs() > 2 * tol * scale).any())):
                 block = block if settled is None else min(2 * block, max(1, (capacity - wanted) // 4))
-                settled = found
+                settled, shifts, check, anew = found, shifts[:0], wanted, True
                 space.compress(values[lead], columns[:, lead])
-                space.seed(gaussian(block, size, like=like, generator=generator))
-                steps, restarted, check = 0, False, wanted
-            elif not multiplicities or closed or _certain(values, bounds, order, wanted, which, tol, steps, size):
+            elif (
+                not multiplicities
+                or closed
+                or _missed(values, bounds, order, wanted, which, tol, shifts, block, size) < MISSED
+            ):
                 space.compress(values[lead], columns[:, lead])
                 pairs, rest = _true_pairs(space, which)
                 if bool((pairs.residuals <= tol * scale).all()):
                     return pairs
                 space.replace(pairs.values, pairs.vectors, rest)
             elif full:
-                _restart(space, values, columns, order, wanted, which)
-                restarted = True
-        elif full:
-            _restart(space, values, columns, order, wanted, which)
-            restarted = True
+                shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
+        elif full and not closed:
+            shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
 
 
 def _affordable(size: int, like: Tensor, most: int) -> int:
@@ -260,38 +260,56 @@ def _sorted(values: Tensor, which: Which) -> Tensor:
     return _order(values, "largest" if which == "both" else which)
 
 
-def _restart(space: _Space, values: Tensor, columns: Tensor, order: Tensor, wanted: int, which: Which) -> None:
+def _restart(space: _Space, values: Tensor, columns: Tensor, order: Tensor, wanted: int, which: Which) -> Tensor:
+    """Keep the wanted Ritz vectors and some of the next best; return the values of the others."""
     lead, rest = order[:wanted], order[wanted:]
     if which == "magnitude":  # both ends must converge before we know that nothing was missed
         rest = rest[_order(values[rest], "both")]
-    keep = torch.cat([lead, rest[: (space.capacity - wanted) // 3]])
+    more = (space.capacity - wanted) // 3
+    keep = torch.cat([lead, rest[:more]])
     space.compress(values[keep], columns[:, keep])
+    return values[rest[more:]]
 
 
-def _certain(
-    values: Tensor, bounds: Tensor, order: Tensor, wanted: int, which: Which, tol: float, steps: int, size: int
-) -> bool:
-    """Whether the space, begun at random rows, would have shown any eigenvalue better than the wanted ones."""
+def _missed(
+    values: Tensor,
+    bounds: Tensor,
+    order: Tensor,
+    wanted: int,
+    which: Which,
+    tol: float,
+    shifts: Tensor,
+    block: int,
+    size: int,
+) -> float:
+    """About the chance that there is an eigenvalue better than the wanted ones that the space, which began at random
+    rows, has not shown.
+
+    The best of the other Ritz vectors is p(A) v, where v is random and the roots of p are the other Ritz values and
+    those dropped in restarts. So its part along an eigenvector beyond the wanted value is that of v, about
+    1 / sqrt(p), times the growth of p from the Ritz value to there; and it is at most the residual over the gap.
+    """
+    if len(values) == wanted:
+        return 1.0
     lead, rest = values[order[:wanted]], order[wanted:]
-    if not len(rest):
-        return False
-    scale = float(values.abs().max())
 
-    def beyond(sign: float, edge: Tensor) -> bool:
-        """No eigenvalue above ``edge`` at this end, beyond those that we have."""
+    def chance(sign: float, edge: Tensor) -> float:
         best = rest[(sign * values[rest]).argmax()]
-        gap, width = float(edge - sign * values[best]), float(edge - (sign * values).min())
-        bound = float(bounds[best])
-        if bound <= 0.5 * tol * scale or (bound <= tol**0.5 * scale and bound <= gap):
-            return True
-        share = max(gap, 0.0) / max(1.25 * width, 1e-300)
-        return 1.648 * size**0.5 * math.exp(-(share**0.5) * (2 * steps - 1)) < 1e-8
+        here, gap = sign * values[best], edge - sign * values[best]
+        if bounds[best] <= 0.5 * tol * values.abs().max():
+            return 0.0
+        if gap <= 0:
+            return 1.0
+        roots = sign * torch.cat([values[rest[rest != best]], shifts])
+        growth = (torch.log((edge - roots).abs()) - torch.log((here - roots).abs())).sum() / block
+        return float(size**0.5 * (bounds[best] / gap).clamp_max(1.0) * torch.exp(-growth))
 
     if which == "magnitude":
         edge = lead.abs().min()
-        return beyond(1.0, edge) and beyond(-1.0, edge)
-    top, bottom = (lead, -lead) if which != "both" else (lead[0::2], -lead[1::2])
-    return (which == "smallest" or beyond(1.0, top.min())) and (which == "largest" or beyond(-1.0, bottom.min()))
+        return max(chance(1.0, edge), chance(-1.0, edge))
+    upper, lower = (lead, lead) if which != "both" else (lead[0::2], lead[1::2])
+    at_the_top = 0.0 if which == "smallest" else chance(1.0, upper.min())
+    return max(at_the_top, 0.0 if which == "largest" else chance(-1.0, -lower.max()))
 
 
 def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:

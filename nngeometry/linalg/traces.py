@@ -169,6 +169,8 @@ def xnystrace(
         nonlocal probes, images
         new = sphere(n - len(probes), size, like=like, generator=generator)
         probes, images = torch.cat([probes, new]), torch.cat([images, matvec(new)])
+        if not bool(images.any()):
+            return mean_of(images[:, 0], n)
         factor, lower, shift = nystrom_factor(probes, images)
         eye = torch.eye(n, dtype=like.dtype, device=like.device)
         # Without probe i the approximation loses the direction unit[i]; 1 / weight is what then is left of v . A v.
