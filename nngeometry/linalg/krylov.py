@@ -174,9 +174,9 @@ def neumann(matvec: Matvec, b: Tensor, *, terms: int, scale: float = 1.0, rtol: 
     """``A^-1 b`` by the Neumann series ``scale sum_j (1 - scale A)^j b``, each row of b on its own.
 
     matvec: ``(k, p) -> (k, p)``. terms: at most how many. scale: the series converges if all eigenvalues of scale
-    times A lie between 0 and 2. rtol: target of the relative residual, which is the next term of the series; with
-    None all terms are taken, and the residuals returned are whatever they are. Raises ``RuntimeError`` if the target is
-    not reached, or the series diverges.
+    times A lie between 0 and 2. rtol: target of the relative residual, which but for rounding is the next term of
+    the series; with None all terms are taken, and the residuals, recomputed from x, are whatever they are. Raises
+    ``RuntimeError`` if the target is not reached, or the series diverges.
 
     >>> A = torch.diag(torch.tensor([1.0, 0.5]))
     >>> neumann(lambda v: v @ A, torch.ones(1, 2), terms=30).x.round(decimals=3)
@@ -191,8 +191,9 @@ def neumann(matvec: Matvec, b: Tensor, *, terms: int, scale: float = 1.0, rtol: 
         products += 1
         if rtol is not None and bool((norms <= rtol * start).all()):
             break
+    norms, products = torch.linalg.vector_norm(b - matvec(x), dim=1), products + 1
     residuals = norms / torch.where(start > 0, start, 1.0)
-    text = f"neumann: relative residual {float(residuals.max()):.2g} after {products} terms: "
+    text = f"neumann: relative residual {float(residuals.max()):.2g} after {products} products: "
     if not bool((residuals <= 1).all()):
         raise RuntimeError(text + "scale times the matrix has eigenvalues outside of 0 to 2: lower scale, or add regul")
     if rtol is not None and not bool((residuals <= rtol).all()):

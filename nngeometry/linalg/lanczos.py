@@ -20,7 +20,7 @@ MISSED = 1e-6
 
 class Krylov(NamedTuple):
     """basis: orthonormal rows ``(m, p)``. matrix: the matrix in that basis ``(m, m)``, in float64: tridiagonal, or
-    banded for a block. closed: the basis spans an invariant space, so every eigenvalue of ``matrix`` is exact.
+    block tridiagonal. closed: the basis spans an invariant space, so every eigenvalue of ``matrix`` is exact.
     """
 
     basis: Tensor

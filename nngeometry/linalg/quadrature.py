@@ -29,9 +29,10 @@ class Quadrature:
     """For each probe, Ritz values ``(probes, steps)`` and weights, which sum to one: a spectrum of atoms that has the
     first ``2 steps`` moments of the matrix as the probe sees it. What is computed from it costs no more products.
 
-    values, weights: in float64. size: p. products: spent. coarse: values and weights of three quarters of the steps;
-    what differs between the two is bias of the quadrature, and part of every error. exact: the values are all
-    eigenvalues.
+    values, weights: in float64. size: p. products: spent. coarse: values and weights of half of the steps; by what
+    they differ, the quadrature is biased, and this is part of every error. Where the bias falls only slowly, as it
+    does for the logarithm of eigenvalues over many decades, that is its size rather than a bound: take more steps
+    until it no longer matters. exact: the values are all eigenvalues.
     """
 
     values: Tensor
@@ -67,7 +68,9 @@ class Quadrature:
         a hundredth of the width of the spectrum.
         """
         width = float(self.values.max() - self.values.min())
-        sigma = (0.01 * width or 0.01 * float(self.values.abs().max()) or 1.0) if sigma is None else sigma
+        largest = float(self.values.abs().max())
+        if sigma is None:
+            sigma = 0.01 * (width if width > 1e-8 * largest else largest) or 1.0
         return self._blurred(self.values, self.weights, grid, sigma)
 
     def log_density(
@@ -161,7 +164,7 @@ def slq(
             if done:
                 break
         m = matrices.shape[1]
-        for out, order in ((fine, m), (coarse, m if done else max(1, 3 * m // 4))):
+        for out, order in ((fine, m), (coarse, m if done else max(1, m // 2))):
             values, weights, _ = quadrature_of(matrices[:, :order, :order])
             out.append((values, weights * mass))
     return Quadrature(*_stack(fine), free, spent, _stack(coarse))

@@ -14,8 +14,9 @@ class LowRank(NamedTuple):
     """An approximation ``sum_i values_i vectors_i vectors_i^T``.
 
     values: ``(r,)``, descending (in absolute value, from :func:`randomised_eigh`); fewer than asked for where the
-    rank of the matrix is less. vectors: orthonormal rows ``(r, p)``. error: an estimate of the Frobenius norm of what is left of the matrix, from independent probes: with
-    the default of ten it is within a factor of about 1.5. products: how many vectors were multiplied.
+    rank of the matrix is less. vectors: orthonormal rows ``(r, p)``. error: an estimate of the Frobenius norm of what
+    is left of the matrix, from independent probes: with the default of ten it is within a factor of about 1.5.
+    products: how many vectors were multiplied with the matrix.
     """
 
     values: Tensor

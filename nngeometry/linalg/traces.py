@@ -358,7 +358,7 @@ def _run(
     """
     if products is None and rtol is None:
         raise ValueError("give products= (how many), or rtol= (the relative error to reach)")
-    spent, n = 0, products or size
+    spent, n = 0, size if products is None else products
     limit = n
     if rtol is not None:
         n = min(MINIMUM * cost, limit)
