@@ -201,6 +201,10 @@ def _matrix(
     centred: bool = False,
     curvature: Curvature | None = None,
 ) -> PMat:
+    if not callable(representation):
+        raise TypeError(
+            f"representation: expected a PMat class, a partial of one or PMatMixed.of(...), got {representation!r}"
+        )
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
     def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:

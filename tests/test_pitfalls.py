@@ -697,3 +697,33 @@ def test_a_pending_backward_survives_the_trace_of_an_implicit_matrix():
     loss = model(x).square().sum()
     assert float(F.trace()) == pytest.approx(before, rel=1e-12)
     loss.backward()
+
+
+class NeedsTheBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, n):
+        return (x * self.w).view(n, -1)
+
+
+class GivesTheBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = NeedsTheBatch()
+
+    def forward(self, x):
+        return self.inner(x, x.shape[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
+def test_a_module_that_does_not_run_on_one_example_is_named():
+    with pytest.raises((NotImplementedError, ValueError), match=r"layer 'inner' \(NeedsTheBatch\)"):
+        FIM(GivesTheBatch(), (torch.randn(4, 3),), PMatDense)
+
+
+def test_a_representation_is_a_class():
+    model, x = mlp(3)
+    with pytest.raises(TypeError, match="expected a PMat class"):
+        FIM(model, (x,), "KFAC")

@@ -72,13 +72,25 @@ def generic(
                     rows.append(torch.cat([d.flatten() for d in grads]))
         return torch.stack(rows).view(-1, len(gs[0]), numel).transpose(0, 1)
 
+    def one_by_one(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
+        try:
+            return by_loop(xs, gs).to(dtype)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise NotImplementedError(
+                f"layer {name!r} ({type(module).__name__}) does not run on one example alone ({reason}), so its "
+                "per-example "
+                "Jacobian is unknown: leave it out with LayerCollection.exclude, or register its Jacobian with "
+                "nngeometry.kind"
+            ) from error
+
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
         xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
         gs = tuple(g[first:last, start:stop] for _, g in gys)
         with _undisturbed(module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if isinstance(module, _NO_VMAP):
-                return by_loop(xs, gs).to(dtype)
+                return one_by_one(xs, gs)
             try:
                 return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
             except RuntimeError as error:
@@ -90,7 +102,7 @@ def generic(
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return by_loop(xs, gs).to(dtype)
+            return one_by_one(xs, gs)
 
     return Lazy(compute, cotangents, examples, (numel,), dtype, gys[0][1].device)
 

@@ -170,9 +170,8 @@ def eigsh(
     within half of the memory budget. A matrix no larger than that is simply built, by p products; so is one that
     fits a sixteenth of the budget when p products were not enough. multiplicities: begin again at random rows until
     nothing new is found, for up to twice as many products. Without it, further copies of a repeated eigenvalue
-    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6.
-    generator: of the first rows, by default one of its own with a fixed seed. like: an empty tensor of the dtype and
-    device.
+    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6. generator: of the first rows,
+    by default one of its own with a fixed seed. like: an empty tensor of the dtype and device.
 
     Raises ``RuntimeError`` unless all pairs asked for have converged.
 
@@ -204,7 +203,8 @@ def eigsh(
     small = size * size * like.element_size() <= budget() // 16
     settled: Tensor | None = None  # the wanted values when the space last began anew at random rows
     shifts = torch.zeros(0, dtype=torch.float64)  # the Ritz values dropped since then
-    check, anew = wanted, True  # the size of the space at which to look again
+    check = wanted  # the size of the space at which to look again
+    anew, sure = True, not multiplicities
     while True:
         if anew or not len(space.next):
             space.seed(gaussian(block, size, like=like, generator=generator))
@@ -221,25 +221,26 @@ def eigsh(
         order = _order(values, which)
         lead = order[:wanted]
         scale = float(values.abs().max())
-        if len(lead) == wanted and bool((bounds[lead] <= 0.5 * tol * scale).all()):
+        done = 0.5 * tol * scale
+        if len(lead) == wanted and bool((bounds[lead] <= done).all()):
             found = (values[lead].abs() if which == "magnitude" else values[lead]).sort().values
             if multiplicities and (settled is None or bool(((found - settled).abs() > 2 * tol * scale).any())):
                 block = block if settled is None else min(2 * block, max(1, (capacity - wanted) // 4))
-                settled, shifts, check, anew = found, shifts[:0], wanted, True
+                settled, shifts, check, anew, sure = found, shifts[:0], wanted, True, False
                 space.compress(values[lead], columns[:, lead])
-            elif (
-                not multiplicities
-                or closed
-                or _missed(values, bounds, order, wanted, which, tol, shifts, block, size) < MISSED
-            ):
+                continue
+            others = order[wanted:]
+            if not sure and not closed:
+                chance = _missed(values[lead], values[others], bounds[others], shifts, which, size, block, done)
+                sure = chance < MISSED
+            if sure or closed:
                 space.compress(values[lead], columns[:, lead])
                 pairs, rest = _true_pairs(space, which)
                 if bool((pairs.residuals <= tol * scale).all()):
                     return pairs
                 space.replace(pairs.values, pairs.vectors, rest)
-            elif full:
-                shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
-        elif full and not closed:
+                continue
+        if full and not closed:
             shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
 
 
@@ -272,38 +273,30 @@ def _restart(space: _Space, values: Tensor, columns: Tensor, order: Tensor, want
 
 
 def _missed(
-    values: Tensor,
-    bounds: Tensor,
-    order: Tensor,
-    wanted: int,
-    which: Which,
-    tol: float,
-    shifts: Tensor,
-    block: int,
-    size: int,
+    lead: Tensor, rest: Tensor, bounds: Tensor, shifts: Tensor, which: Which, size: int, block: int, done: float
 ) -> float:
-    """About the chance that there is an eigenvalue better than the wanted ones that the space, which began at random
-    rows, has not shown.
+    """About the chance that there is an eigenvalue better than the wanted ones, ``lead``, that the space, which began
+    at random rows, has not shown. rest, bounds: the other Ritz values, and their residuals, converged if below
+    ``done``.
 
     The best of the other Ritz vectors is p(A) v, where v is random and the roots of p are the other Ritz values and
     those dropped in restarts. So its part along an eigenvector beyond the wanted value is that of v, about
     1 / sqrt(p), times the growth of p from the Ritz value to there; and it is at most the residual over the gap.
     """
-    if len(values) == wanted:
-        return 1.0
-    lead, rest = values[order[:wanted]], order[wanted:]
 
     def chance(sign: float, edge: Tensor) -> float:
-        best = rest[(sign * values[rest]).argmax()]
-        here, gap = sign * values[best], edge - sign * values[best]
-        if bounds[best] <= 0.5 * tol * values.abs().max():
+        best = (sign * rest).argmax()
+        here, gap = sign * rest[best], edge - sign * rest[best]
+        if bounds[best] <= done:
             return 0.0
         if gap <= 0:
             return 1.0
-        roots = sign * torch.cat([values[rest[rest != best]], shifts])
+        roots = sign * torch.cat([rest[:best], rest[best + 1 :], shifts])
         growth = (torch.log((edge - roots).abs()) - torch.log((here - roots).abs())).sum() / block
         return float(size**0.5 * (bounds[best] / gap).clamp_max(1.0) * torch.exp(-growth))
 
+    if not len(rest):
+        return 1.0
     if which == "magnitude":
         edge = lead.abs().min()
         return max(chance(1.0, edge), chance(-1.0, edge))
@@ -369,12 +362,15 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
     """
     count, size = b.shape
     norms = torch.linalg.vector_norm(b, dim=1)
-    rows = b.new_zeros(count, min(steps, size), size)
-    full = torch.zeros(count, rows.shape[1], rows.shape[1], dtype=torch.float64)
+    steps = min(steps, size)
+    rows = b.new_zeros(count, min(steps, 32), size)
+    full = torch.zeros(count, steps, steps, dtype=torch.float64)
     live = norms > 0
     v = b / torch.where(live, norms, 1.0).unsqueeze(1)
     scale = torch.zeros_like(norms)
-    for m in range(1, rows.shape[1] + 1):
+    for m in range(1, steps + 1):
+        if m > rows.shape[1]:
+            rows = torch.cat([rows, torch.zeros_like(rows[:, : steps - m + 1])], 1)
         rows[:, m - 1] = v
         y = torch.zeros_like(v)
         y[live] = matvec(v[live])
@@ -393,7 +389,7 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
         beta = torch.linalg.vector_norm(y, dim=1)
         live = live & (beta > noise(y) * scale) & (m < size)
         yield rows[:, :m], full[:, :m, :m], ~live
-        if m < rows.shape[1]:
+        if m < steps:
             beta = torch.where(live, beta, 0.0)
             full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
             v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
