@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import budget
-from .base import Matvec, gaussian, noise, orthonormal_rows, to_dense
+from .base import Matvec, gaussian, inner, lengths, noise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
@@ -74,7 +74,7 @@ class _Space:
         self.full.zero_()
         self.full[: self.count, : self.count] = torch.diag(values).to(self.full)
         self.seed(rest)
-        self.link += (self.next @ rest.mT).to(self.link)
+        self.link += inner(self.next, rest).cpu()
 
     def expand(self, slack: float = 0.0) -> None:
         """Take the next block into the basis, at one product for each of its rows."""
@@ -85,22 +85,21 @@ class _Space:
         self.products += len(y)
         if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
-        size = float(torch.linalg.vector_norm(y, dim=1).max())
-        self.scale = max(self.scale, size)
-        inner = torch.zeros(len(y), new, dtype=torch.float64)
+        self.scale = max(self.scale, float(lengths(y).max()))
+        parts = torch.zeros(len(y), new, dtype=torch.float64)
         for _ in range(2):
-            h = y @ self.basis.mT
-            y = y - h @ self.basis
-            inner += h.to(inner)
+            part = inner(y, self.basis)
+            y = y - part.to(y) @ self.basis
+            parts += part.cpu()
         allowed = max(slack, noise(y) ** 0.5) * self.scale
-        if bool(((inner[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(inner[:, old:]) > allowed:
+        if bool(((parts[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(parts[:, old:]) > allowed:
             raise ValueError("Lanczos: the matrix is not symmetric")
-        self.full[old:new, :new] = inner
-        self.full[:new, old:new] = inner.mT
-        self.full[old:new, old:new] = (inner[:, old:] + inner[:, old:].mT) / 2
+        self.full[old:new, :new] = parts
+        self.full[:new, old:new] = parts.mT
+        self.full[old:new, old:new] = (parts[:, old:] + parts[:, old:].mT) / 2
         self.next = orthonormal_rows(y, self.basis, noise(y) * self.scale)
         self.link = torch.zeros(len(self.next), new, dtype=torch.float64)
-        self.link[:, old:] = (self.next @ y.mT).to(self.link)
+        self.link[:, old:] = inner(self.next, y).cpu()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (ascending), their coefficients in the basis as columns, and bounds of their residuals."""
@@ -310,13 +309,13 @@ def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
     rows = space.basis
     products = space.matvec(rows)
     space.products += len(rows)
-    inner = (rows @ products.mT).to(space.full)
-    values, columns = torch.linalg.eigh((inner + inner.mT) / 2)
+    matrix = inner(rows, products).cpu()
+    values, columns = torch.linalg.eigh((matrix + matrix.mT) / 2)
     order = _sorted(values, which)
     values, turn = values[order].to(rows), columns[:, order].mT.to(rows)
     vectors = turn @ rows
     rest = turn @ products - values.unsqueeze(1) * vectors
-    return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), rest
+    return Eigenpairs(values, vectors, lengths(rest), space.products), rest
 
 
 def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, products: int = 0) -> Eigenpairs:
@@ -361,7 +360,7 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
     no weight.
     """
     count, size = b.shape
-    norms = torch.linalg.vector_norm(b, dim=1)
+    norms = lengths(b)
     steps = min(steps, size)
     rows = b.new_zeros(count, min(steps, 32), size)
     full = torch.zeros(count, steps, steps, dtype=torch.float64)
@@ -376,17 +375,17 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
         y[live] = matvec(v[live])
         if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
-        scale = torch.maximum(scale, torch.linalg.vector_norm(y, dim=1))
-        inner = torch.zeros(count, m, dtype=torch.float64)
+        scale = torch.maximum(scale, lengths(y))
+        parts = torch.zeros(count, m, dtype=torch.float64)
         for _ in range(2):
-            h = rows[:, :m] @ y.unsqueeze(2)
-            y = y - (rows[:, :m].mT @ h).squeeze(2)
-            inner += h.squeeze(2).to(inner)
-        alpha = inner[:, m - 1]
-        if bool((inner[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(inner)).any()):
+            part = inner(y.unsqueeze(1), rows[:, :m])
+            y = y - (part.to(y) @ rows[:, :m]).squeeze(1)
+            parts += part.squeeze(1).cpu()
+        alpha = parts[:, m - 1]
+        if bool((parts[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(parts)).any()):
             raise ValueError("Lanczos: the matrix is not symmetric")
         full[:, m - 1, m - 1] = torch.where(live.cpu(), alpha, full[:, 0, 0])
-        beta = torch.linalg.vector_norm(y, dim=1)
+        beta = lengths(y)
         live = live & (beta > noise(y) * scale) & (m < size)
         yield rows[:, :m], full[:, :m, :m], ~live
         if m < steps:
@@ -434,7 +433,7 @@ def funm(
 
 
 def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, tol: float) -> Tensor:
-    norms = torch.linalg.vector_norm(b, dim=1).to("cpu", torch.float64)
+    norms = lengths(b).to("cpu", torch.float64)
     last = torch.zeros(len(b), 0, dtype=torch.float64)
     changes = [torch.full_like(norms, torch.inf)] * 3
     check, error = 2, changes[0]
