@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Matvec, Solution, lengths, retire, solve
+from .base import Matvec, Solution, retire, solve
 
 
 def cg(
@@ -44,7 +44,7 @@ def cg(
         return x, broken, r, z + (rz / previous).unsqueeze(1) * p, rz, target
 
     def finished(x: Tensor, broken: Tensor, r: Tensor, p: Tensor, rz: Tensor, target: Tensor) -> Tensor:
-        return broken | (lengths(r) <= target)
+        return broken | (torch.linalg.vector_norm(r, dim=1) <= target)
 
     def inner(r: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, str]:
         z = condition(r)
@@ -57,7 +57,7 @@ def cg(
         "cg",
         inner,
         lambda b, x: b - matvec(x),
-        lengths,
+        lambda r: torch.linalg.vector_norm(r, dim=1),
         b,
         torch.zeros_like(b) if x0 is None else x0,
         rtol=rtol,

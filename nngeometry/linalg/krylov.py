@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Matvec, Solution, lengths, retire, solve
+from .base import Matvec, Solution, retire, solve
 
 
 def minres(
@@ -46,7 +46,7 @@ def minres(
         y = matvec(v) - beta.unsqueeze(1) * v_old
         alpha = (y * v).sum(1)
         y = y - alpha.unsqueeze(1) * v
-        beta_next = lengths(y)
+        beta_next = torch.linalg.vector_norm(y, dim=1)
         scale = torch.maximum(scale, alpha.abs() + beta_next)
         (c, s), (c_old, s_old) = turn.mT, turn_old.mT
         top, middle = s_old * beta, c_old * beta
@@ -66,7 +66,7 @@ def minres(
         return broken | (phi.abs() <= target)
 
     def inner(r: Tensor, target: Tensor, limit: int) -> tuple[Tensor, int, str]:
-        norms = lengths(r)
+        norms = torch.linalg.vector_norm(r, dim=1)
         zero, none = torch.zeros_like(r), torch.zeros_like(norms)
         turn = torch.stack([torch.ones_like(norms), none], 1)
         state = (zero, none > 0, r / norms.unsqueeze(1), zero, none, zero, zero, turn, turn, norms, none, target)
@@ -77,7 +77,7 @@ def minres(
         "minres",
         inner,
         lambda b, x: b - matvec(x),
-        lengths,
+        lambda r: torch.linalg.vector_norm(r, dim=1),
         b,
         torch.zeros_like(b) if x0 is None else x0,
         rtol=rtol,
@@ -161,7 +161,7 @@ def lsmr(
         "lsmr",
         inner,
         lambda b, x: b - down(x),
-        lambda r: lengths(up(r)),
+        lambda r: torch.linalg.vector_norm(up(r), dim=1),
         full,
         torch.zeros_like(like),
         rtol=rtol,
@@ -182,16 +182,16 @@ def neumann(matvec: Matvec, b: Tensor, *, terms: int, scale: float = 1.0, rtol: 
     >>> neumann(lambda v: v @ A, torch.ones(1, 2), terms=30).x.round(decimals=3)
     tensor([[1., 2.]])
     """
-    start = lengths(b)
+    start = torch.linalg.vector_norm(b, dim=1)
     x, term, norms, products = torch.zeros_like(b), b, start, 0
     while products < terms and bool((norms <= 1e3 * start).all()):
         x = x + scale * term
         term = term - scale * matvec(term)
-        norms = lengths(term)
+        norms = torch.linalg.vector_norm(term, dim=1)
         products += 1
         if rtol is not None and bool((norms <= rtol * start).all()):
             break
-    norms, products = lengths(b - matvec(x)), products + 1
+    norms, products = torch.linalg.vector_norm(b - matvec(x), dim=1), products + 1
     residuals = norms / torch.where(start > 0, start, 1.0)
     text = f"neumann: relative residual {float(residuals.max()):.2g} after {products} products: "
     if not bool((residuals <= 1).all()):
@@ -202,7 +202,7 @@ def neumann(matvec: Matvec, b: Tensor, *, terms: int, scale: float = 1.0, rtol: 
 
 
 def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    norms = lengths(rows)
+    norms = torch.linalg.vector_norm(rows, dim=1)
     return rows / torch.where(norms > 0, norms, 1.0).unsqueeze(1), norms
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import budget
-from .base import Matvec, gaussian, inner, lengths, noise, orthonormal_rows, to_dense
+from .base import Matvec, gaussian, noise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
@@ -74,7 +74,7 @@ class _Space:
         self.full.zero_()
         self.full[: self.count, : self.count] = torch.diag(values).to(self.full)
         self.seed(rest)
-        self.link += inner(self.next, rest).cpu()
+        self.link += (self.next @ rest.mT).to(self.link)
 
     def expand(self, slack: float = 0.0) -> None:
         """Take the next block into the basis, at one product for each of its rows."""
@@ -85,21 +85,22 @@ class _Space:
         self.products += len(y)
         if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
-        self.scale = max(self.scale, float(lengths(y).max()))
-        parts = torch.zeros(len(y), new, dtype=torch.float64)
+        size = float(torch.linalg.vector_norm(y, dim=1).max())
+        self.scale = max(self.scale, size)
+        inner = torch.zeros(len(y), new, dtype=torch.float64)
         for _ in range(2):
-            part = inner(y, self.basis)
-            y = y - part.to(y) @ self.basis
-            parts += part.cpu()
+            h = y @ self.basis.mT
+            y = y - h @ self.basis
+            inner += h.to(inner)
         allowed = max(slack, noise(y) ** 0.5) * self.scale
-        if bool(((parts[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(parts[:, old:]) > allowed:
+        if bool(((inner[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(inner[:, old:]) > allowed:
             raise ValueError("Lanczos: the matrix is not symmetric")
-        self.full[old:new, :new] = parts
-        self.full[:new, old:new] = parts.mT
-        self.full[old:new, old:new] = (parts[:, old:] + parts[:, old:].mT) / 2
+        self.full[old:new, :new] = inner
+        self.full[:new, old:new] = inner.mT
+        self.full[old:new, old:new] = (inner[:, old:] + inner[:, old:].mT) / 2
         self.next = orthonormal_rows(y, self.basis, noise(y) * self.scale)
         self.link = torch.zeros(len(self.next), new, dtype=torch.float64)
-        self.link[:, old:] = inner(self.next, y).cpu()
+        self.link[:, old:] = (self.next @ y.mT).to(self.link)
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (ascending), their coefficients in the basis as columns, and bounds of their residuals."""
@@ -169,8 +170,9 @@ def eigsh(
     within half of the memory budget. A matrix no larger than that is simply built, by p products; so is one that
     fits a sixteenth of the budget when p products were not enough. multiplicities: begin again at random rows until
     nothing new is found, for up to twice as many products. Without it, further copies of a repeated eigenvalue
-    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6. generator: of the first rows,
-    by default one of its own with a fixed seed. like: an empty tensor of the dtype and device.
+    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6.
+    generator: of the first rows, by default one of its own with a fixed seed. like: an empty tensor of the dtype and
+    device.
 
     Raises ``RuntimeError`` unless all pairs asked for have converged.
 
@@ -202,8 +204,7 @@ def eigsh(
     small = size * size * like.element_size() <= budget() // 16
     settled: Tensor | None = None  # the wanted values when the space last began anew at random rows
     shifts = torch.zeros(0, dtype=torch.float64)  # the Ritz values dropped since then
-    check = wanted  # the size of the space at which to look again
-    anew, sure = True, not multiplicities
+    check, anew = wanted, True  # the size of the space at which to look again
     while True:
         if anew or not len(space.next):
             space.seed(gaussian(block, size, like=like, generator=generator))
@@ -220,26 +221,25 @@ def eigsh(
         order = _order(values, which)
         lead = order[:wanted]
         scale = float(values.abs().max())
-        done = 0.5 * tol * scale
-        if len(lead) == wanted and bool((bounds[lead] <= done).all()):
+        if len(lead) == wanted and bool((bounds[lead] <= 0.5 * tol * scale).all()):
             found = (values[lead].abs() if which == "magnitude" else values[lead]).sort().values
             if multiplicities and (settled is None or bool(((found - settled).abs() > 2 * tol * scale).any())):
                 block = block if settled is None else min(2 * block, max(1, (capacity - wanted) // 4))
-                settled, shifts, check, anew, sure = found, shifts[:0], wanted, True, False
+                settled, shifts, check, anew = found, shifts[:0], wanted, True
                 space.compress(values[lead], columns[:, lead])
-                continue
-            others = order[wanted:]
-            if not sure and not closed:
-                chance = _missed(values[lead], values[others], bounds[others], shifts, which, size, block, done)
-                sure = chance < MISSED
-            if sure or closed:
+            elif (
+                not multiplicities
+                or closed
+                or _missed(values, bounds, order, wanted, which, tol, shifts, block, size) < MISSED
+            ):
                 space.compress(values[lead], columns[:, lead])
                 pairs, rest = _true_pairs(space, which)
                 if bool((pairs.residuals <= tol * scale).all()):
                     return pairs
                 space.replace(pairs.values, pairs.vectors, rest)
-                continue
-        if full and not closed:
+            elif full:
+                shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
+        elif full and not closed:
             shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
 
 
@@ -272,30 +272,38 @@ def _restart(space: _Space, values: Tensor, columns: Tensor, order: Tensor, want
 
 
 def _missed(
-    lead: Tensor, rest: Tensor, bounds: Tensor, shifts: Tensor, which: Which, size: int, block: int, done: float
+    values: Tensor,
+    bounds: Tensor,
+    order: Tensor,
+    wanted: int,
+    which: Which,
+    tol: float,
+    shifts: Tensor,
+    block: int,
+    size: int,
 ) -> float:
-    """About the chance that there is an eigenvalue better than the wanted ones, ``lead``, that the space, which began
-    at random rows, has not shown. rest, bounds: the other Ritz values, and their residuals, converged if below
-    ``done``.
+    """About the chance that there is an eigenvalue better than the wanted ones that the space, which began at random
+    rows, has not shown.
 
     The best of the other Ritz vectors is p(A) v, where v is random and the roots of p are the other Ritz values and
     those dropped in restarts. So its part along an eigenvector beyond the wanted value is that of v, about
     1 / sqrt(p), times the growth of p from the Ritz value to there; and it is at most the residual over the gap.
     """
+    if len(values) == wanted:
+        return 1.0
+    lead, rest = values[order[:wanted]], order[wanted:]
 
     def chance(sign: float, edge: Tensor) -> float:
-        best = (sign * rest).argmax()
-        here, gap = sign * rest[best], edge - sign * rest[best]
-        if bounds[best] <= done:
+        best = rest[(sign * values[rest]).argmax()]
+        here, gap = sign * values[best], edge - sign * values[best]
+        if bounds[best] <= 0.5 * tol * values.abs().max():
             return 0.0
         if gap <= 0:
             return 1.0
-        roots = sign * torch.cat([rest[:best], rest[best + 1 :], shifts])
+        roots = sign * torch.cat([values[rest[rest != best]], shifts])
         growth = (torch.log((edge - roots).abs()) - torch.log((here - roots).abs())).sum() / block
         return float(size**0.5 * (bounds[best] / gap).clamp_max(1.0) * torch.exp(-growth))
 
-    if not len(rest):
-        return 1.0
     if which == "magnitude":
         edge = lead.abs().min()
         return max(chance(1.0, edge), chance(-1.0, edge))
@@ -309,13 +317,13 @@ def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
     rows = space.basis
     products = space.matvec(rows)
     space.products += len(rows)
-    matrix = inner(rows, products).cpu()
-    values, columns = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    inner = (rows @ products.mT).to(space.full)
+    values, columns = torch.linalg.eigh((inner + inner.mT) / 2)
     order = _sorted(values, which)
     values, turn = values[order].to(rows), columns[:, order].mT.to(rows)
     vectors = turn @ rows
     rest = turn @ products - values.unsqueeze(1) * vectors
-    return Eigenpairs(values, vectors, lengths(rest), space.products), rest
+    return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), rest
 
 
 def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, products: int = 0) -> Eigenpairs:
@@ -360,35 +368,32 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
     no weight.
     """
     count, size = b.shape
-    norms = lengths(b)
-    steps = min(steps, size)
-    rows = b.new_zeros(count, min(steps, 32), size)
-    full = torch.zeros(count, steps, steps, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(b, dim=1)
+    rows = b.new_zeros(count, min(steps, size), size)
+    full = torch.zeros(count, rows.shape[1], rows.shape[1], dtype=torch.float64)
     live = norms > 0
     v = b / torch.where(live, norms, 1.0).unsqueeze(1)
     scale = torch.zeros_like(norms)
-    for m in range(1, steps + 1):
-        if m > rows.shape[1]:
-            rows = torch.cat([rows, torch.zeros_like(rows[:, : steps - m + 1])], 1)
+    for m in range(1, rows.shape[1] + 1):
         rows[:, m - 1] = v
         y = torch.zeros_like(v)
         y[live] = matvec(v[live])
         if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
-        scale = torch.maximum(scale, lengths(y))
-        parts = torch.zeros(count, m, dtype=torch.float64)
+        scale = torch.maximum(scale, torch.linalg.vector_norm(y, dim=1))
+        inner = torch.zeros(count, m, dtype=torch.float64)
         for _ in range(2):
-            part = inner(y.unsqueeze(1), rows[:, :m])
-            y = y - (part.to(y) @ rows[:, :m]).squeeze(1)
-            parts += part.squeeze(1).cpu()
-        alpha = parts[:, m - 1]
-        if bool((parts[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(parts)).any()):
+            h = rows[:, :m] @ y.unsqueeze(2)
+            y = y - (rows[:, :m].mT @ h).squeeze(2)
+            inner += h.squeeze(2).to(inner)
+        alpha = inner[:, m - 1]
+        if bool((inner[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(inner)).any()):
             raise ValueError("Lanczos: the matrix is not symmetric")
         full[:, m - 1, m - 1] = torch.where(live.cpu(), alpha, full[:, 0, 0])
-        beta = lengths(y)
+        beta = torch.linalg.vector_norm(y, dim=1)
         live = live & (beta > noise(y) * scale) & (m < size)
         yield rows[:, :m], full[:, :m, :m], ~live
-        if m < steps:
+        if m < rows.shape[1]:
             beta = torch.where(live, beta, 0.0)
             full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
             v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
@@ -433,7 +438,7 @@ def funm(
 
 
 def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, tol: float) -> Tensor:
-    norms = lengths(b).to("cpu", torch.float64)
+    norms = torch.linalg.vector_norm(b, dim=1).to("cpu", torch.float64)
     last = torch.zeros(len(b), 0, dtype=torch.float64)
     changes = [torch.full_like(norms, torch.inf)] * 3
     check, error = 2, changes[0]
