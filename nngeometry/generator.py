@@ -190,9 +190,7 @@ class Generator(Evaluator):
         with unchanged(self.model):
             (f2, two), (f3, three) = (self._forward(sites, b, None) for b in few)
         with unchanged(self.model):
-            _check_same(
-                f2, f3[:2], "the output of the model for an example depends on the others, or is random", _MIXES
-            )
+            check_same(f2, f3[:2], "the output of the model for an example depends on the others, or is random", MIXES)
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
@@ -232,7 +230,7 @@ class Generator(Evaluator):
             raise ValueError(f"{problem} {remedy} ({error})") from error
         if f.shape != expected.shape:
             raise ValueError(f"{problem} {remedy}")
-        _check_same(f, expected, problem, remedy)
+        check_same(f, expected, problem, remedy)
         return f, calls
 
     def _check_separate(self, f: Tensor, calls: Sequence[_Call], layouts: Sequence[_Layout]) -> bool:
@@ -260,7 +258,7 @@ class Generator(Evaluator):
                 if any(bool(r.count_nonzero()) for r in (rows[0, 1:], rows[1, :1], rows[1, 2:])):
                     raise ValueError(
                         f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
-                        f"derivatives are undefined. {_MIXES}"
+                        f"derivatives are undefined. {MIXES}"
                     )
         return batched
 
@@ -384,7 +382,7 @@ class Generator(Evaluator):
         return t.to(self.dtype) if t.is_floating_point() else t
 
 
-_MIXES = (
+MIXES = (
     "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by "
     "example) or is "
     "random: use model.eval(), or feed one example at a time"
@@ -401,7 +399,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
-def _check_same(f: Tensor, expected: Tensor, problem: str, remedy: str) -> None:
+def check_same(f: Tensor, expected: Tensor, problem: str, remedy: str) -> None:
     if bool((f - expected).abs().max() > _tolerance(f.dtype) * expected.abs().max()):
         raise ValueError(f"{problem}. {remedy}")
 

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
 from ..autograd import pull
+from ..convolution import LinearConvolutions, Partial
 from ..evaluator import Evaluator, check_mode, unchanged
-from ..generator import Generator
+from ..generator import MIXES, Generator, check_same
 from ..memory import budget, chunk_length
 
 #: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
@@ -126,17 +128,30 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
 
     checked: list[bool] = []
 
-    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        f = products.outputs(batch)
+    def linear(params: list[Tensor], batch: data.Batch) -> tuple[Tensor, Tensor, list[tuple[int, Tensor]]]:
+        """The output, and the cotangents u with the gradient ``J^T u`` as a function of them."""
+        convolutions = LinearConvolutions()
+        with convolutions:
+            f = products.outputs(batch)
         if not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         u = torch.zeros_like(f, requires_grad=True)
-        pulled = _differentiable(_gradient(f, params, u))
+        with convolutions.at_zero():
+            return f, u, _differentiable(_gradient(f, params, u))
+
+    def check_separate(f: Tensor, batch: data.Batch) -> None:
+        with torch.no_grad():
+            alone = products.outputs(data.take(batch, torch.arange(min(2, len(f)))))
+        check_same(alone, f[: len(alone)], "the output for one example depends on the others", MIXES)
+
+    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
+        f, u, pulled = linear(params, batch)
         fixed = f.detach()
         if not checked:
-            generator.probe(generator.layer_collection.sites(generator.model), batch)
+            check_separate(fixed, batch)
             generator.cotangents(fixed, batch, position)  # for the checks in there
-            check_transpose(f, params, u, pulled)
+            if any(custom(node) for node in nodes([f])):
+                check_transpose(params, f, u, pulled)
             checked.append(True)
 
         def product(V: Tensor) -> Tensor:
@@ -150,7 +165,7 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
     return products
 
 
-def check_transpose(f: Tensor, params: list[Tensor], u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:
+def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:
     """Raise unless J v, by double backward, is the transpose of J^T u: not so if a custom backward hides from
     autograd.
     """
@@ -286,6 +301,11 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
         yield node
+
+
+def custom(node: Any) -> bool:
+    """Whether a node is a backward written in Python, which need not be differentiable, and not one of ours."""
+    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Partial)  # type: ignore[attr-defined]
 
 
 @cache

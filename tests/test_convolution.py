@@ -1,0 +1,66 @@
+"""Convolutions with a cheap second derivative are the convolutions that they replace."""
+
+import pytest
+import torch
+from torch import nn
+
+from nngeometry.convolution import LinearConvolutions
+
+KINDS = {
+    "plain": (nn.Conv2d(2, 4, 3), (3, 2, 6, 5)),
+    "strided": (nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (3, 2, 7, 6)),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1, bias=False), (2, 4, 5, 5)),
+    "same": (nn.Conv2d(2, 3, 3, padding="same"), (2, 2, 4, 4)),
+    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 2, 4, 4)),
+    "one": (nn.Conv1d(2, 3, 3, stride=2), (2, 2, 8)),
+    "three": (nn.Conv3d(1, 2, 2), (2, 1, 3, 3, 4)),
+    "transposed one": (nn.ConvTranspose1d(2, 3, 3, stride=2), (2, 2, 4)),
+    "transposed": (nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 3, 3)),
+    "one image": (nn.Conv2d(2, 4, 3), (2, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("batched", [False, True])
+def test_products_equal_those_of_torch(name, batched):
+    module, shape = KINDS[name]
+    module = module.double()
+    parameters = list(module.parameters())
+    first = torch.randn(shape[-len(shape) :], dtype=torch.float64)
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    leaves = [scale, *parameters]
+    vs = [torch.randn(4, *p.shape, dtype=torch.float64) for p in leaves]
+
+    def jv(convolutions):
+        with convolutions:
+            f = (module(torch.tanh(scale * first))).square()  # the scale is upstream, the square downstream
+        u = torch.zeros_like(f, requires_grad=True)
+        with convolutions.at_zero():
+            pulled = torch.autograd.grad(f, leaves, u, create_graph=True)
+        if batched:
+            (out,) = torch.autograd.grad(pulled, u, vs, is_grads_batched=True, retain_graph=True)
+        else:
+            rows = [torch.autograd.grad(pulled, u, [v[k] for v in vs], retain_graph=True)[0] for k in range(4)]
+            out = torch.stack(rows)
+        return out, torch.autograd.grad(f, leaves, torch.cos(f).detach())
+
+    class Torch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+        def at_zero(self):
+            return torch.enable_grad()
+
+    (ours, gradient), (theirs, expected) = jv(LinearConvolutions()), jv(Torch())
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_second_derivatives_outside_of_recording(name):
+    module, shape = KINDS[name]
+    module = module.double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with LinearConvolutions():
+        assert torch.autograd.gradgradcheck(lambda x, *ps: module(x).sin(), (x, *module.parameters()))
