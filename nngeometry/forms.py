@@ -98,6 +98,38 @@ class LayerJacobian(ABC):
         """J in another pair of bases: ``left`` acts on the rows axis, ``right`` on the columns (None: identity)."""
         raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
 
+    def weigh(self, w: Tensor) -> LayerJacobian:
+        """J times w ``(*shape)``, entry by entry."""
+        return Dense(self.dense() * w)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0
+
+    def dense_is_cheaper(self, examples: int) -> bool:
+        """Whether inner products with as many examples as that want the Jacobian itself."""
+        return True
+
+    def tape(self, examples: int) -> LayerJacobian:
+        """The same Jacobian as it is best kept for inner products with the Jacobians of many examples."""
+        return Dense(self.dense().contiguous()) if self.dense_is_cheaper(examples) else self
+
+    def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
+        """Add ``J[c, b] . J'[d, e]`` to out ``(C, B, C', B')`` in place."""
+        for c, b, one in self.tiles():
+            j = one.dense().flatten(2)
+            for d, e, two in other.tiles():
+                out[c, b, d, e] += torch.einsum("cbp,dep->cbde", j, two.dense().flatten(2))
+
+    def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
+        """Add ``sum_c J[c, b] . J'[c, e]`` to out ``(B, B')`` in place."""
+        for c in range(self.cotangents):
+            self.of_cotangent(c).add_inner(other.of_cotangent(c), out[None, :, None, :])
+
+    def of_cotangent(self, c: int) -> LayerJacobian:
+        """The part of one cotangent."""
+        return self.narrow(0, self.examples, c, c + 1)
+
     def _denses(self) -> Iterator[Tensor]:
         return (piece.dense() for _, _, piece in self.tiles())
 
@@ -185,6 +217,39 @@ class Outer(LayerJacobian):
         a = self.a if right is None else right(self.a)
         g = self.g if left is None else left(self.g)
         return Outer(a, g)
+
+    def nbytes(self) -> int:
+        a = self.a if self.expand is None or "a" in vars(self) else self.inputs
+        return _nbytes(a, self.g)
+
+    def dense_is_cheaper(self, examples: int) -> bool:
+        """By the multiplications for each pair of examples; the ones with positions run at a third of the speed."""
+        c, t = self.cotangents, self.positions
+        if t == 1:
+            return False
+        groups, rows, cols = self.shape
+        by_positions = groups * (t * t * cols + c * t * t * rows + c * c * t * rows)
+        dense = groups * (c * c * rows * cols + 2 * c * t * rows * cols / examples)
+        return 3 * by_positions > dense
+
+    def tape(self, examples: int) -> LayerJacobian:
+        return super().tape(examples) if self.dense_is_cheaper(examples) else Outer(self.a, self.g)
+
+    def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Outer):
+            return super().add_inner(other, out)
+        for group in range(self.shape[0]):
+            a, b = self.a[:, :, group], other.a[:, :, group]
+            _add_inner(lambda k, a=a, b=b: _matmul(a[k], b), self.g[..., group, :], other.g[..., group, :], out)  # type: ignore[misc]
+        return None
+
+    def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Outer):
+            return super().add_traced(other, out)
+        for group in range(self.shape[0]):
+            a, b = self.a[:, :, group], other.a[:, :, group]
+            _add_traced(lambda k, a=a, b=b: _matmul(a[k], b), self.g[..., group, :], other.g[..., group, :], out)  # type: ignore[misc]
+        return None
 
     def without_last_column(self) -> Outer:
         """The same layer with its bias left out."""
@@ -279,6 +344,31 @@ class Gather(LayerJacobian):
         mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
         return _second_moment(mean.unsqueeze(1)), self.examples
 
+    def weigh(self, w: Tensor) -> Gather:
+        return Gather(self.ids, self.g * w[0].T[self.ids.clamp(min=0)], self.size)
+
+    def nbytes(self) -> int:
+        return _nbytes(self.ids, self.g)
+
+    def dense_is_cheaper(self, examples: int) -> bool:
+        return False
+
+    def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Gather):
+            return super().add_inner(other, out)
+        _add_inner(lambda k: self._same(other, k), self.g, other.g, out)
+        return None
+
+    def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Gather):
+            return super().add_traced(other, out)
+        _add_traced(lambda k: self._same(other, k), self.g, other.g, out)
+        return None
+
+    def _same(self, other: Gather, examples: slice) -> Tensor:
+        """One where two positions look up the same row: ``(b, T, B', T')``."""
+        return (self.ids[examples, :, None, None] == other.ids).to(self.dtype)
+
     def _columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct (example, id) pairs and the column of J at each: (U,), (U,), (C, U, rows)."""
         examples = torch.arange(self.examples, device=self.ids.device).unsqueeze(1)
@@ -305,6 +395,24 @@ class Dense(LayerJacobian):
 
     def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Dense:
         return Dense(self.j[first:last, start:stop])
+
+    def nbytes(self) -> int:
+        return _nbytes(self.j)
+
+    def tape(self, examples: int) -> Dense:
+        return self
+
+    def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Dense):
+            return super().add_inner(other, out)
+        out += _matmul(self.j.flatten(2), other.j.flatten(2))
+        return None
+
+    def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Dense):
+            return super().add_traced(other, out)
+        out.addmm_(self.j.transpose(0, 1).flatten(1), other.j.transpose(0, 1).flatten(1).T)
+        return None
 
     def fold(self, ratio: int) -> Dense:
         return Dense(self.j.unflatten(1, (-1, ratio)).sum(2))
@@ -373,6 +481,19 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype, first.device)
 
 
+def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
+    """The same examples under the cotangents of each in turn."""
+    first = forms[0]
+    if len(forms) == 1:
+        return first
+    if all(isinstance(f, Outer) for f in forms):
+        g = torch.cat([f.g for f in forms])  # type: ignore[attr-defined]
+        return Outer(first.inputs, g, first.expand, first.shape[2])  # type: ignore[attr-defined]
+    if all(isinstance(f, Gather) for f in forms):
+        return Gather(first.ids, torch.cat([f.g for f in forms]), first.size)  # type: ignore[attr-defined]
+    return Dense(torch.cat([f.dense() for f in forms]))
+
+
 def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tensor]:
     """Rows of the Jacobian of several layers side by side, ``unpack[k]`` taking form k to flat parameters.
 
@@ -425,6 +546,49 @@ def _pair(one: Outer, other: Outer) -> Tensor:
         x = torch.einsum("bgi,bhj->ghbij", f.a[:, 0], h.a[:, 0])
         out.baddbmm_(s.reshape(g1 * g2, -1, o1 * o2).mT, x.reshape(g1 * g2, -1, i1 * i2))
     return out.view(g1, g2, o1, o2, i1, i2).permute(0, 2, 4, 1, 3, 5)
+
+
+def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:
+    """Add ``sum_ts (x[b, t] . y[e, s]) (g[c, b, t] . h[d, e, s])`` to out ``(C, B, C', B')``.
+
+    same: from a slice of the first examples to the products of inputs ``(b, T, B', T')``.
+    """
+    (c, examples, t, o), (d, others, s, _) = g.shape, h.shape
+    if t == s == 1:
+        out.addcmul_(_matmul(g[:, :, 0], h[:, :, 0]), same(slice(None)).view(examples, 1, others))
+        return
+    step = chunk_length(others * t * (s + 2 * d * o) * g.dtype.itemsize, examples)
+    columns = h.permute(1, 2, 0, 3).reshape(others, s, d * o)
+    for start in range(0, examples, step):
+        k = slice(start, min(start + step, examples))
+        m = same(k)
+        b = len(m)
+        through = torch.bmm(m.permute(2, 0, 1, 3).reshape(others, b * t, s), columns)  # (E, b T, D o)
+        through = through.view(others, b, t, d, o).permute(1, 2, 4, 3, 0).reshape(b, t * o, d * others)
+        left = g[:, k].transpose(0, 1).reshape(b, c, t * o)
+        out[:, k] += torch.bmm(left, through).view(b, c, d, others).transpose(0, 1)
+
+
+def _add_traced(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:
+    """:func:`_add_inner` summed over equal cotangents: out ``(B, B')``."""
+    (_, examples, t, _), (_, others, s, _) = g.shape, h.shape
+    step = chunk_length(2 * others * t * s * g.dtype.itemsize, examples)
+    columns = h.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (E S, C o)
+    for start in range(0, examples, step):
+        k = slice(start, min(start + step, examples))
+        m = same(k)
+        outputs = g[:, k].permute(1, 2, 0, 3).flatten(2).flatten(0, 1) @ columns.T
+        out[k] += (outputs.view(m.shape) * m).sum((1, 3))
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products over the last axis: ``(a, b, i), (c, d, i) -> (a, b, c, d)``."""
+    product = x.reshape(-1, x.shape[-1]) @ y.reshape(-1, y.shape[-1]).T
+    return product.view(*x.shape[:-1], *y.shape[:-1])
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _second_moment(x: Tensor) -> Tensor:

@@ -28,51 +28,42 @@ from ..memory import budget, chunk_length
 
 #: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
 Product = Callable[[Tensor], Tensor]
-#: From the parameters (leaves of autograd), a minibatch and its position to the product on it, what it counts in
+#: From the parameters (leaves of autograd), a minibatch and its position to the linear map of it, what it counts in
 #: the mean, and the tensors from which autograd will start.
-Linearise = Callable[[list[Tensor], data.Batch, int], tuple[Product, float, Sequence[Tensor]]]
+Linearise = Callable[[list[Tensor], data.Batch, int], tuple[Any, float, Sequence[Tensor]]]
 
 #: From a minibatch to the sum of its losses and what a mean counts it as.
 Total = Callable[[data.Batch], tuple[Tensor, float]]
 
 
-class Products:
-    """``V -> M V`` for a matrix that is a sum over minibatches, with the parameters as they are now.
+class Linearisations:
+    """Every minibatch made a linear map at the parameters as they are now.
 
-    evaluator: the model. linearise: how a minibatch gives its product. mean: whether the sum is divided by what
-    minibatches count. If what autograd saved for them fits the memory budget, all minibatches are linearised once and
-    kept, so that a product costs no forward pass; otherwise the data are read and linearised again in every product.
+    evaluator: the model. linearise: how a minibatch gives its map. If what autograd saved for them fits the memory
+    budget, all minibatches are linearised once and kept, so that a product costs no forward pass; otherwise the data
+    are read and linearised again whenever they are iterated.
     """
 
-    def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise, mean: bool = True) -> None:
-        data.require_repeatable(examples, "a matrix known by its products")
+    def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise) -> None:
+        data.require_repeatable(examples, "a matrix or map known by its products")
         self.evaluator = evaluator
         self.examples = examples
         self.linearise = linearise
-        self.mean = mean
         named = evaluator.layer_collection.named_parameters(evaluator.model)
         self.names, parameters = zip(*[(name, p.detach().clone().requires_grad_()) for name, p in named], strict=True)
         self.parameters: list[Tensor] = list(parameters)
-        self._kept: list[tuple[Product, float, int]] | None = None
+        self._kept: list[tuple[Any, float, int]] | None = None
         self._batched = True
+        self.checked = False
 
-    def __call__(self, V: Tensor) -> Tensor:
-        """``(k, P) -> (k, P)``."""
+    def __iter__(self) -> Iterator[tuple[Any, float, int]]:
+        """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
         check_mode(self.evaluator.model)
-        V = V.detach().to(self.parameters[0].dtype)
-        out = torch.zeros_like(V)
-        total = 0.0
-        for product, weight, held in self._kept or self._linearised():
-            for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
-                into += product(rows)
-            total += weight
-        if not self.mean:
-            return out.to(self.evaluator.dtype)
-        return (out / total).to(self.evaluator.dtype)
+        return iter(self._kept) if self._kept is not None else self._linearised()
 
-    def _linearised(self) -> Iterator[tuple[Product, float, int]]:
+    def _linearised(self) -> Iterator[tuple[Any, float, int]]:
         """Every minibatch linearised; all are kept if together they fit."""
-        keep: list[tuple[Product, float, int]] | None = []
+        keep: list[tuple[Any, float, int]] | None = []
         for position, batch in enumerate(self.evaluator.minibatches(self.examples)):
             made = self._prepare(position, batch)
             if keep is not None:
@@ -81,10 +72,10 @@ class Products:
             yield made
         self._kept = keep
 
-    def _prepare(self, position: int, batch: data.Batch) -> tuple[Product, float, int]:
+    def _prepare(self, position: int, batch: data.Batch) -> tuple[Any, float, int]:
         with unchanged(self.evaluator.model), torch.enable_grad(), differentiable_attention():
-            product, weight, roots = self.linearise(self.parameters, batch, position)
-        return product, weight, saved_bytes(roots)
+            made, weight, roots = self.linearise(self.parameters, batch, position)
+        return made, weight, saved_bytes(roots)
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Vector-Jacobian products for every row of ``weights``, vectorised unless an operation has no batching
@@ -111,6 +102,27 @@ class Products:
         return functional_call(module, named, arguments)
 
 
+class Products(Linearisations):
+    """``V -> M V`` for a matrix that is a sum over minibatches. mean: whether it is divided by what they count."""
+
+    def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise, mean: bool = True) -> None:
+        super().__init__(evaluator, examples, linearise)
+        self.mean = mean
+
+    def __call__(self, V: Tensor) -> Tensor:
+        """``(k, P) -> (k, P)``."""
+        V = V.detach().to(self.parameters[0].dtype)
+        out = torch.zeros_like(V)
+        total = 0.0
+        for product, weight, held in self:
+            for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
+                into += product(rows)
+            total += weight
+        if not self.mean:
+            return out.to(self.evaluator.dtype)
+        return (out / total).to(self.evaluator.dtype)
+
+
 class _Function(nn.Module):
     """A function that uses a model as a module, so that the parameters of the model can be substituted."""
 
@@ -123,46 +135,77 @@ class _Function(nn.Module):
         return self.function(*arguments)
 
 
+class Linear:
+    """The Jacobian J of one minibatch: ``J v`` is the derivative of the linear map from u to ``J^T u``."""
+
+    def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
+        self.maps = maps
+        convolutions = LinearConvolutions()
+        with convolutions:
+            self.f = maps.outputs(batch)
+        if not self.f.requires_grad:
+            raise ValueError("the output of the model does not depend on the collected parameters")
+        self.u = torch.zeros_like(self.f, requires_grad=True)
+        with convolutions.at_zero():
+            self.pulled = _differentiable(_gradient(self.f, maps.parameters, self.u))
+
+    @property
+    def roots(self) -> list[Tensor]:
+        """Where autograd starts."""
+        return [self.f, *(g for _, g in self.pulled)]
+
+    def jvp(self, V: Tensor) -> Tensor:
+        """``(k, P) -> (k, *output)``."""
+        (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], _shares(V, self.maps.parameters, self.pulled))
+        return jv
+
+    def vjp(self, S: Tensor) -> Tensor:
+        """``(k, *output) -> (k, P)``."""
+        return _flat_rows(self.maps.pull([self.f], self.maps.parameters, [S]))
+
+    def check(self, batch: data.Batch) -> bool:
+        """Raise if examples mix, or if an operation has a backward that cannot be differentiated; once for all
+        minibatches, and whether it was now.
+        """
+        if self.maps.checked:
+            return False
+        self.maps.checked = True
+        with torch.no_grad():
+            alone = self.maps.outputs(data.take(batch, torch.arange(min(2, len(self.f)))))
+            check_same(alone, self.f[: len(alone)], "the output for one example depends on the others", MIXES)
+        if any(custom(node) for node in nodes([self.f])):
+            check_transpose(self.maps.parameters, self.f, self.u, self.pulled)
+        return True
+
+
 def gauss_newton(generator: Generator, examples: Any) -> Products:
     """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
 
-    checked: list[bool] = []
-
-    def linear(params: list[Tensor], batch: data.Batch) -> tuple[Tensor, Tensor, list[tuple[int, Tensor]]]:
-        """The output, and the cotangents u with the gradient ``J^T u`` as a function of them."""
-        convolutions = LinearConvolutions()
-        with convolutions:
-            f = products.outputs(batch)
-        if not f.requires_grad:
-            raise ValueError("the output of the model does not depend on the collected parameters")
-        u = torch.zeros_like(f, requires_grad=True)
-        with convolutions.at_zero():
-            return f, u, _differentiable(_gradient(f, params, u))
-
-    def check_separate(f: Tensor, batch: data.Batch) -> None:
-        with torch.no_grad():
-            alone = products.outputs(data.take(batch, torch.arange(min(2, len(f)))))
-        check_same(alone, f[: len(alone)], "the output for one example depends on the others", MIXES)
-
     def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        f, u, pulled = linear(params, batch)
-        fixed = f.detach()
-        if not checked:
-            check_separate(fixed, batch)
+        linear = Linear(products, batch)
+        fixed = linear.f.detach()
+        if linear.check(batch):
             generator.cotangents(fixed, batch, position)  # for the checks in there
-            if any(custom(node) for node in nodes([f])):
-                check_transpose(params, f, u, pulled)
-            checked.append(True)
 
         def product(V: Tensor) -> Tensor:
-            (jv,) = products.pull([g for _, g in pulled], [u], _shares(V, params, pulled))
-            s = torch.stack([generator.curvature(fixed, one, batch, position) for one in jv])
-            return _flat_rows(products.pull([f], params, [s]))
+            return linear.vjp(torch.stack([generator.curvature(fixed, one, batch, position) for one in linear.jvp(V)]))
 
-        return product, generator.weigh(fixed, batch), [f, *(g for _, g in pulled)]
+        return product, generator.weigh(fixed, batch), linear.roots
 
     products = Products(generator, examples, linearise, generator.mean)
     return products
+
+
+def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
+    """The Jacobian of every minibatch, as a :class:`Linear`."""
+
+    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Linear, float, Sequence[Tensor]]:
+        linear = Linear(maps, batch)
+        linear.check(batch)
+        return linear, len(linear.f), linear.roots
+
+    maps = Linearisations(evaluator, examples, linearise)
+    return maps
 
 
 def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:

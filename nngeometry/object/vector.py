@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from ..layercollection import LayerCollection, split
 
 
-class FlatArray:
-    """Arithmetic of one tensor whose last axis is the flat parameters of a layer collection: vectors and dense maps."""
+class Array:
+    """Arithmetic of one tensor of coordinates: vectors and dense maps."""
 
-    def __init__(self, layer_collection: LayerCollection, flat: Tensor) -> None:
-        self.layer_collection = layer_collection
+    def __init__(self, flat: Tensor) -> None:
         self._flat = flat
 
     def _like(self, flat: Tensor) -> Self:
@@ -25,13 +24,17 @@ class FlatArray:
 
     def _operand(self, other: Any) -> Any:
         """What the other side of an operation is as a tensor; raises if it lives in another space."""
-        if isinstance(other, FlatArray):
-            check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        if isinstance(other, Array):
+            self._check_same_space(other)
             _check_tensors(self._flat, other._flat, "operands")
             return other._flat
         if isinstance(other, int | float) or (isinstance(other, Tensor) and other.ndim == 0):
             return other
         return NotImplemented
+
+    def _check_same_space(self, other: Array) -> None:
+        """Raise ``ValueError`` unless the other one has the same coordinates."""
+        raise NotImplementedError
 
     def _binary(self, other: Any, fn: Any) -> Any:
         operand = self._operand(other)
@@ -88,16 +91,8 @@ class FlatArray:
         return self._in_place(other, Tensor.div_)
 
     def to_torch(self) -> Tensor:
-        """The values as one tensor, the flat parameters last."""
+        """The values as one tensor."""
         return self._flat
-
-    def to_dict(self) -> dict[str, tuple[Tensor, ...]]:
-        """Views of the values: for each layer, one tensor for each of its parameters (weight, bias)."""
-        slices = self.layer_collection.slices()
-        return {
-            name: tuple(split(layer, self._flat[..., slices[name]]))
-            for name, layer in self.layer_collection.layers.items()
-        }
 
     def norm(self, p: float = 2) -> Tensor:
         """The p-norm of all entries, for every p (``float("inf")`` included)."""
@@ -126,6 +121,27 @@ class FlatArray:
     def size(self, dim: int | None = None) -> Any:
         """Shape, or the length of one axis."""
         return self._flat.shape if dim is None else self._flat.shape[dim]
+
+
+class FlatArray(Array):
+    """An array whose last axis is the flat parameters of a layer collection."""
+
+    def __init__(self, layer_collection: LayerCollection, flat: Tensor) -> None:
+        super().__init__(flat)
+        self.layer_collection = layer_collection
+
+    def _check_same_space(self, other: Array) -> None:
+        if not isinstance(other, FlatArray):
+            raise TypeError(f"a {type(other).__name__} is not in parameter space")
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+
+    def to_dict(self) -> dict[str, tuple[Tensor, ...]]:
+        """Views of the values: for each layer, one tensor for each of its parameters (weight, bias)."""
+        slices = self.layer_collection.slices()
+        return {
+            name: tuple(split(layer, self._flat[..., slices[name]]))
+            for name, layer in self.layer_collection.layers.items()
+        }
 
 
 class PVector(FlatArray):
@@ -214,15 +230,45 @@ class PVector(FlatArray):
         return f"PVector of {self._flat.numel()} parameters, {self._flat.dtype}"
 
 
-class FVector:
-    """A vector in function space: vector_repr ``(C, n)``, one number for each of C outputs of n examples."""
+class FVector(Array):
+    """A vector in function space: vector_repr ``(C, n)``, one number for each of C outputs of n examples.
+
+    >>> u = FVector(torch.ones(3, 5))
+    >>> (2 * u - u).dot(u)
+    tensor(15.)
+    """
 
     def __init__(self, vector_repr: Tensor) -> None:
-        self.vector_repr = vector_repr
+        if vector_repr.ndim != 2:
+            raise ValueError(f"FVector: expected shape (C, n), got {tuple(vector_repr.shape)}")
+        super().__init__(vector_repr)
 
-    def to_torch(self) -> Tensor:
+    @property
+    def vector_repr(self) -> Tensor:
         """The values ``(C, n)``."""
-        return self.vector_repr
+        return self._flat
+
+    def _like(self, flat: Tensor) -> FVector:
+        return FVector(flat)
+
+    def _check_same_space(self, other: Array) -> None:
+        if not isinstance(other, FVector):
+            raise TypeError(f"a {type(other).__name__} is not in function space")
+        if other._flat.shape != self._flat.shape:
+            raise ValueError(
+                f"the FVector has {tuple(other._flat.shape)} outputs and examples, expected {tuple(self._flat.shape)}"
+            )
+
+    def dot(self, other: FVector) -> Tensor:
+        """Inner product of two vectors, a scalar."""
+        return (self._flat * self._operand(other)).sum()
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.dot(other) if isinstance(other, FVector) else NotImplemented
+
+    def __repr__(self) -> str:
+        c, n = self._flat.shape
+        return f"FVector of {c} outputs of {n} examples, {self._flat.dtype}"
 
 
 def random_pvector(
