@@ -1,15 +1,24 @@
 """The geometry of neural networks: Fisher information and gradient covariance matrices under one linear algebra."""
 
 from .generator import Generator
+from .gram import GramMatrix
 from .hessian import GGN, FiniteDifference, Hessian
+from .jacobian import Jacobian
 from .kinds import kind, whole
 from .layercollection import Layer, LayerCollection
 from .likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from .memory import memory_budget
 from .metrics import FIM, EmpiricalFisher, FIM_MonteCarlo, GradientCovariance
 from .object import (
+    FMat,
+    FMatDense,
+    FMatImplicit,
+    FMatMemmap,
     FVector,
+    PFMap,
     PFMapDense,
+    PFMapFactored,
+    PFMapImplicit,
     PMat,
     PMatBlockDiag,
     PMatDense,
@@ -35,16 +44,25 @@ __all__ = [
     "Categorical",
     "EmpiricalFisher",
     "FIM_MonteCarlo",
+    "FMat",
+    "FMatDense",
+    "FMatImplicit",
+    "FMatMemmap",
     "FVector",
     "FiniteDifference",
     "Gaussian",
     "Generator",
     "GradientCovariance",
+    "GramMatrix",
     "Hessian",
+    "Jacobian",
     "Layer",
     "LayerCollection",
     "Likelihood",
+    "PFMap",
     "PFMapDense",
+    "PFMapFactored",
+    "PFMapImplicit",
     "PMat",
     "PMatBlockDiag",
     "PMatDense",

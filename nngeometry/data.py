@@ -43,14 +43,8 @@ def minibatches(
     asked.
     """
     loader: Iterable[Batch] = [examples] if is_minibatch(examples) else examples
-    if verbose:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as error:
-            raise ImportError("verbose=True shows a progress bar with tqdm: pip install tqdm") from error
-        loader = tqdm(loader, desc=what or None)
     empty = True
-    for batch in loader:
+    for batch in progress(loader, verbose, what):
         empty = False
         yield move(batch, device)
     if empty:
@@ -58,6 +52,17 @@ def minibatches(
             "the loader yielded no minibatch: it is empty, or it is an iterator that was consumed before "
             "(pass a DataLoader or a list, which can be iterated again)"
         )
+
+
+def progress(items: Iterable[Any], verbose: bool, what: str = "", total: int | None = None) -> Iterable[Any]:
+    """The items, with a progress bar when asked."""
+    if not verbose:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("verbose=True shows a progress bar with tqdm: pip install tqdm") from error
+    return tqdm(items, desc=what or None, total=total)
 
 
 def require_repeatable(examples: Any, why: str) -> None:

@@ -102,6 +102,18 @@ class LayerJacobian(ABC):
         """J times w ``(*shape)``, entry by entry."""
         return Dense(self.dense() * w)
 
+    def scale(self, c: float) -> LayerJacobian:
+        """c J."""
+        return self.map_cotangents(lambda g: c * g)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerJacobian:
+        """The same Jacobian on another device or in another dtype."""
+        return self.map_cotangents(lambda g: g.to(device=device, dtype=dtype))
+
+    def map_cotangents(self, fn: Map) -> LayerJacobian:
+        """The same form with ``fn``, linear, applied to each entry of what it has for each cotangent."""
+        return Dense(fn(self.dense()))
+
     def nbytes(self) -> int:
         """Bytes held."""
         return 0
@@ -217,6 +229,16 @@ class Outer(LayerJacobian):
         a = self.a if right is None else right(self.a)
         g = self.g if left is None else left(self.g)
         return Outer(a, g)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Outer:
+        inputs, g = (t.to(device=device, dtype=dtype) for t in (self.inputs, self.g))
+        return Outer(inputs, g, self.expand, self.shape[2])
+
+    def map_cotangents(self, fn: Map) -> Outer:
+        made = Outer(self.inputs, fn(self.g), self.expand, self.shape[2])
+        if "a" in vars(self):
+            vars(made)["a"] = self.a
+        return made
 
     def nbytes(self) -> int:
         a = self.a if self.expand is None or "a" in vars(self) else self.inputs
@@ -347,6 +369,12 @@ class Gather(LayerJacobian):
     def weigh(self, w: Tensor) -> Gather:
         return Gather(self.ids, self.g * w[0].T[self.ids.clamp(min=0)], self.size)
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Gather:
+        return Gather(self.ids.to(device), self.g.to(device=device, dtype=dtype), self.size)
+
+    def map_cotangents(self, fn: Map) -> Gather:
+        return Gather(self.ids, fn(self.g), self.size)
+
     def nbytes(self) -> int:
         return _nbytes(self.ids, self.g)
 
@@ -395,6 +423,9 @@ class Dense(LayerJacobian):
 
     def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Dense:
         return Dense(self.j[first:last, start:stop])
+
+    def map_cotangents(self, fn: Map) -> Dense:
+        return Dense(fn(self.j))
 
     def nbytes(self) -> int:
         return _nbytes(self.j)
@@ -455,6 +486,13 @@ class Lazy(LayerJacobian):
         last = self.cotangents if last is None else last
         origin = (b + start, c + first)
         return Lazy(self.compute, last - first, stop - start, self.shape, self.dtype, self.device, origin)
+
+    def map_cotangents(self, fn: Map) -> Lazy:
+        def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+            return fn(self.compute(start, stop, first, last))
+
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        return Lazy(compute, self.cotangents, self.examples, self.shape, like.dtype, like.device, self.origin)
 
     def fold(self, ratio: int) -> Lazy:
         def compute(start: int, stop: int, first: int, last: int) -> Tensor:

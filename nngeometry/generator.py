@@ -66,7 +66,7 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What a probe of the model on a few examples told.
 
     layouts: of every call. names: the layers in the order of calls. batched: whether backward can be vectorised.
@@ -117,11 +117,15 @@ class Generator(Evaluator):
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
 
-    def stream(self, examples: Any) -> Iterator[Observation]:
+    def plan(self, batch: data.Batch) -> Plan:
+        """What a look at the model on a few examples tells, which :meth:`stream` takes if it has been made before."""
+        check_mode(self.model)
+        return self.probe(self.layer_collection.sites(self.model), batch)
+
+    def stream(self, examples: Any, plan: Plan | None = None) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order."""
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
-        plan: _Plan | None = None
         for position, batch in enumerate(self.minibatches(examples)):
             if plan is None:
                 plan = self.probe(sites, batch)
@@ -137,7 +141,7 @@ class Generator(Evaluator):
             out += torch.einsum("cbk,cb->bk", s, torch.einsum("cbk,bk->cb", s, u.reshape(len(u), -1))).view_as(f)
         return out
 
-    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: _Plan | None) -> tuple[Tensor, list[_Call]]:
+    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None) -> tuple[Tensor, list[_Call]]:
         """Run the model once and record every call of the sites."""
         calls: list[_Call] = []
         n = data.count(batch)
@@ -176,7 +180,7 @@ class Generator(Evaluator):
             raise ValueError("the model calls its layers differently for different minibatches, which is not supported")
         return f, calls
 
-    def probe(self, sites: Sequence[Site], batch: data.Batch) -> _Plan:
+    def probe(self, sites: Sequence[Site], batch: data.Batch) -> Plan:
         """Find where the examples are in every tensor, and check that the derivative of each is what the forms say.
 
         The model is run on two and on three examples: the axis whose length changes is that of examples. Then a
@@ -195,7 +199,7 @@ class Generator(Evaluator):
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
             layouts = tuple(_layout(one, other) for one, other in zip(two, three, strict=True))
-            plan = _Plan(layouts, tuple(c.site.name for c in two), batched=True)
+            plan = Plan(layouts, tuple(c.site.name for c in two), batched=True)
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
             plan = replace(plan, batched=self._check_separate(f, calls, layouts))
@@ -216,7 +220,7 @@ class Generator(Evaluator):
             )
 
     def _with_copies(
-        self, sites: Sequence[Site], batch: data.Batch, plan: _Plan, constant: list[str], expected: Tensor
+        self, sites: Sequence[Site], batch: data.Batch, plan: Plan, constant: list[str], expected: Tensor
     ) -> tuple[Tensor, list[_Call]]:
         """Run the model with a copy for each example of the outputs that have no axis of examples."""
         remedy = (
@@ -262,7 +266,7 @@ class Generator(Evaluator):
                     )
         return batched
 
-    def _check_sum(self, sites: Sequence[Site], f: Tensor, calls: Sequence[_Call], plan: _Plan) -> None:
+    def _check_sum(self, sites: Sequence[Site], f: Tensor, calls: Sequence[_Call], plan: Plan) -> None:
         """Raise, naming the layer, unless the forms of all examples add up to what autograd says of the parameters."""
         s = _generic_cotangent(f)
         grads = pull([f], [e for c in calls for e in c.edges], [s.unsqueeze(0)], batched=False)
@@ -289,7 +293,7 @@ class Generator(Evaluator):
                     "or declare the module that uses them all with nngeometry.whole"
                 )
 
-    def _observe(self, sites: Sequence[Site], batch: data.Batch, position: int, plan: _Plan) -> Iterator[Observation]:
+    def _observe(self, sites: Sequence[Site], batch: data.Batch, position: int, plan: Plan) -> Iterator[Observation]:
         with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()

@@ -19,9 +19,12 @@ FLOORS = [
     ["generator"],
     ["object"],
     ["metrics"],
-    ["hessian"],
+    ["hessian", "jacobian"],
+    ["gram"],
     ["spectrum", "hierarchy"],
     ["plot"],
+    ["legacy"],
+    ["maths", "utils", "backend", "solve"],
     ["__init__"],
 ]
 ORDER = {name: k for k, name in enumerate(n for floor in FLOORS for n in floor)}

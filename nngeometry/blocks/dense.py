@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -141,11 +141,11 @@ class Dense(Block):
         return Dense(self.data.mT, self._into, self.symmetric, self.shape)
 
     def scale(self, c: float) -> Dense:
-        return Dense(c * self.data, self.out, self.symmetric)
+        return replace(self, data=c * self.data)
 
     def plus(self, other: Block) -> Block | None:
         if isinstance(other, Dense) and other.data.shape == self.data.shape:
-            return Dense(self.data + other.data, self.out, self.symmetric and other.symmetric)
+            return replace(self, data=self.data + other.data, is_symmetric=self.symmetric and other.symmetric)
         if isinstance(other, Diag | Eye):
             data = self.data.clone()
             data.diagonal(dim1=-2, dim2=-1).add_(other.diag().reshape(data.shape[:-1]))

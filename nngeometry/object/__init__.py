@@ -1,8 +1,10 @@
-"""Vectors, maps and matrices in parameter space."""
+"""Vectors, maps and matrices in parameter space and in function space."""
 
+from .fspace import FMat, FMatDense, FMatImplicit
 from .implicit import PMatImplicit
-from .map import PFMapDense
-from .pmat import PMat, Relative
+from .map import PFMap, PFMapDense, PFMapFactored, PFMapImplicit
+from .pmat import PMat
+from .regul import Relative
 from .representations import (
     PMatBlockDiag,
     PMatDense,
@@ -14,11 +16,19 @@ from .representations import (
     PMatMixed,
     PMatQuasiDiag,
 )
+from .storage import FMatMemmap
 from .vector import FVector, PVector, random_pvector
 
 __all__ = [
+    "FMat",
+    "FMatDense",
+    "FMatImplicit",
+    "FMatMemmap",
     "FVector",
+    "PFMap",
     "PFMapDense",
+    "PFMapFactored",
+    "PFMapImplicit",
     "PMat",
     "PMatBlockDiag",
     "PMatDense",

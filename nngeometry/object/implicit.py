@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,17 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
             for form in observation.forms.values():
                 trace += form.sqnorm().sum()
     return trace / total if generator.mean else trace
+
+
+def diagonal_of_gram(generator: Generator, examples: Any, names: Sequence[str]) -> Tensor:
+    """The squared norms of the rows of a Jacobian over some layers: ``(C, n)``."""
+    found: list[list[Tensor]] = []
+    with torch.no_grad():
+        for observation in generator.stream(examples):
+            if observation.n:
+                found.append([])
+            found[-1].append(sum(observation.forms[name].sqnorm() for name in names))  # type: ignore[arg-type]
+    return torch.cat([torch.cat(chunks) for chunks in found], 1)
 
 
 def mean_jacobian(generator: Generator, examples: Any) -> Tensor:

@@ -1,17 +1,227 @@
-"""Maps between parameter space and function space: batches of vectors."""
+"""Maps between parameter space and function space: Jacobians of outputs of examples."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import forms
+from ..blocks import Block
+from ..generator import Generator
 from ..layercollection import LayerCollection
-from .vector import FlatArray, FVector, PVector
+from ..memory import chunk_length, require
+from .fspace import FMat, FMatDense, dense_root
+from .kernel import Slab, sides, slabs, tile
+from .layouts import Full
+from .products import jacobians
+from .vector import FlatArray, FVector, PVector, check_same_space
 
 
-class PFMapDense(FlatArray):
-    """A dense map from parameters to C outputs of n examples: data ``(C, n, P)``. Every representation takes it as
-    many right-hand sides.
+class PFMap(ABC):
+    """A linear map J from parameters to C outputs of n examples: rows ``J[c, x]`` in parameter space.
+
+    ``J @ v`` is ``J v``, ``J.T @ u`` is ``J^T u``, ``J @ M`` is a map again, ``J @ J2.T`` their kernel, ``J[2:5]`` the
+    map of some examples.
+    """
+
+    layer_collection: LayerCollection
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, n, P)``."""
+
+    @abstractmethod
+    def _jvp(self, V: Tensor) -> Tensor:
+        """``(k, P) -> (k, C, n)``."""
+
+    @abstractmethod
+    def _vjp(self, S: Tensor) -> Tensor:
+        """``(k, C, n) -> (k, P)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    def jvp(self, v: PVector) -> FVector:
+        """``J v``."""
+        check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
+
+    def vjp(self, u: FVector) -> PVector:
+        """``J^T u``."""
+        if tuple(u.size()) != self.shape[:2]:
+            raise ValueError(f"the FVector has {tuple(u.size())} outputs and examples, {self} has {self.shape[:2]}")
+        return PVector(self.layer_collection, self._vjp(u.to_torch().unsqueeze(0))[0])
+
+    def adjoint(self) -> Adjoint:
+        """``J^T``."""
+        return Adjoint(self)
+
+    @property
+    def T(self) -> Adjoint:
+        return Adjoint(self)
+
+    def to_dense(self) -> PFMapDense:
+        """All entries. Raises ``MemoryError`` if they do not fit the memory budget."""
+        c, n, p = self.shape
+        require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
+        step = chunk_length(2 * p * self.dtype.itemsize, c * n)
+        units = torch.eye(c * n, dtype=self.dtype, device=self.device).view(-1, c, n)
+        rows = torch.cat([self._vjp(piece) for piece in units.split(step)])
+        return PFMapDense(self.layer_collection, rows.view(c, n, p))
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, PVector):
+            return self.jvp(other)
+        if isinstance(other, Adjoint):
+            return self._kernel(other.map)
+        if hasattr(other, "root") and hasattr(other, "layer_collection"):
+            check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            return self.through(other.root.transpose())
+        return NotImplemented
+
+    def _kernel(self, other: PFMap) -> FMat:
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        (c, n, _), (d, m, _) = self.shape, other.shape
+        layout = Full((c, d), (n, m))
+        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use products with it")
+        rows = self.to_dense().to_torch()
+        right = rows if other is self else other.to_dense().to_torch()
+        data = (rows.flatten(0, 1) @ right.flatten(0, 1).T).view(c, n, d, m)
+        if other is self:
+            data = (data + data.permute(2, 3, 0, 1)) / 2
+        return FMatDense(dense_root(layout.unview(data), layout, other is self), layout)
+
+    def through(self, block: Block) -> PFMap:
+        """The map with rows ``M j`` for the rows j of this one; M the root of a PMat."""
+        return self._composed(self.shape[:2], lambda t: t, lambda s: s, block)
+
+    def __getitem__(self, examples: Any) -> PFMap:
+        index = torch.arange(self.shape[1], device=self.device)[_as_index(examples)].reshape(-1)
+
+        def spread(S: Tensor) -> Tensor:
+            out = S.new_zeros(len(S), self.shape[0], self.shape[1])
+            return out.index_add_(2, index, S)
+
+        return self._composed((self.shape[0], len(index)), lambda t: t[:, :, index], spread)
+
+    def layer(self, name: str) -> PFMap:
+        """The columns of one layer, as a map from its parameters alone."""
+        lc = LayerCollection({name: self.layer_collection[name]})
+        where, p = self.layer_collection.slices()[name], self.shape[2]
+
+        def pad(V: Tensor) -> Tensor:
+            return torch.nn.functional.pad(V, (where.start, p - where.stop))
+
+        return PFMapImplicit(
+            lc, self.shape[:2], lambda V: self._jvp(pad(V)), lambda S: self._vjp(S)[:, where], self._empty()
+        )
+
+    def centred(self) -> PFMap:
+        """Each row less the mean over examples of the rows of its output."""
+
+        def centre(t: Tensor) -> Tensor:
+            return t - t.mean(2, keepdim=True)
+
+        return self._composed(self.shape[:2], centre, centre)
+
+    def __add__(self, other: Any) -> PFMap:
+        return self._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
+
+    def __radd__(self, other: Any) -> PFMap:
+        if isinstance(other, int) and other == 0:
+            return self
+        return self._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
+
+    def __sub__(self, other: Any) -> PFMap:
+        return self._combined(other, -1.0) if isinstance(other, PFMap) else NotImplemented
+
+    def __rsub__(self, other: Any) -> PFMap:
+        return (-self)._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
+
+    def __mul__(self, c: Any) -> PFMap:
+        if not (isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0)):
+            return NotImplemented
+        return self._composed(self.shape[:2], lambda t: c * t, lambda s: c * s)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> PFMap:
+        return self * (1 / c)
+
+    def __neg__(self) -> PFMap:
+        return self * -1.0
+
+    def _combined(self, other: PFMap, weight: float) -> PFMap:
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        if other.shape != self.shape:
+            raise ValueError(f"{self} and {other} have other outputs or examples")
+        return PFMapImplicit(
+            self.layer_collection,
+            self.shape[:2],
+            lambda V: self._jvp(V) + weight * other._jvp(V),
+            lambda S: self._vjp(S) + weight * other._vjp(S),
+            self._empty(),
+        )
+
+    def _composed(
+        self,
+        shape: tuple[int, int],
+        after: Callable[[Tensor], Tensor],
+        before: Callable[[Tensor], Tensor],
+        block: Block | None = None,
+    ) -> PFMap:
+        """``after J M^T`` by its products; before is the transpose of after."""
+        back = None if block is None else block.transpose()
+        return PFMapImplicit(
+            self.layer_collection,
+            shape,
+            lambda V: after(self._jvp(V if back is None else back.mv(V))),
+            lambda S: self._vjp(before(S)) if block is None else block.mv(self._vjp(before(S))),
+            self._empty(),
+        )
+
+    def _empty(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def __repr__(self) -> str:
+        c, n, p = self.shape
+        return f"{type(self).__name__} of {c} outputs, {n} examples, {p} parameters, {self.dtype}"
+
+
+class Adjoint:
+    """``J^T``, from function space to parameter space: ``J.T @ u``."""
+
+    def __init__(self, map: PFMap) -> None:
+        self.map = map
+
+    def mv(self, u: FVector) -> PVector:
+        """``J^T u``."""
+        return self.map.vjp(u)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.mv(other) if isinstance(other, FVector) else NotImplemented
+
+    def adjoint(self) -> PFMap:
+        """J."""
+        return self.map
+
+    @property
+    def T(self) -> PFMap:
+        return self.map
+
+
+class PFMapDense(FlatArray, PFMap):
+    """All entries of a map: data ``(C, n, P)``. Every PMat takes it as many right-hand sides.
 
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> J = PFMapDense(lc, torch.ones(4, 5, 3))
@@ -24,17 +234,258 @@ class PFMapDense(FlatArray):
             raise ValueError(f"PFMapDense: expected shape (C, n, {layer_collection.numel()}), got {tuple(data.shape)}")
         super().__init__(layer_collection, data)
 
+    @classmethod
+    def of(cls, generator: Generator, examples: Any) -> PFMapDense:
+        """The Jacobian that a generator streams."""
+        layers = list(generator.layer_collection.layers.values())
+        pieces: list[Tensor] = []
+        for slab in slabs(generator, examples):
+            size = slab.outputs * slab.examples * generator.layer_collection.numel() * generator.dtype.itemsize
+            held = sum(p.numel() * p.element_size() for p in pieces)
+            require(held + size, "a dense Jacobian", "use representation=PFMapFactored or PFMapImplicit")
+            pieces.append(torch.cat([layer.packing.unpack(slab.forms[layer.name].dense()) for layer in layers], -1))
+        return cls(generator.layer_collection, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        c, n, p = self._flat.shape
+        return c, n, p
+
     def _like(self, flat: Tensor) -> PFMapDense:
         return PFMapDense(self.layer_collection, flat)
 
-    def jvp(self, v: PVector) -> FVector:
-        """``J v``."""
-        return FVector(self._flat @ self._operand(v))
+    def _jvp(self, V: Tensor) -> Tensor:
+        return torch.einsum("cnp,kp->kcn", self._flat, V)
 
-    def vjp(self, u: FVector) -> PVector:
-        """``J^T u``."""
-        return PVector(self.layer_collection, torch.einsum("cn,cnp->p", u.to_torch(), self._flat))
+    def _vjp(self, S: Tensor) -> Tensor:
+        return torch.einsum("cnp,kcn->kp", self._flat, S)
+
+    def to_dense(self) -> PFMapDense:
+        return self
+
+    def through(self, block: Block) -> PFMapDense:
+        return self._like(block.mv(self._flat))
+
+    def __getitem__(self, examples: Any) -> PFMapDense:
+        index = torch.arange(self._flat.shape[1], device=self.device)[_as_index(examples)].reshape(-1)
+        return self._like(self._flat[:, index])
+
+    def layer(self, name: str) -> PFMapDense:
+        lc = LayerCollection({name: self.layer_collection[name]})
+        return PFMapDense(lc, self._flat[..., self.layer_collection.slices()[name]])
+
+    def centred(self) -> PFMapDense:
+        return self._like(self._flat - self._flat.mean(1, keepdim=True))
 
     def __repr__(self) -> str:
-        c, n, p = self._flat.shape
-        return f"PFMapDense of {c} outputs, {n} examples, {p} parameters, {self._flat.dtype}"
+        return PFMap.__repr__(self)
+
+
+class PFMapFactored(PFMap):
+    """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
+
+    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer.
+    """
+
+    def __init__(self, layer_collection: LayerCollection, pieces: Sequence[Slab]) -> None:
+        self.layer_collection = layer_collection
+        self.pieces = tuple(pieces)
+
+    @classmethod
+    def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
+        """The Jacobian that a generator streams."""
+        return cls(generator.layer_collection, list(slabs(generator, examples)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.pieces[0].outputs, sum(p.examples for p in self.pieces), self.layer_collection.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.pieces[0].forms.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.pieces[0].forms.values())).device
+
+    def _jvp(self, V: Tensor) -> Tensor:
+        slices = self.layer_collection.slices()
+        packed = {n: layer.packing.pack(V[:, slices[n]]) for n, layer in self.layer_collection.layers.items()}
+        with torch.no_grad():
+            return torch.cat([sum(f.dot(packed[n]) for n, f in p.forms.items()) for p in self.pieces], 2)  # type: ignore[misc]
+
+    def _vjp(self, S: Tensor) -> Tensor:
+        total: dict[str, Tensor] = {}
+        start = 0
+        with torch.no_grad():
+            for piece in self.pieces:
+                u = S[:, :, start : start + piece.examples]
+                start += piece.examples
+                for name, form in piece.forms.items():
+                    total[name] = total[name] + form.pull(u) if name in total else form.pull(u)
+        layers = self.layer_collection.layers
+        return torch.cat([layer.packing.unpack(total[name]) for name, layer in layers.items()], -1)
+
+    def to_dense(self) -> PFMapDense:
+        c, n, p = self.shape
+        require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
+        layers = self.layer_collection.layers
+        with torch.no_grad():
+            rows = [torch.cat([layers[k].packing.unpack(s.forms[k].dense()) for k in layers], -1) for s in self.pieces]
+        return PFMapDense(self.layer_collection, torch.cat(rows, 1))
+
+    def _kernel(self, other: PFMap) -> FMat:
+        if not isinstance(other, PFMapFactored):
+            return super()._kernel(other)
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        (c, n, _), (d, m, _) = self.shape, other.shape
+        layout = Full((c, d), (n, m))
+        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use GramMatrix")
+        names = list(self.layer_collection)
+        with torch.no_grad():
+            left = [sides(s, None, self.layer_collection, m).left for s in self.pieces]
+            right = left if other is self else [sides(s, None, self.layer_collection, n).right for s in other.pieces]
+            rows = [torch.cat([tile(one, two, layout, names) for two in right], 3) for one in left]
+        entries = torch.cat(rows, 1)
+        if other is self:
+            entries = (entries + entries.permute(2, 3, 0, 1)) / 2
+        return FMatDense(dense_root(layout.unview(entries), layout, other is self), layout)
+
+    def __getitem__(self, examples: Any) -> PFMap:
+        if not isinstance(examples, slice | int) or (isinstance(examples, slice) and examples.step not in (None, 1)):
+            return super().__getitem__(examples)
+        start, stop, _ = _as_slice(examples).indices(self.shape[1])
+        pieces, first = [], 0
+        for piece in self.pieces:
+            a, b = max(start - first, 0), min(stop - first, piece.examples)
+            if a < b:
+                pieces.append(piece.narrow(a, b))
+            first += piece.examples
+        if not pieces:
+            raise IndexError(f"{self} has no examples {start}:{stop}")
+        return PFMapFactored(self.layer_collection, pieces)
+
+    def layer(self, name: str) -> PFMapFactored:
+        lc = LayerCollection({name: self.layer_collection[name]})
+        return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
+
+    def __mul__(self, c: Any) -> PFMapFactored:
+        if not (isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0)):
+            return NotImplemented
+        return self._each(lambda f: f.scale(float(c)))
+
+    __rmul__ = __mul__
+
+    def _combined(self, other: PFMap, weight: float) -> PFMap:
+        if not isinstance(other, PFMapFactored) or [p.examples for p in other.pieces] != [
+            p.examples for p in self.pieces
+        ]:
+            return super()._combined(other, weight)
+        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        pieces = []
+        for one, two in zip(self.pieces, other.pieces, strict=True):
+            if one.outputs != two.outputs:
+                raise ValueError(f"{self} and {other} have other outputs")
+            joined = {k: forms.add([f, two.forms[k].scale(weight)]) for k, f in one.forms.items()}
+            pieces.append(Slab(one.examples, one.outputs, joined))
+        return PFMapFactored(self.layer_collection, pieces)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
+        """The same map on another device or in another dtype."""
+        return self._each(lambda f: f.to(device, dtype))
+
+    def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
+        pieces = [Slab(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
+        return PFMapFactored(self.layer_collection, pieces)
+
+
+class PFMapImplicit(PFMap):
+    """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
+
+    layer_collection: the columns. outputs: ``(C, n)``. jvp_of: ``(k, P) -> (k, C, n)``; vjp_of: ``(k, C, n) -> (k,
+    P)``; like: an empty tensor of its dtype and device.
+    """
+
+    def __init__(
+        self,
+        layer_collection: LayerCollection,
+        outputs: tuple[int, int],
+        jvp_of: Callable[[Tensor], Tensor],
+        vjp_of: Callable[[Tensor], Tensor],
+        like: Tensor,
+    ) -> None:
+        self.layer_collection = layer_collection
+        self.outputs = outputs
+        self._jvp_of = jvp_of
+        self._vjp_of = vjp_of
+        self.like = like
+
+    @classmethod
+    def of(cls, generator: Generator, examples: Any) -> PFMapImplicit:
+        """The Jacobian of the model of a generator at its parameters as they are now.
+
+        While what autograd needs fits the memory budget, the forward pass is kept from one product to the next.
+        """
+        maps = jacobians(generator, examples)
+        shapes = [tuple(linear.f.flatten(1).shape) for linear, _, _ in maps]
+        if len({c for _, c in shapes}) > 1:
+            raise ValueError(f"the minibatches have different numbers of outputs: {sorted({c for _, c in shapes})}")
+
+        def jvp(V: Tensor) -> Tensor:
+            found = []
+            for linear, _, held in maps:
+                pieces = [linear.jvp(v.to(linear.f.dtype)) for v in V.split(chunk_length(held, len(V)))]
+                found.append(torch.cat(pieces).detach().flatten(2).transpose(1, 2))
+            return torch.cat(found, 2).to(generator.dtype)
+
+        def vjp(S: Tensor) -> Tensor:
+            total = torch.zeros(len(S), generator.layer_collection.numel(), dtype=generator.dtype, device=S.device)
+            start = 0
+            for linear, _, held in maps:
+                u = S[:, :, start : start + len(linear.f)].transpose(1, 2)
+                start += len(linear.f)
+                u = u.reshape(len(S), *linear.f.shape).to(linear.f.dtype)
+                total += torch.cat([linear.vjp(s) for s in u.split(chunk_length(held, len(u)))])
+            return total
+
+        like = torch.empty(0, dtype=generator.dtype, device=maps.parameters[0].device)
+        return cls(generator.layer_collection, (shapes[0][1], sum(n for n, _ in shapes)), jvp, vjp, like)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return *self.outputs, self.layer_collection.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    def _jvp(self, V: Tensor) -> Tensor:
+        return self._jvp_of(V.detach())
+
+    def _vjp(self, S: Tensor) -> Tensor:
+        return self._vjp_of(S.detach())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapImplicit:
+        """The same map in another dtype, on the device where its model is."""
+        if device is not None and torch.device(device) != self.device:
+            raise ValueError("a map known by its products stays where its model is: move the model and build it again")
+        there = self.dtype if dtype is None else dtype
+        return PFMapImplicit(
+            self.layer_collection,
+            self.outputs,
+            lambda V: self._jvp_of(V.to(self.dtype)).to(there),
+            lambda S: self._vjp_of(S.to(self.dtype)).to(there),
+            self.like.to(there),
+        )
+
+
+def _as_index(examples: Any) -> Any:
+    return examples if isinstance(examples, slice | int) else torch.as_tensor(examples)
+
+
+def _as_slice(examples: slice | int) -> slice:
+    return examples if isinstance(examples, slice) else slice(examples, examples + 1 or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,21 +14,9 @@ from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from . import fit
-from .map import PFMapDense
+from .map import PFMap, PFMapDense
+from .regul import Relative
 from .vector import FlatArray, PVector, check_same_space
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A regularisation of ``factor`` times the mean eigenvalue (of the matrix, or of a layer's block when given for
-    a layer).
-
-    >>> Relative(1e-3)
-    Relative(factor=0.001)
-    """
-
-    factor: float
-
 
 #: What ``regul=`` accepts: a number, Relative(factor), or one of these for each layer by name.
 RegulLike = float | Relative | Mapping[str, "float | Relative"]
@@ -99,7 +86,10 @@ class PMat:
     # Products
 
     def mv(self, v: Any) -> Any:
-        """``M v`` for a PVector, or ``M`` on each row of a PFMapDense. Differentiable in v."""
+        """``M v`` for a PVector, or ``M`` on each row of a map (PFMap). Differentiable in v."""
+        if isinstance(v, PFMap) and not isinstance(v, FlatArray):
+            check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+            return v.through(self.root)
         flat = self._of(v)
         return v._like(self.root.mv(flat))
 
@@ -123,7 +113,7 @@ class PMat:
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
             return self._with(matmul(self.root, self._other(other)))
-        return self.mv(other) if isinstance(other, FlatArray) else NotImplemented
+        return self.mv(other) if isinstance(other, FlatArray | PFMap) else NotImplemented
 
     # Linear systems
 

@@ -1,0 +1,69 @@
+"""The Jacobian of a model: outputs of examples with respect to parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data
+from .generator import Generator
+from .layercollection import LayerCollection
+from .likelihood import Cotangents, diagonal_cotangents
+from .object.map import PFMap, PFMapDense
+
+MapRepresentation = type[PFMapDense] | Any
+
+
+def Jacobian(
+    model: nn.Module,
+    loader: Any,
+    function: Callable[..., Any] | None = None,
+    representation: MapRepresentation = PFMapDense,
+    layer_collection: LayerCollection | None = None,
+    centering: bool = False,
+    *,
+    n_output: int | None = None,
+    device: torch.device | str | None = None,
+    verbose: bool = False,
+) -> Any:
+    """The derivative of every output of every example with respect to every parameter, ``J[c, x, p]``.
+
+    model, loader, function, layer_collection: as in :func:`~nngeometry.FIM`; ``function(*minibatch)`` may be any
+    function of the model, with a row for each example; further axes of its result are flattened into outputs.
+    representation: PFMapDense, ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of layers; or
+    PFMapImplicit, products by automatic differentiation. centering: less the mean over examples, output by output.
+
+    >>> from nngeometry import Jacobian, PFMapFactored, PVector
+    >>> model = nn.Linear(4, 3)
+    >>> J = Jacobian(model, (torch.randn(20, 4),), representation=PFMapFactored)
+    >>> J.shape, (J @ PVector.from_model(model).detach()).size()
+    ((3, 20, 15), torch.Size([3, 20]))
+    """
+    generator = of_outputs(model, function, layer_collection, n_output=n_output, device=device, verbose=verbose)
+    found: PFMap = representation.of(generator, loader)
+    return found.centred() if centering else found
+
+
+def of_outputs(
+    model: nn.Module,
+    function: Callable[..., Any] | None,
+    layer_collection: LayerCollection | None,
+    *,
+    n_output: int | None = None,
+    device: torch.device | str | None = None,
+    verbose: bool = False,
+) -> Generator:
+    """A generator of the Jacobian itself: one cotangent for each output."""
+
+    def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        if n_output is not None and f[0].numel() != n_output:
+            raise ValueError(
+                f"n_output={n_output}, but there are {f[0].numel()} outputs for each example: leave it out"
+            )
+        return diagonal_cotangents(torch.ones_like(f))
+
+    lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    return Generator(model, lc, cotangents, function=function, device=device, verbose=verbose)

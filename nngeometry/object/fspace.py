@@ -1,0 +1,487 @@
+"""Matrices in function space: kernels between the outputs of examples, under one algebra for all storages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block, Dense, Operator
+from ..blocks.base import Map
+from ..memory import require
+from .layouts import Layout, Traced, centre, take
+from .regul import Relative
+from .vector import FVector
+
+
+class FMat:
+    """A kernel between outputs of examples, ``K[c, x, d, y] = J[c, x] M J'[d, y]^T``, or what a layout keeps of it.
+
+    root: the block that holds it; layout: what its rows and columns are. ``output="full"`` is seen as
+    ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as ``(n, n')``, which acts on every
+    output of an FVector alike. Operations return new matrices.
+    """
+
+    def __init__(self, root: Block, layout: Layout) -> None:
+        self.root = root
+        self.layout = layout
+
+    # Products
+
+    def mv(self, u: FVector) -> FVector:
+        """``K u``."""
+        n = self.layout.examples[1]
+        if u.size(1) != n or not (isinstance(self.layout, Traced) or u.size(0) == self.layout.outputs[1]):
+            raise ValueError(f"the FVector has {tuple(u.size())} outputs and examples, the columns of {self} do not")
+        return self._unpack(self.root.mv(self._pack(u, self.layout.transpose())))
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, FVector):
+            return self.mv(other)
+        if not isinstance(other, FMat):
+            return NotImplemented
+        if type(self.layout) is not type(other.layout) or self.layout.examples[1] != other.layout.examples[0]:
+            raise ValueError(f"{self} @ {other}: the columns of one are not the rows of the other")
+        layout = type(self.layout)(
+            (self.layout.outputs[0], other.layout.outputs[1]), (self.layout.examples[0], other.layout.examples[1])
+        )
+        if isinstance(self.root, Dense) and isinstance(other.root, Dense):
+            return FMatDense(dense_root(self.root.data @ other.root.data, layout, False), layout)
+        left, right = self.root, other.root
+        return FMat(
+            Rectangular(
+                lambda V: left.mv(right.mv(V)),
+                lambda V: right.transpose().mv(left.transpose().mv(V)),
+                left.shape,
+                right.transpose().shape,
+                self._empty(),
+            ),
+            layout,
+        )
+
+    def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
+        """``u^T K v``, a scalar, v being u if it is left out."""
+        return u.dot(self.mv(u if v is None else v))
+
+    @property
+    def T(self) -> FMat:
+        """The transpose."""
+        return self._with(self.root.transpose(), self.layout.transpose())
+
+    # Linear systems
+
+    def solve(self, b: Any, regul: float | Relative = 1e-8) -> Any:
+        """``(K + regul)^-1 b`` for an FVector, or on each column of an FMat.
+
+        regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. Exact, by conjugate gradients
+        (MINRES) for a kernel that is not held. Raises ``ValueError`` if that is singular to working precision.
+        """
+        self._check_square("solve")
+        r = self._regul(regul)
+        if isinstance(b, FVector):
+            return self._unpack(self.root.solve(self._pack(b, self.layout), r))
+        if not isinstance(b, FMat) or not isinstance(b.root, Dense):
+            raise TypeError(f"solve: expected an FVector or a dense FMat, got {type(b).__name__}")
+        columns = b.root.data.permute(2, 0, 1)
+        x = self.root.solve(columns.reshape(len(columns), *self.root.shape), r)
+        return FMatDense(dense_root(x.reshape(columns.shape).permute(1, 2, 0), b.layout, False), b.layout)
+
+    def inv(self, regul: float | Relative = 1e-8) -> FMat:
+        """``(K + regul)^-1``."""
+        self._check_square("inv")
+        return self._with(self.root.inv(self._regul(regul)), self.layout)
+
+    def logdet(self, regul: float | Relative = 0.0) -> Tensor:
+        """``log det(K + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        self._check_square("logdet")
+        return self.root.logdet(self._regul(regul))
+
+    # Spectrum
+
+    def eig(self, k: int | None = None) -> tuple[Tensor, list[FVector]]:
+        """The k largest eigenvalues (all by default), descending, and their eigenvectors. (Those of
+        ``output="trace"`` are of one output.)
+        """
+        self._check_square("eig")
+        l, vectors = self.root.top(k)
+        return l, [self._unpack(v) for v in vectors]
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, descending."""
+        self._check_square("eigenvalues")
+        return self.root.eigenvalues().sort(descending=True).values
+
+    def singular_values(self) -> Tensor:
+        """All singular values, descending."""
+        if self._is_square() and self.root.symmetric:
+            return self.root.eigenvalues().abs().sort(descending=True).values
+        return torch.linalg.svdvals(self._held("singular values")).flatten().sort(descending=True).values
+
+    def condition(self) -> Tensor:
+        """The condition number, the largest over the smallest singular value."""
+        s = self.singular_values()
+        return s[0] / s[-1]
+
+    def effective_rank(self) -> Tensor:
+        """``exp`` of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+        s = self.singular_values()
+        p = s / s.sum()
+        return torch.exp(-torch.special.xlogy(p, p).sum())
+
+    def norm(self, ord: int | str | None = None) -> Tensor:
+        """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
+        if self._is_square() and self.root.symmetric:
+            return self.root.norm(ord)
+        if ord is None or ord == "fro":
+            return torch.linalg.vector_norm(self._held("norm"))
+        s = self.singular_values()
+        found: dict[Any, Tensor] = {2: s[0], -2: s[-1], "nuc": s.sum()}
+        if ord not in found:
+            raise ValueError(f"norm: ord={ord!r} is not one of None, 'fro', 2, -2, 'nuc'")
+        return found[ord]
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal."""
+        self._check_square("trace")
+        return self.root.trace()
+
+    # Entries
+
+    def get_diag(self) -> Tensor:
+        """The diagonal: ``(C, n)``, or ``(n,)`` of a kernel that is ``(n, n')``."""
+        self._check_square("get_diag")
+        diag = self._unpack(self.root.diag()).to_torch()
+        return diag[0] if isinstance(self.layout, Traced) else diag
+
+    def to_torch(self) -> Tensor:
+        """All entries, as :class:`FMat` says."""
+        return self.layout.view(self._held("to_torch"))
+
+    def submatrix(self, examples: Any, others: Any = None) -> FMat:
+        """The kernel of some examples (a slice or indices) with some others, by default the same."""
+        rows = _indices(examples, self.layout.examples[0], self.device)
+        cols = rows if others is None else _indices(others, self.layout.examples[1], self.device)
+        entries = take(self.to_torch(), self.layout.axes, rows, cols)
+        layout = self.layout.of_examples(len(rows), len(cols))
+        symmetric = self.root.symmetric and torch.equal(rows, cols)
+        return FMatDense(dense_root(layout.unview(entries), layout, symmetric), layout)
+
+    def size(self) -> torch.Size:
+        """The shape of :meth:`to_torch`."""
+        return torch.Size(self.layout.seen)
+
+    # Vector space
+
+    def __add__(self, other: Any) -> FMat:
+        return self._combine(other, 1.0) if isinstance(other, FMat) else NotImplemented
+
+    def __radd__(self, other: Any) -> FMat:
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: Any) -> FMat:
+        return self._combine(other, -1.0) if isinstance(other, FMat) else NotImplemented
+
+    def __mul__(self, c: Any) -> FMat:
+        if isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0):
+            return self._with(self.root.scale(float(c)), self.layout)
+        return NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, c: Any) -> FMat:
+        return self * (1 / c)
+
+    def __neg__(self) -> FMat:
+        return self * -1.0
+
+    def _combine(self, other: FMat, weight: float) -> FMat:
+        if self.layout != other.layout:
+            raise ValueError(f"{self} and {other} are of other outputs or examples")
+        if isinstance(self.root, Dense) and isinstance(other.root, Dense):
+            symmetric = self.root.symmetric and other.root.symmetric
+            return FMatDense(dense_root(self.root.data + weight * other.root.data, self.layout, symmetric), self.layout)
+        one, two = self._products(), other._products()
+        if self._is_square():
+            like = self._empty()
+            p = self.root.numel
+            return FMat(Operator(lambda V: one[0](V) + weight * two[0](V), p, None, None, like, False), self.layout)
+        return FMat(
+            Rectangular(
+                lambda V: one[0](V) + weight * two[0](V),
+                lambda V: one[1](V) + weight * two[1](V),
+                self.root.shape,
+                self.root.transpose().shape,
+                self._empty(),
+            ),
+            self.layout,
+        )
+
+    # Statistics
+
+    def centred(self) -> FMat:
+        """The kernel of Jacobians less their mean over the examples of their side, output by output."""
+        if isinstance(self.root, Dense):
+            entries = centre(self.to_torch(), self.layout.axes)
+            return FMatDense(dense_root(self.layout.unview(entries), self.layout, self.root.symmetric), self.layout)
+        rows, cols = self.layout, self.layout.transpose()
+        forward, backward = self._products()
+        left, right = _centring(rows), _centring(cols)
+        if self._is_square():
+            matvec = lambda V: left(forward(right(V)))  # noqa: E731
+            root: Block = Operator(matvec, self.root.numel, None, None, self._empty(), self.root.definite)
+        else:
+            root = Rectangular(
+                lambda V: left(forward(right(V))),
+                lambda V: right(backward(left(V))),
+                self.root.shape,
+                self.root.transpose().shape,
+                self._empty(),
+            )
+        return FMat(root, self.layout)
+
+    def align(self, other: FMat | FVector | Tensor) -> Tensor:
+        """Alignment with another kernel, ``<K, K'> / (|K| |K'|)``, or with that of labels, ``y y^T``.
+
+        other: an FMat; an FVector of labels; or a tensor of integer classes ``(n,)``, taken one-hot. (Cristianini et
+        al. 2001.)
+        """
+        if isinstance(other, FMat):
+            if self.layout != other.layout:
+                raise ValueError(f"{self} and {other} are of other outputs or examples")
+            a, b = self._held("align"), other._held("align")
+            return (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+        self._check_square("align")
+        y = other if isinstance(other, FVector) else self._one_hot(other)
+        groups, r, _ = self.layout.shape
+        rows = self.layout.pack(y.to_torch()).reshape(-1, groups, r)
+        inner = (rows * self.root.mv(rows.reshape(-1, *self.root.shape)).reshape(rows.shape)).sum()
+        return inner / (self.norm() * torch.linalg.vector_norm(torch.einsum("kgr,lgr->gkl", rows, rows)))
+
+    def cka(self, other: FMat | FVector | Tensor) -> Tensor:
+        """Centred alignment: that of both kernels centred (Cortes, Mohri and Rostamizadeh 2012; Kornblith et al. 2019).
+
+        Arguments as in :meth:`align`.
+        """
+        if isinstance(other, FMat):
+            return self.centred().align(other.centred())
+        y = (other if isinstance(other, FVector) else self._one_hot(other)).to_torch()
+        return self.centred().align(FVector(y - y.mean(1, keepdim=True)))
+
+    def distance(self, other: FMat) -> Tensor:
+        """``1 - align``: the kernel distance of Fort et al. (2020), 2010.15110."""
+        return 1 - self.align(other)
+
+    def regress(
+        self,
+        targets: FVector,
+        cross: FMat | None = None,
+        *,
+        regul: float | Relative = 1e-8,
+        start: FVector | None = None,
+        cross_start: FVector | None = None,
+        time: float | None = None,
+    ) -> FVector:
+        """Kernel regression, or where gradient flow on the linearised model is at a time.
+
+        targets: y at the training examples, of which self is the kernel. cross: the kernel of the query examples with
+        the training ones (by default the training ones themselves). start, cross_start: the outputs f_0 of the model at
+        both, by default zero. Returns ``f_0(x) + K_xX (K + regul)^-1 (y - f_0)``; with a time t, gradient flow on
+        ``sum (f - y)^2 / 2``: ``f_0(x) + K_xX K^-1 (1 - exp(-K t)) (y - f_0)``, without regul.
+
+        Source: Jacot, Gabriel and Hongler (2018), 1806.07572; Lee et al. (2019), 1902.06720.
+        """
+        self._check_square("regress")
+        residual = targets if start is None else targets - start
+        if time is None:
+            weights = self.solve(residual, regul)
+        else:
+            weights = self._unpack(self.root.apply(lambda l: _flow(l, time)).mv(self._pack(residual, self.layout)))
+        found = (self if cross is None else cross).mv(weights)
+        base = start if cross is None else cross_start
+        return found if base is None else found + base
+
+    def gp_posterior(self, targets: FVector, cross: FMat, prior: FMat, noise: float | Relative) -> tuple[FVector, FMat]:
+        """The posterior of a Gaussian process: its mean and covariance at queries.
+
+        The kernel is that of the training examples. targets: at the training examples. cross: kernel of queries with
+        training examples; prior: of the queries. noise: variance of the targets about the function. (Rasmussen and
+        Williams 2006, section 2.2.)
+        """
+        mean = self.regress(targets, cross, regul=noise)
+        cov = prior - cross @ self.solve(cross.T, noise)
+        data = cov._held("gp_posterior")
+        return mean, FMatDense(dense_root((data + data.mT) / 2, cov.layout, True), cov.layout)
+
+    # Moving
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.root.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.root.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FMat:
+        """The same matrix on another device or in another dtype."""
+        return self._with(self.root.map(lambda t: t.to(device=device, dtype=dtype)), self.layout)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{tuple(self.size())}"
+
+    # Helpers
+
+    def _with(self, root: Block, layout: Layout) -> FMat:
+        return FMatDense(root, layout) if isinstance(root, Dense) else FMat(root, layout)
+
+    def _empty(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def _pack(self, u: FVector, layout: Layout) -> Tensor:
+        """The values of a vector as the block of a layout's rows takes them."""
+        flat = u.to_torch()
+        if flat.dtype != self.dtype or flat.device != self.device:
+            raise ValueError(
+                f"the FVector is {flat.dtype} on {flat.device}, the matrix {self.dtype} on {self.device}: move one of "
+                "them with .to(device, dtype)"
+            )
+        U = layout.pack(flat)
+        shape = self.root.shape if layout is self.layout else self.root.transpose().shape
+        return U.reshape(*U.shape[:-2], *shape)
+
+    def _unpack(self, U: Tensor) -> FVector:
+        groups, rows, _ = self.layout.shape
+        return FVector(self.layout.unpack(U.reshape(-1, groups, rows)))
+
+    def _products(self) -> tuple[Map, Map]:
+        """Products with the matrix and its transpose, on flat rows ``(k, p)``."""
+        root, back = self.root, self.root.transpose()
+        return (
+            lambda V: root.mv(V.reshape(-1, *back.shape)).reshape(len(V), -1),
+            lambda V: back.mv(V.reshape(-1, *root.shape)).reshape(len(V), -1),
+        )
+
+    def _regul(self, regul: float | Relative) -> float:
+        if isinstance(regul, Relative):
+            return regul.factor * float(self.trace()) / self.root.numel
+        return float(regul)
+
+    def _is_square(self) -> bool:
+        _, r, c = self.layout.shape
+        return r == c
+
+    def _check_square(self, operation: str) -> None:
+        if not self._is_square():
+            raise ValueError(f"{operation}: the kernel is rectangular, {tuple(self.size())}; build it without loader2")
+
+    def _held(self, operation: str) -> Tensor:
+        """The entries ``(G, r, c)``."""
+        if isinstance(self.root, Dense):
+            return self.root.data.reshape(self.layout.shape)
+        groups, r, c = self.layout.shape
+        require(
+            groups * r * c * self.dtype.itemsize,
+            f"{operation}: the dense form of {self}",
+            "use products with it",
+        )
+        forward, _ = self._products()
+        if groups > 1:
+            units = torch.eye(c, dtype=self.dtype, device=self.device).unsqueeze(1).expand(c, groups, c)
+            return forward(units.reshape(c, -1)).view(c, groups, r).permute(1, 2, 0)
+        return forward(torch.eye(c, dtype=self.dtype, device=self.device)).T.reshape(1, r, c)
+
+    def _one_hot(self, classes: Tensor) -> FVector:
+        if classes.ndim != 1 or classes.is_floating_point():
+            raise TypeError("labels: expected an FVector (C, n), or a tensor of integer classes (n,)")
+        count = max(int(classes.max()) + 1, self.layout.outputs[0])
+        return FVector(torch.nn.functional.one_hot(classes, count).T.to(self._empty()))
+
+
+class FMatDense(FMat):
+    """All entries, in memory."""
+
+
+class FMatImplicit(FMat):
+    """``K u = J M J'^T u`` by automatic differentiation; holds no entry."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rectangular(Block):
+    """A map between two spaces known by its products: matvec ``(k, c) -> (k, r)`` and rmatvec, its transpose."""
+
+    matvec: Map
+    rmatvec: Map
+    out: tuple[int, ...]
+    into: tuple[int, ...]
+    like: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out
+
+    @property
+    def symmetric(self) -> bool:
+        return False
+
+    @property
+    def by_products(self) -> bool:
+        return True
+
+    def mv(self, V: Tensor) -> Tensor:
+        lead = V.shape[: V.ndim - len(self.into)]
+        return Adjointed.apply(self.matvec, self.rmatvec, V.reshape(-1, torch.Size(self.into).numel())).view(
+            *lead, *self.out
+        )
+
+    def transpose(self) -> Rectangular:
+        return Rectangular(self.rmatvec, self.matvec, self.into, self.out, self.like)
+
+    def scale(self, c: float) -> Rectangular:
+        return Rectangular(lambda V: c * self.matvec(V), lambda V: c * self.rmatvec(V), self.out, self.into, self.like)
+
+
+class Adjointed(torch.autograd.Function):
+    """``A V`` for a linear map given as a function, differentiable by its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Map, backward: Map, V: Tensor) -> Tensor:
+        ctx.pair = forward, backward
+        return forward(V.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        forward, backward = ctx.pair
+        return None, None, Adjointed.apply(backward, forward, grad)
+
+
+def dense_root(data: Tensor, layout: Layout, symmetric: bool) -> Dense:
+    """The entries ``(G, r, c)`` as a block."""
+    groups, r, c = layout.shape
+    return Dense(data.reshape(groups, r, c), (groups, r), symmetric, (groups, c))
+
+
+def _indices(examples: Any, n: int, device: torch.device) -> Tensor:
+    if isinstance(examples, slice):
+        return torch.arange(n, device=device)[examples]
+    index = torch.as_tensor(examples, device=device)
+    return index.nonzero().flatten() if index.dtype == torch.bool else index.reshape(-1)
+
+
+def _flow(l: Tensor, time: float) -> Tensor:
+    """``(1 - exp(-l t)) / l``."""
+    small = l.abs() * time < 1e-8
+    return torch.where(small, time, -torch.expm1(-l * time) / torch.where(small, 1.0, l))
+
+
+def _centring(layout: Layout) -> Map:
+    """Flat rows ``(k, p)`` less their mean over the examples, output by output."""
+
+    def centred(V: Tensor) -> Tensor:
+        groups, r, _ = layout.shape
+        n = layout.examples[0]
+        outputs = V.view(len(V), groups, n, r // n)
+        return (outputs - outputs.mean(2, keepdim=True)).view(V.shape)
+
+    return centred

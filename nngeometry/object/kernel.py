@@ -1,0 +1,290 @@
+"""Inner products of Jacobians of examples, ``J M J'^T``, minibatch by minibatch and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import data, forms
+from ..blocks import Block, Diag, Direct, Eye, Kron, Part, Spectral
+from ..forms import Gather, LayerJacobian, Outer
+from ..generator import Generator, Plan
+from ..kinds import Packing
+from ..layercollection import Layer, LayerCollection
+from .layouts import Layout
+
+Forms = dict[str, LayerJacobian]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The Jacobians of neighbouring examples under all cotangents, layer by layer."""
+
+    examples: int
+    outputs: int
+    forms: Forms
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(f.nbytes() for f in self.forms.values())
+
+    def narrow(self, start: int, stop: int) -> Slab:
+        """The examples ``start:stop``."""
+        return Slab(
+            stop - start, self.outputs, {name: f.narrow(start, stop, 0, None) for name, f in self.forms.items()}
+        )
+
+
+def slabs(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[Slab]:
+    """One slab for each minibatch."""
+    pending: list[Forms] = []
+    n = 0
+    with torch.no_grad():
+        for observation in generator.stream(examples, plan):
+            if observation.n and pending:
+                yield _slab(n, pending)
+                pending = []
+            n = observation.n or n
+            pending.append(observation.forms)
+        yield _slab(n, pending)
+
+
+def _slab(n: int, chunks: Sequence[Forms]) -> Slab:
+    joined = {name: forms.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return Slab(n, next(iter(joined.values())).cotangents, joined)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A slab as it is on the left and on the right of inner products."""
+
+    left: Slab
+    right: Slab
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.left.nbytes() + (0 if self.right is self.left else self.right.nbytes())
+
+
+def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
+    """The two sides of ``J M J'^T``, kept as is best for inner products with that many examples."""
+
+    def tape(found: Forms) -> Slab:
+        kept = {name: form.tape(examples) for name, form in found.items()}
+        return Slab(slab.examples, slab.outputs, kept)
+
+    if metric is None:
+        kept = tape(slab.forms)
+        return Sides(kept, kept)
+    left, right = through(metric, slab.forms, layer_collection)
+    return Sides(tape(left), tape(right))
+
+
+def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
+    """About what :func:`sides` will hold for this slab."""
+    total = 0
+    for form in slab.forms.values():
+        dense = form.cotangents * form.examples * _numel(form) * form.dtype.itemsize
+        if isinstance(form, Outer):
+            form.a  # noqa: B018  (made, so that it is counted)
+        own = dense if form.dense_is_cheaper(examples) else form.nbytes()
+        total += own if metric is None else own + max(own, dense)
+    return total
+
+
+def _numel(form: LayerJacobian) -> int:
+    return torch.Size(form.shape).numel()
+
+
+def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
+    """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
+    layers = layer_collection.layers
+    parts = metric.parts if isinstance(metric, Direct) else (_whole(metric),)
+    slices = layer_collection.slices()
+    left, right = dict(found), dict(found)
+    for part in parts:
+        mine = [n for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
+        if len(mine) == 1:
+            left[mine[0]], right[mine[0]] = _through_one(part, layers[mine[0]], found[mine[0]])
+        else:
+            right.update(_mapped(part, {n: layers[n] for n in mine}, found))
+    return left, right
+
+
+def _whole(metric: Block) -> Part:
+    (p,) = metric.shape
+    return Part(((0, p),), Packing.flat(p), metric)
+
+
+def _through_one(part: Part, layer: Layer, form: LayerJacobian) -> tuple[LayerJacobian, LayerJacobian]:
+    """One layer. Kronecker products and bases act on the factors of a form, so that it stays one."""
+    block = part.block
+    if isinstance(block, Eye):
+        return form, form.scale(float(block.c))
+    if isinstance(block, Diag) and part.packing.view is None:
+        return form, form.weigh(layer.packing.pack(block.d))
+    if isinstance(form, Outer | Gather) and part.packing == layer.packing:
+        if isinstance(block, Kron):
+            return form, _rotated(form, block)
+        if isinstance(block, Spectral) and isinstance(block.basis, Kron) and block.l.shape == block.shape:
+            inside = _rotated(form, block.basis.transpose())
+            return inside, inside.weigh(block.l)
+    return form, _mapped(part, {layer.name: layer}, {layer.name: form})[layer.name]
+
+
+def _rotated(form: LayerJacobian, kron: Kron) -> LayerJacobian:
+    """``(left (x) right) J``."""
+    left, right = kron.left, kron.right
+    out = form if isinstance(left, Eye) and float(left.c) == 1 else form.rotate(left.mv, None)
+    if isinstance(right, Diag):
+        return out.weigh(right.d.unsqueeze(1))
+    if isinstance(right, Eye):
+        return out.scale(float(right.c))
+    return out.rotate(None, right.mv)
+
+
+def _mapped(part: Part, layers: dict[str, Layer], found: Forms) -> Forms:
+    """M J for a part of any structure, dense."""
+    flat = torch.cat([layer.packing.unpack(found[name].dense()) for name, layer in layers.items()], -1)
+    packed = part.packing.pack(flat)
+    image = part.block.mv(packed.reshape(*flat.shape[:2], *part.block.shape))
+    back = part.packing.unpack(image.reshape(packed.shape))
+    pieces = back.split([layer.numel() for layer in layers.values()], -1)
+    return {
+        name: forms.Dense(layer.packing.pack(piece))
+        for (name, layer), piece in zip(layers.items(), pieces, strict=True)
+    }
+
+
+def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor:
+    """The inner products of two slabs over some layers, as the layout has tiles."""
+    form = next(iter(one.forms.values()))
+    out = torch.zeros(layout.tile(one.examples, other.examples), dtype=form.dtype, device=form.device)
+    for name in names:
+        layout.add(one.forms[name], other.forms[name], out)
+    return out
+
+
+class Tape:
+    """One side of a kernel: minibatches, held in memory, whose Jacobians are made again where they do not fit.
+
+    generator: of the Jacobians. examples: read once. metric: between the sides. partners: how many examples the other
+    side has (None: as many as this one). limit: bytes that the Jacobians of neighbouring minibatches may take.
+    """
+
+    def __init__(
+        self, generator: Generator, examples: Any, metric: Block | None, partners: int | None, limit: int
+    ) -> None:
+        self.generator = generator
+        self.metric = metric
+        self.batches = batches = list(generator.minibatches(examples))
+        counts = [data.count(b) for b in batches]
+        self.examples = sum(counts)
+        self.partners = self.examples if partners is None else partners
+        self.plan = generator.plan(batches[0])
+        one = next(slabs(generator, [data.take(batches[0], torch.arange(1))], self.plan))
+        self.outputs = one.outputs
+        self.dtype, self.device = generator.dtype, generator.device
+        each = max(1, predicted_bytes(one, metric, self.partners))
+        self.runs = _runs(batches, counts, max(1, limit // each))
+
+    def where(self, run: int) -> list[slice]:
+        """Which examples the minibatches of a run are."""
+        start, batches = self.runs[run]
+        found = []
+        for batch in batches:
+            found.append(slice(start, start + data.count(batch)))
+            start = found[-1].stop
+        return found
+
+    def make(self, run: int) -> list[tuple[slice, Sides]]:
+        """The Jacobians of a run of minibatches, each with which examples they are."""
+        found = slabs(self.generator, self.runs[run][1], self.plan)
+        lc = self.generator.layer_collection
+        return [
+            (where, sides(slab, self.metric, lc, self.partners))
+            for where, slab in zip(self.where(run), found, strict=True)
+        ]
+
+
+def _runs(batches: Sequence[data.Batch], counts: Sequence[int], most: int) -> list[tuple[int, list[data.Batch]]]:
+    """Neighbouring minibatches, none larger than ``most`` examples together, with the first example of each run."""
+    runs: list[tuple[int, list[data.Batch]]] = []
+    start = held = 0
+    for batch, n in zip(batches, counts, strict=True):
+        pieces = -(-n // most)
+        size = -(-n // pieces)
+        for first in range(0, n, size):
+            m = min(size, n - first)
+            piece = batch if pieces == 1 else data.take(batch, torch.arange(first, first + m))
+            if not runs or held + m > most:
+                runs.append((start, []))
+                held = 0
+            runs[-1][1].append(piece)
+            held += m
+            start += m
+    return runs
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel is to be made of.
+
+    right: None if it is that of the left side with itself, and symmetric. groups: which layers make one matrix, by
+    name. scale: a factor of all entries.
+    """
+
+    left: Tape
+    right: Tape | None
+    layout: Layout
+    groups: dict[str, tuple[str, ...]]
+    scale: float = 1.0
+
+    def tiles(self, done: Callable[[slice, slice], bool] = lambda b, e: False) -> Iterator[Tile]:
+        """Tiles that cover it (only those on and below the diagonal if it is symmetric), less those that are done."""
+        other = self.left if self.right is None else self.right
+        for i in range(len(self.left.runs)):
+            rows: list[tuple[slice, Sides]] | None = None
+            for j in range(len(other.runs) if self.right is not None else i + 1):
+                wanted = {
+                    (b.start, e.start)
+                    for b in self.left.where(i)
+                    for e in other.where(j)
+                    if (self.right is not None or e.start <= b.start) and not done(b, e)
+                }
+                if not wanted:
+                    continue
+                rows = self.left.make(i) if rows is None else rows
+                cols = rows if self.right is None and i == j else other.make(j)
+                for b, one in rows:
+                    for e, two in cols:
+                        if (b.start, e.start) in wanted:
+                            yield Tile(b, e, self._values(one.left, two.right, self.right is None and b == e))
+
+    def _values(self, one: Slab, other: Slab, symmetric: bool) -> dict[str, Tensor]:
+        found = {}
+        with torch.no_grad():
+            for group, names in self.groups.items():
+                value = self.layout.place(self.scale * tile(one, other, self.layout, names))
+                found[group] = (value + value.mT) / 2 if symmetric else value
+        return found
+
+    def count(self) -> int:
+        """How many tiles there are."""
+        n = sum(len(self.left.where(i)) for i in range(len(self.left.runs)))
+        if self.right is None:
+            return n * (n + 1) // 2
+        return n * sum(len(self.right.where(i)) for i in range(len(self.right.runs)))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The entries of some examples with others, ``(G, r, c)`` for each group of layers."""
+
+    rows: slice
+    cols: slice
+    values: dict[str, Tensor]
