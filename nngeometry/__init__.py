@@ -3,6 +3,7 @@
 from .generator import Generator
 from .gram import GramMatrix
 from .hessian import GGN, FiniteDifference, Hessian
+from .influence import Influence
 from .jacobian import Jacobian
 from .kinds import kind, whole
 from .layercollection import Layer, LayerCollection
@@ -55,6 +56,7 @@ __all__ = [
     "GradientCovariance",
     "GramMatrix",
     "Hessian",
+    "Influence",
     "Jacobian",
     "Layer",
     "LayerCollection",

@@ -138,6 +138,14 @@ class LayerJacobian(ABC):
         for c in range(self.cotangents):
             self.of_cotangent(c).add_inner(other.of_cotangent(c), out[None, :, None, :])
 
+    def paired(self, other: LayerJacobian) -> Tensor:
+        """``J[c, b] . J'[c, b]``: ``(C, B)``."""
+        out = torch.empty(self.cotangents, self.examples, dtype=self.dtype, device=self.device)
+        for c, b, one in self.tiles():
+            two = other.narrow(b.start, b.stop, c.start, c.stop)
+            out[c, b] = (one.dense() * two.dense()).flatten(2).sum(2)
+        return out
+
     def of_cotangent(self, c: int) -> LayerJacobian:
         """The part of one cotangent."""
         return self.narrow(0, self.examples, c, c + 1)
@@ -272,6 +280,12 @@ class Outer(LayerJacobian):
             a, b = self.a[:, :, group], other.a[:, :, group]
             _add_traced(lambda k, a=a, b=b: _matmul(a[k], b), self.g[..., group, :], other.g[..., group, :], out)  # type: ignore[misc]
         return None
+
+    def paired(self, other: LayerJacobian) -> Tensor:
+        if not isinstance(other, Outer) or self.positions > 1 or other.positions > 1:
+            return super().paired(other)
+        outputs = (self.g[:, :, 0] * other.g[:, :, 0]).sum(-1)
+        return torch.einsum("cbg,bg->cb", outputs, (self.a[:, 0] * other.a[:, 0]).sum(-1))
 
     def without_last_column(self) -> Outer:
         """The same layer with its bias left out."""

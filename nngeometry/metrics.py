@@ -136,7 +136,7 @@ def EmpiricalFisher(
     >>> model = nn.Linear(4, 3)
     >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = _of_loss(nn.CrossEntropyLoss() if loss is None else loss)
+    cotangents = gradients_of(nn.CrossEntropyLoss() if loss is None else loss)
     return _matrix(
         cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
     )
@@ -164,7 +164,7 @@ def GradientCovariance(
     >>> model = nn.Linear(4, 3)
     >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = _of_loss(nn.CrossEntropyLoss() if loss is None else loss)
+    cotangents = gradients_of(nn.CrossEntropyLoss() if loss is None else loss)
     return _matrix(
         cotangents,
         model,
@@ -180,7 +180,9 @@ def GradientCovariance(
     )
 
 
-def _of_loss(loss: Loss) -> CotangentFunction:
+def gradients_of(loss: Loss) -> CotangentFunction:
+    """The gradient of each example's loss, as the one cotangent."""
+
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         return Cotangents.of(loss_gradient(loss, f, *data.targets(batch)).unsqueeze(0))
 

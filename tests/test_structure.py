@@ -20,7 +20,7 @@ FLOORS = [
     ["object"],
     ["metrics"],
     ["hessian", "jacobian"],
-    ["gram"],
+    ["gram", "influence"],
     ["spectrum", "hierarchy"],
     ["plot"],
     ["legacy"],

@@ -102,17 +102,42 @@ def _numel(form: LayerJacobian) -> int:
 
 def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
     """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
-    layers = layer_collection.layers
-    parts = metric.parts if isinstance(metric, Direct) else (_whole(metric),)
-    slices = layer_collection.slices()
-    left, right = dict(found), dict(found)
-    for part in parts:
-        mine = [n for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
-        if len(mine) == 1:
-            left[mine[0]], right[mine[0]] = _through_one(part, layers[mine[0]], found[mine[0]])
+    left = left_of(metric, found, layer_collection)
+    right: Forms = {}
+    for part, layers in _parts(metric, layer_collection):
+        if len(layers) == 1:
+            ((name, layer),) = layers.items()
+            right[name] = _right_of(part, layer, found[name], left[name])
         else:
-            right.update(_mapped(part, {n: layers[n] for n in mine}, found))
+            right.update(_mapped(part, layers, found))
     return left, right
+
+
+def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
+    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
+    left = dict(found)
+    for part, layers in _parts(metric, layer_collection):
+        for name, layer in layers.items():
+            basis = _basis(part, layer, found[name])
+            if basis is not None:
+                left[name] = _rotated(found[name], basis.transpose())
+    return left
+
+
+def _parts(metric: Block, layer_collection: LayerCollection) -> Iterator[tuple[Part, dict[str, Layer]]]:
+    """The parts of a matrix, each with the layers that it acts on."""
+    slices = layer_collection.slices()
+    for part in metric.parts if isinstance(metric, Direct) else (_whole(metric),):
+        mine = [n for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
+        yield part, {n: layer_collection[n] for n in mine}
+
+
+def _basis(part: Part, layer: Layer, form: LayerJacobian) -> Kron | None:
+    """The Kronecker eigenbasis in which a part is diagonal and a form stays one."""
+    block = part.block
+    if not isinstance(form, Outer | Gather) or part.packing != layer.packing or not isinstance(block, Spectral):
+        return None
+    return block.basis if isinstance(block.basis, Kron) and block.l.shape == block.shape else None
 
 
 def _whole(metric: Block) -> Part:
@@ -120,20 +145,18 @@ def _whole(metric: Block) -> Part:
     return Part(((0, p),), Packing.flat(p), metric)
 
 
-def _through_one(part: Part, layer: Layer, form: LayerJacobian) -> tuple[LayerJacobian, LayerJacobian]:
-    """One layer. Kronecker products and bases act on the factors of a form, so that it stays one."""
+def _right_of(part: Part, layer: Layer, form: LayerJacobian, left: LayerJacobian) -> LayerJacobian:
+    """The right side for one layer. Kronecker products act on the factors of a form, so that it stays one."""
     block = part.block
+    if _basis(part, layer, form) is not None:
+        return left.weigh(block.l)  # type: ignore[attr-defined]
     if isinstance(block, Eye):
-        return form, form.scale(float(block.c))
+        return form.scale(float(block.c))
     if isinstance(block, Diag) and part.packing.view is None:
-        return form, form.weigh(layer.packing.pack(block.d))
-    if isinstance(form, Outer | Gather) and part.packing == layer.packing:
-        if isinstance(block, Kron):
-            return form, _rotated(form, block)
-        if isinstance(block, Spectral) and isinstance(block.basis, Kron) and block.l.shape == block.shape:
-            inside = _rotated(form, block.basis.transpose())
-            return inside, inside.weigh(block.l)
-    return form, _mapped(part, {layer.name: layer}, {layer.name: form})[layer.name]
+        return form.weigh(layer.packing.pack(block.d))
+    if isinstance(block, Kron) and isinstance(form, Outer | Gather) and part.packing == layer.packing:
+        return _rotated(form, block)
+    return _mapped(part, {layer.name: layer}, {layer.name: form})[layer.name]
 
 
 def _rotated(form: LayerJacobian, kron: Kron) -> LayerJacobian:

@@ -1,0 +1,151 @@
+"""Data attribution: how much training examples matter for the loss at queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import forms
+from .generator import Generator
+from .layercollection import LayerCollection
+from .likelihood import Loss
+from .metrics import gradients_of
+from .object import PFMapFactored, PMat, Relative
+from .object.kernel import Slab, left_of, slabs, through, tile
+from .object.layouts import Traced
+
+
+class Influence:
+    """Influence functions ``I[q, t] = g_q^T (F + regul)^-1 g_t`` with g the gradients of the loss at single examples.
+
+    To first order, leaving training example t out of n (and training again) changes the loss at q by ``I[q, t] / n``:
+    a positive score means that t helps q. (Koh and Liang write the influence of up-weighting t, ``-I``.) F is the
+    curvature of the mean loss over the training set; regul stands for weight decay and the curvature that F lacks.
+
+
+    model: trained, in eval mode. matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
+    loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction`` does not matter. regul: as
+    in :meth:`PMat.solve`. query_loss: what is measured at queries, by default the same loss. function: as in
+    :func:`~nngeometry.FIM`. refine: the same matrix by its products (PMatImplicit), for which solves are refined to a
+    relative residual of rtol by conjugate gradients, matrix being the preconditioner.
+
+    >>> from nngeometry import GGN, PMatEKFAC
+    >>> model = nn.Linear(4, 3)
+    >>> train = torch.randn(20, 4), torch.randint(3, (20,))
+    >>> loss = nn.CrossEntropyLoss()
+    >>> influence = Influence(model, GGN(model, train, PMatEKFAC, loss), loss, regul=1e-2)
+    >>> influence.scores((torch.randn(2, 4), torch.tensor([0, 1])), train).shape
+    torch.Size([2, 20])
+
+    Source: Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        matrix: PMat,
+        loss: Loss | None = None,
+        regul: float | Relative = 1e-3,
+        *,
+        query_loss: Loss | None = None,
+        function: Callable[..., Any] | None = None,
+        refine: PMat | None = None,
+        rtol: float = 1e-5,
+        device: torch.device | str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        loss = nn.CrossEntropyLoss() if loss is None else loss
+
+        def generator(of: Loss) -> Generator:
+            return Generator(
+                model, matrix.layer_collection, gradients_of(of), function=function, device=device, verbose=verbose
+            )
+
+        self.matrix = matrix
+        self.regul = regul
+        self.refine = refine
+        self.rtol = rtol
+        self._train = generator(loss)
+        self._query = generator(loss if query_loss is None else query_loss)
+        self._inverse = None if refine is not None else matrix.inv(regul).root
+
+    def scores(self, queries: Any, train: Any, per_layer: bool = False) -> Any:
+        """``(q, t)``: the influence of every training example on every query.
+
+        per_layer: a dict of the shares of the layers, which sum to it. The training examples are streamed, one
+        minibatch at a time.
+        """
+        columns = [tiles for _, tiles in self._columns(queries, train)]
+        names = list(self.matrix.layer_collection)
+        shares = {name: torch.cat([tiles[name] for tiles in columns], 1) for name in names}
+        return shares if per_layer else _sum(shares)
+
+    def self_scores(self, train: Any, per_layer: bool = False) -> Any:
+        """``(t,)``: the influence of every training example on itself, large for atypical and mislabelled ones."""
+        shares: list[dict[str, Tensor]] = []
+        for slab in slabs(self._train, train):
+            if self._inverse is None:
+                left, right = slab, self._solved([slab])
+            else:
+                pair = through(self._inverse, slab.forms, self.matrix.layer_collection)
+                left, right = (Slab(slab.examples, slab.outputs, found) for found in pair)
+            shares.append({name: form.paired(right.forms[name])[0] for name, form in left.forms.items()})
+        joined = {name: torch.cat([one[name] for one in shares]) for name in self.matrix.layer_collection}
+        return joined if per_layer else _sum(joined)
+
+    def top(self, queries: Any, train: Any, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The k training examples with the largest (or smallest) scores for each query, in one pass over them.
+
+        Returns scores and positions in the loader, ``(q, k)`` each; no more than ``(q, k + minibatch)`` is held.
+        """
+        best: tuple[Tensor, Tensor] | None = None
+        for start, tiles in self._columns(queries, train):
+            values = _sum(tiles)
+            index = torch.arange(start, start + values.shape[1], device=values.device).expand_as(values)
+            if best is not None:
+                values, index = torch.cat([best[0], values], 1), torch.cat([best[1], index], 1)
+            values, order = values.topk(min(k, values.shape[1]), 1, largest=largest)
+            best = values, index.gather(1, order)
+        assert best is not None
+        return best
+
+    def _columns(self, queries: Any, train: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """For each minibatch of training examples its first and its scores ``(q, b)``, layer by layer."""
+        lc = self.matrix.layer_collection
+        found = list(slabs(self._query, queries))
+        if self._inverse is None:
+            asked = [self._solved(found)]
+        else:
+            asked = [Slab(s.examples, s.outputs, through(self._inverse, s.forms, lc)[1]) for s in found]
+        start = 0
+        for slab in slabs(self._train, train):
+            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms, lc)
+            one = Slab(slab.examples, slab.outputs, seen)
+            layout = Traced((1, 1), (0, 0))
+            yield start, {name: torch.cat([tile(q, one, layout, [name]) for q in asked]) for name in lc}
+            start += slab.examples
+
+    def _solved(self, found: list[Slab]) -> Slab:
+        """``(F + regul)^-1`` of the gradients by refinement, dense."""
+        assert self.refine is not None
+        lc = self.matrix.layer_collection
+        gradients = PFMapFactored(lc, found).to_dense()
+        solved = self.refine.solve(gradients, self.regul, rtol=self.rtol, preconditioner=self.matrix)
+        return _dense(solved.to_torch(), lc)
+
+
+def _dense(rows: Tensor, layer_collection: LayerCollection) -> Slab:
+    """Rows ``(C, n, P)`` as the Jacobian of n examples."""
+    slices = layer_collection.slices()
+    found: dict[str, forms.LayerJacobian] = {
+        name: forms.Dense(layer.packing.pack(rows[..., slices[name]]))
+        for name, layer in layer_collection.layers.items()
+    }
+    return Slab(rows.shape[1], rows.shape[0], found)
+
+
+def _sum(shares: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(shares.values())).sum(0)
