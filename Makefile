@@ -27,6 +27,7 @@ examples: $(READY)
 	$(BIN)/python examples/spectrum.py --small
 	$(BIN)/python examples/visual_tour.py --small
 	$(BIN)/python examples/takeuchi.py --small
+	$(BIN)/python examples/preconditioner.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -22,6 +22,10 @@ JOBS = {
     "trace": "the exact trace, without the matrix",
     "fim_product": "one product with the Fisher matrix, without the matrix",
     "fim_product_again": "a later product with the same one",
+    "ggn_product": "one product with the Gauss-Newton matrix of the cross-entropy, without the matrix",
+    "ggn_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
+    "hessian_product": "one product with the Hessian of the cross-entropy, without the matrix",
+    "hessian_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
     "kfac_first_solve": "the first solve with a KFAC that is built: its decomposition included",
     "kfac_solve_1": "a later solve with that KFAC, one right-hand side",
     "kfac_solve_320": "a later solve with that KFAC, 320 right-hand sides",
@@ -29,6 +33,9 @@ JOBS = {
 
 #: What is added to a matrix before it is inverted.
 REGUL = 1e-3
+
+#: Of Lanczos. The cost of such a job is that of all of them.
+STEPS = 20
 
 Batch = tuple[Tensor, Tensor]
 

@@ -130,8 +130,9 @@ def _entries(
 ) -> dict[str, FMat]:
     symmetric = same and (metric is None or metric.symmetric)
     counts = [sum(map(data.count, batches)) for batches in (examples, examples2)]
-    one = Tape(left, examples, metric, counts[1], budget() // 2)
-    two = None if symmetric else Tape(right, examples2, metric, counts[0], budget() // 2)
+    limit = budget() // 3  # for each side, and as much for what it takes to make them
+    one = Tape(left, examples, metric, counts[1], limit)
+    two = None if symmetric else Tape(right, examples2, metric, counts[0], limit)
     outputs = one.outputs, one.outputs if two is None else two.outputs
     _check_outputs(outputs, left, right)
     chosen = layout(outputs, (counts[0], counts[1]))

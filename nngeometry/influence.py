@@ -25,7 +25,6 @@ class Influence:
     a positive score means that t helps q. (Koh and Liang write the influence of up-weighting t, ``-I``.) F is the
     curvature of the mean loss over the training set; regul stands for weight decay and the curvature that F lacks.
 
-
     model: trained, in eval mode. matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
     loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction`` does not matter. regul: as
     in :meth:`PMat.solve`. query_loss: what is measured at queries, by default the same loss. function: as in

@@ -79,7 +79,7 @@ class Spectrum:
         degree ``2 steps - 2`` differs by at most the Christoffel number at x.
         """
         inside = self.sum(lambda l: ((l >= low) & (l < high)).double())
-        blur = sum(self._christoffel(x) for x in (low, high) if abs(x) < inf)
+        blur = self.bulk.size * sum(self.bulk.christoffel(x) for x in (low, high) if abs(x) < inf)
         return inside._replace(error=torch.tensor(hypot(float(inside.error), blur), dtype=torch.float64))
 
     def negative(self, threshold: float | None = None) -> Negative:
@@ -158,20 +158,6 @@ class Spectrum:
 
     def _largest(self) -> float:
         return max(map(abs, self.range()))
-
-    def _christoffel(self, x: float) -> float:
-        """The largest weight that x can have as a node, mean over the probes: ``1 / sum_j L_j(x)^2 / w_j`` with the
-        Lagrange polynomials of the nodes. Zero where Lanczos ended by itself, since the nodes are eigenvalues then.
-        """
-        total = 0.0
-        for nodes, weights in zip(self.nodes, self.weights, strict=True):
-            used = weights > 0
-            if self.steps <= int(used.sum()) < self.bulk.size:
-                n, w = nodes[used], weights[used]
-                apart = (n.unsqueeze(1) - n).abs().clamp(min=1e-300).log().fill_diagonal_(0.0).sum(1)
-                near = (x - n).abs().clamp(min=1e-300).log()
-                total += float((-(2 * (near.sum() - near - apart) - w.log()).logsumexp(0)).exp())
-        return total / len(self.nodes)
 
     def _smooth(self, grid: Tensor, bulk: Quadrature, outliers: Tensor, width: float) -> tuple[Tensor, Tensor]:
         """The density of all, and its standard error ``(g,)``."""

@@ -27,6 +27,7 @@ from nngeometry.linalg import (
     xtrace,
 )
 from nngeometry.linalg.base import orthonormal_rows, widening
+from nngeometry.linalg.lanczos import tridiagonals
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -258,6 +259,19 @@ def test_funm_says_what_is_wrong():
         funm(lambda v: v @ A.triu(), b, torch.exp)
     with pytest.raises(RuntimeError, match="not finite"):
         funm(lambda v: v * torch.nan, b, torch.exp)
+
+
+def test_rows_of_lanczos_end_when_all_are_closed():
+    product = Product(torch.diag(torch.cat([torch.arange(1.0, 5.0), torch.zeros(N - 4)])))
+    b = torch.zeros(4, N)
+    b[0, :3] = b[1, 0] = b[3, 100:] = 1.0
+    steps = list(tridiagonals(product, b, 50))
+    assert len(steps) == product.calls == 3
+    assert product.vectors == 3 + 1 + 1
+    assert [closed.tolist() for *_, closed in steps] == [[False, True, True, True]] * 2 + [[True] * 4]
+    torch.testing.assert_close(torch.linalg.eigvalsh(steps[-1][1][0]), torch.arange(1.0, 4.0))
+    assert [len(matrices) for _, matrices, _ in tridiagonals(product, torch.zeros(2, N), 50)] == [2]
+    assert product.calls == 3
 
 
 # Solvers: the same laws for all
@@ -625,6 +639,12 @@ def test_log_density_holds_the_mass_of_each_sign():
     assert mass[0] == pytest.approx(1, abs=1e-3)
     assert mass[1] == pytest.approx(2 / 3, abs=0.05)
     assert mass[1] + mass[2] == pytest.approx(1, abs=1e-3)
+    floor = 3e-2
+    mass = [float(torch.trapezoid(*spectrum.log_density(sign=s, floor=floor)[1::-1])) for s in (0, 1, -1)]
+    zero = spectrum.trace_of(lambda l: (l.abs() <= floor).to(l)).value / N
+    assert mass[0] == pytest.approx(1, abs=1e-3)
+    assert mass[1] + mass[2] == pytest.approx(1 - float(zero), abs=1e-3)
+    assert zero > 0.3
     negative = spectrum.trace_of(lambda l: (l < 0).to(l))
     assert abs(float(negative.value) - 100) < 3 * float(negative.error)
 
@@ -643,6 +663,45 @@ def test_quadrature_with_all_probes_is_exact_and_deflation_leaves_the_rest():
         assert float(rest.values.max()) < 1.2
         result = rest.trace_of(lambda l: l)
         assert abs(float(result.value - values[2:].sum())) <= 3 * float(result.error) + 1e-10
+
+
+def test_the_mass_that_deflation_leaves():
+    values = torch.cat([torch.full((20,), 30.0), torch.rand(40, generator=seeded()) + 0.1])
+    A, top = matrix(values), rotation(60)[:, :20].T
+
+    def in_the_rest(count, size, *, like, generator):
+        rows = gaussian(count, size, like=like, generator=generator)
+        rows = rows - (rows @ top.T) @ top
+        return rows * (40**0.5 / norm(rows)[:, None])
+
+    inside, seeds = 0, 200
+    for seed in range(seeds):
+        some = slq(lambda v: v @ A, 60, steps=5, probes=8, deflate=top, generator=seeded(seed), like=A[:0])
+        mass = some.trace_of(torch.ones_like)
+        inside += bool((mass.value - 40).abs() <= 1.96 * mass.error)
+    assert 0.90 <= inside / seeds <= 0.99
+    assert float(mass.error) > 0.5
+    every = slq(
+        lambda v: v @ A, 60, steps=5, probes=8, sampler=in_the_rest, deflate=top, generator=seeded(), like=A[:0]
+    )
+    torch.testing.assert_close(every.weights.sum(1), torch.ones(8))
+
+
+def test_the_weight_below_a_point_is_known_to_the_christoffel_number():
+    values = torch.linspace(-1, 1, 60)
+    A, at = matrix(values), 0.3
+    v = torch.randn(1, 60, generator=seeded())
+    share = (v @ rotation(60)).square()[0] / v.square().sum()
+    below = float(share[values < at].sum())
+    blurs = []
+    for steps in (5, 10, 20, 59, 60):
+        some = slq(
+            lambda v: v @ A, 60, steps=steps, probes=2, sampler=lambda *_, **__: v.expand(2, 60) * 1.0, like=A[:0]
+        )
+        seen = float(some.weights[0][some.values[0] < at].sum() / some.weights[0].sum())
+        blurs.append(some.christoffel(at) / float(some.weights[0].sum()))
+        assert abs(seen - below) <= blurs[-1] + 1e-9
+    assert blurs[0] > blurs[1] > blurs[2] > blurs[4] == 0.0
 
 
 def test_too_few_steps_show_in_the_error():

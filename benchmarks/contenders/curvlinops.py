@@ -11,10 +11,11 @@ from curvlinops import (
     EKFACLinearOperator,
     FisherType,
     GGNLinearOperator,
+    HessianLinearOperator,
     KFACInverseLinearOperator,
     KFACLinearOperator,
 )
-from settings import REGUL, Task
+from settings import REGUL, STEPS, Task
 from torch import Tensor, nn
 
 VERSION = metadata.version("curvlinops-for-pytorch")
@@ -71,9 +72,39 @@ def _dense(task: Task) -> Callable[[], Tensor]:
     return run
 
 
-def _product(task: Task) -> Callable[[], Tensor]:
-    v = task.vectors()
-    return lambda: _operator(task, GGNLinearOperator) @ v
+def _product(cls: Any) -> Callable[[Task], Callable[[], Tensor]]:
+    def prepare(task: Task) -> Callable[[], Tensor]:
+        v = task.vectors()
+        return lambda: _operator(task, cls) @ v
+
+    return prepare
+
+
+def _lanczos(cls: Any) -> Callable[[Task], Callable[[], float]]:
+    """The largest Ritz value. The Lanczos of this library does not reorthogonalise, so that ours is written out."""
+
+    def prepare(task: Task) -> Callable[[], float]:
+        start = task.vectors()
+
+        def run() -> float:
+            operator, v = _operator(task, cls), start / start.norm()
+            basis, matrix = start.new_empty(STEPS, len(start)), torch.zeros(STEPS, STEPS, dtype=torch.float64)
+            for k in range(STEPS):
+                basis[k] = v
+                v, held = operator @ v, basis[: k + 1]
+                for _ in range(2):
+                    inner = held @ v
+                    v = v - inner @ held
+                    matrix[k, k] += inner[k]
+                if k + 1 < STEPS:
+                    beta = v.norm()
+                    matrix[k, k + 1] = matrix[k + 1, k] = beta
+                    v = v / beta
+            return float(torch.linalg.eigvalsh(matrix)[-1])
+
+        return run
+
+    return prepare
 
 
 def _product_again(task: Task) -> Callable[[], Tensor]:
@@ -106,8 +137,12 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac_mc": _kfac(FisherType.MC),
     "ekfac": _ekfac,
     "dense": _dense,
-    "fim_product": _product,
+    "fim_product": _product(GGNLinearOperator),
     "fim_product_again": _product_again,
+    "ggn_product": _product(GGNLinearOperator),
+    "ggn_product_lanczos": _lanczos(GGNLinearOperator),
+    "hessian_product": _product(HessianLinearOperator),
+    "hessian_product_lanczos": _lanczos(HessianLinearOperator),
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
@@ -116,6 +151,8 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
 
 def fingerprint(task: Task, result: Any) -> float:
     """One number that tells a result from a wrong one."""
+    if isinstance(result, float):
+        return result
     v = task.vectors()
     if not isinstance(result, Tensor) or result.shape == (len(v), len(v)):
         return float(v @ (result @ v))

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from settings import REGUL, Task
+import torch
+from settings import REGUL, STEPS, Task
 
 import nngeometry
 from nngeometry import (
     FIM,
+    GGN,
     FIM_MonteCarlo,
+    Hessian,
     LayerCollection,
     PFMapDense,
     PMat,
@@ -23,6 +26,7 @@ from nngeometry import (
     PMatKFAC,
     PVector,
 )
+from nngeometry.linalg import lanczos
 
 VERSION = nngeometry.__version__
 #: What makes this contender's answer another number than ours by definition, for each job where something does.
@@ -47,10 +51,22 @@ def _trace(task: Task) -> Callable[[], Any]:
     return lambda: make(PMatImplicit).trace()
 
 
-def _product(task: Task) -> Callable[[], PVector]:
-    make = _maker(task)
-    v = PVector(_collection(task), task.vectors())
-    return lambda: make(PMatImplicit).mv(v)
+def _product(metric: Any) -> Callable[[Task], Callable[[], PVector]]:
+    def prepare(task: Task) -> Callable[[], PVector]:
+        make, v = _maker(task, metric), PVector(_collection(task), task.vectors())
+        return lambda: make(PMatImplicit).mv(v)
+
+    return prepare
+
+
+def _lanczos(metric: Any) -> Callable[[Task], Callable[[], float]]:
+    """The largest Ritz value."""
+
+    def prepare(task: Task) -> Callable[[], float]:
+        make, start = _maker(task, metric), task.vectors(1)
+        return lambda: float(torch.linalg.eigvalsh(lanczos(make(PMatImplicit).root.mv, start, STEPS).matrix)[-1])
+
+    return prepare
 
 
 def _product_again(task: Task) -> Callable[[], PVector]:
@@ -82,8 +98,12 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "blockdiag": _build(PMatBlockDiag),
     "dense": _build(PMatDense),
     "trace": _trace,
-    "fim_product": _product,
+    "fim_product": _product(FIM),
     "fim_product_again": _product_again,
+    "ggn_product": _product(GGN),
+    "ggn_product_lanczos": _lanczos(GGN),
+    "hessian_product": _product(Hessian),
+    "hessian_product_lanczos": _lanczos(Hessian),
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,

@@ -365,7 +365,7 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
 
     Yields after each step the bases ``(k, m, p)``, the tridiagonal matrices ``(k, m, m)`` in float64, and which rows
     are closed: their space is invariant. From then on the matrix of such a row repeats its first entry, which has
-    no weight.
+    no weight. Ends when all are.
     """
     count, size = b.shape
     norms = torch.linalg.vector_norm(b, dim=1)
@@ -377,7 +377,8 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
     for m in range(1, rows.shape[1] + 1):
         rows[:, m - 1] = v
         y = torch.zeros_like(v)
-        y[live] = matvec(v[live])
+        if bool(live.any()):
+            y[live] = matvec(v[live])
         if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
         scale = torch.maximum(scale, torch.linalg.vector_norm(y, dim=1))
@@ -393,10 +394,11 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
         beta = torch.linalg.vector_norm(y, dim=1)
         live = live & (beta > noise(y) * scale) & (m < size)
         yield rows[:, :m], full[:, :m, :m], ~live
-        if m < rows.shape[1]:
-            beta = torch.where(live, beta, 0.0)
-            full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
-            v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
+        if m == rows.shape[1] or not bool(live.any()):
+            return
+        beta = torch.where(live, beta, 0.0)
+        full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
+        v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
 
 
 def quadrature_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

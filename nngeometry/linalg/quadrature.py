@@ -26,13 +26,15 @@ class Density(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Quadrature:
-    """For each probe, Ritz values ``(probes, steps)`` and weights, which sum to one: a spectrum of atoms that has the
-    first ``2 steps`` moments of the matrix as the probe sees it. What is computed from it costs no more products.
+    """For each probe, Ritz values ``(probes, steps)`` and weights, which sum to one (in the mean, if something was
+    deflated): a spectrum of atoms that has the first ``2 steps`` moments of the matrix as the probe sees it. What is
+    computed from it costs no more products.
 
     values, weights: in float64. size: p. products: spent. coarse: values and weights of half of the steps; by what
     they differ, the quadrature is biased, and this is part of every error. Where the bias falls only slowly, as it
     does for the logarithm of eigenvalues over many decades, that is its size rather than a bound: take more steps
-    until it no longer matters. exact: the values are all eigenvalues.
+    until it no longer matters. closed: ``(probes,)``, whether the space of a probe is invariant, so that its values
+    are eigenvalues. exact: they are all eigenvalues.
     """
 
     values: Tensor
@@ -40,6 +42,7 @@ class Quadrature:
     size: int
     products: int
     coarse: tuple[Tensor, Tensor]
+    closed: Tensor
     exact: bool = False
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> Estimate:
@@ -77,13 +80,36 @@ class Quadrature:
         self, grid: int | Tensor = 1000, sigma: float = 0.1, *, sign: int = 0, floor: float | None = None
     ) -> Density:
         """The density of ``log10 |l|``, blurred by a Gaussian; the grid is in these units too. sign: 1 or -1 for the
-        positive or negative eigenvalues only. floor: what is smaller in absolute value counts as this, by default
-        machine precision times the largest; in particular the zero eigenvalues, which have both signs.
+        positive or negative eigenvalues only. floor: what is smaller in absolute value, in particular a zero
+        eigenvalue, counts as this, and has no sign, so that it is left out if one is given. By default machine
+        precision times the largest.
         """
         largest = float(self.values.abs().max())
         floor = (torch.finfo(self.values.dtype).eps * largest or 1.0) if floor is None else floor
-        chosen = (sign * self.values >= 0) | (self.values.abs() <= floor)
+        chosen = sign * self.values > floor if sign else torch.ones_like(self.values, dtype=torch.bool)
         return self._blurred(self.values.abs().clamp_min(floor).log10(), self.weights * chosen, grid, sigma)
+
+    def christoffel(self, x: float) -> float:
+        """The largest weight that x can have as a node, mean over the probes: ``1 / sum_j L_j(x)^2 / w_j`` with the
+        Lagrange polynomials of the nodes. By no more can the weight below x of two spectra differ that agree on
+        polynomials of degree ``2 steps - 2``. Zero where the space closed.
+
+        >>> l = torch.linspace(0, 1, 100)
+        >>> blur = [slq(lambda v: l * v, 100, steps=m, probes=2, like=torch.empty(0)).christoffel(0.5) for m in (5, 20)]
+        >>> blur[1] < blur[0] < 1
+        True
+
+        Source: Akhiezer (1965), The classical moment problem, chapter 2.
+        """
+        total = 0.0
+        for nodes, weights, closed in zip(self.values, self.weights, self.closed, strict=True):
+            used = weights > 0
+            if not bool(closed) and int(used.sum()) < self.size:
+                n, w = nodes[used], weights[used]
+                apart = (n.unsqueeze(1) - n).abs().clamp(min=1e-300).log().fill_diagonal_(0.0).sum(1)
+                near = (x - n).abs().clamp(min=1e-300).log()
+                total += float((-(2 * (near.sum() - near - apart) - w.log()).logsumexp(0)).exp())
+        return total / len(self.values)
 
     def _blurred(self, values: Tensor, weights: Tensor, grid: int | Tensor, sigma: float) -> Density:
         if isinstance(grid, int):
@@ -116,8 +142,9 @@ def slq(
 
     matvec: ``(k, p) -> (k, p)``. size: p. probes: at least two; at p or more of them all eigenvalues are computed
     instead, by p products. sampler: of the probes. deflate: orthonormal eigenvectors ``(m, p)`` to leave out, such
-    as outliers known from :func:`eigsh`: the result is that of the matrix on the other p - m directions. generator:
-    by default torch's global one. like: an empty tensor of the dtype and device.
+    as outliers known from :func:`eigsh`: the result is that of the matrix on the other p - m directions. A probe loses
+    its share of those, so its total weight is one just in the mean, unless the sampler gives probes orthogonal to them,
+    of squared length p - m. generator: by default torch's global one. like: an empty tensor of the dtype and device.
 
     Memory: probes x steps x p numbers, in chunks of probes that fit the memory budget.
 
@@ -139,7 +166,8 @@ def slq(
             dense = rest.mT @ dense @ rest
         values = torch.linalg.eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
         weights = torch.full_like(values, 1 / free)
-        return Quadrature(values, weights, free, size, (values, weights), exact=True)
+        closed = torch.ones(1, dtype=torch.bool)
+        return Quadrature(values, weights, free, size, (values, weights), closed, exact=True)
     if probes < 2:
         raise ValueError("slq: an error needs at least two probes")
 
@@ -155,19 +183,19 @@ def slq(
 
     fine: list[tuple[Tensor, Tensor]] = []
     coarse: list[tuple[Tensor, Tensor]] = []
+    invariant: list[Tensor] = []
     length = max(1, budget() // (min(steps, size) * size * like.element_size()))
     for start in range(0, probes, length):
         v = off(off(sampler(min(length, probes - start), size, like=like, generator=generator)))
         mass = (v.square().sum(1) / free).to("cpu", torch.float64).unsqueeze(1)
-        for _, matrix, closed in tridiagonals(product, v, min(steps, free)):
-            matrices, done = matrix, bool(closed.all())
-            if done:
-                break
-        m = matrices.shape[1]
+        for _, matrix, now in tridiagonals(product, v, min(steps, free)):
+            matrices, closed = matrix, now.cpu()
+        invariant.append(closed)
+        m, done = matrices.shape[1], bool(closed.all())
         for out, order in ((fine, m), (coarse, m if done else max(1, m // 2))):
             values, weights, _ = quadrature_of(matrices[:, :order, :order])
             out.append((values, weights * mass))
-    return Quadrature(*_stack(fine), free, spent, _stack(coarse))
+    return Quadrature(*_stack(fine), free, spent, _stack(coarse), torch.cat(invariant))
 
 
 def _average(f: Callable[[Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ class Kernel:
         """Tiles that cover it (only those on and below the diagonal if it is symmetric), less those that are done."""
         other = self.left if self.right is None else self.right
         for i in range(len(self.left.runs)):
-            rows: list[tuple[slice, Sides]] | None = None
+            rows: list[tuple[slice, Sides]] = []
             for j in range(len(other.runs) if self.right is not None else i + 1):
                 wanted = {
                     (b.start, e.start)
@@ -279,14 +279,19 @@ class Kernel:
                     for e in other.where(j)
                     if (self.right is not None or e.start <= b.start) and not done(b, e)
                 }
-                if not wanted:
-                    continue
-                rows = self.left.make(i) if rows is None else rows
-                cols = rows if self.right is None and i == j else other.make(j)
-                for b, one in rows:
-                    for e, two in cols:
-                        if (b.start, e.start) in wanted:
-                            yield Tile(b, e, self._values(one.left, two.right, self.right is None and b == e))
+                if wanted:
+                    rows = rows or self.left.make(i)
+                    cols = rows if self.right is None and i == j else other.make(j)
+                    yield from self._between(rows, cols, wanted)
+                    del cols  # before the next ones are made
+
+    def _between(
+        self, rows: list[tuple[slice, Sides]], cols: list[tuple[slice, Sides]], wanted: set[tuple[int, int]]
+    ) -> Iterator[Tile]:
+        for b, one in rows:
+            for e, two in cols:
+                if (b.start, e.start) in wanted:
+                    yield Tile(b, e, self._values(one.left, two.right, self.right is None and b == e))
 
     def _values(self, one: Slab, other: Slab, symmetric: bool) -> dict[str, Tensor]:
         found = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -14,7 +14,7 @@ from ..blocks import Block
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
-from ..linalg import eigsh
+from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
 from . import fit
 from .fit import Estimator
 from .pmat import PMat
@@ -120,7 +120,13 @@ class PMatEKFAC(PMat):
 class PMatLowRank(PMat):
     """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples.
 
-    Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default).
+    Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default). Of any matrix, an
+    approximation from products with random vectors: :meth:`nystrom`, :meth:`randomised`.
+
+    As the preconditioner of a ``solve`` with A it solves the directions that it holds and divides the others by regul.
+    That leaves a condition number of about ``1 + norm(A - M, 2) / regul``, whatever the large eigenvalues of A are.
+    (Frangella, Tropp, Udell 2021, 2110.02820, take the smallest eigenvalue held for the others instead, as
+    :func:`nngeometry.linalg.nystrom_preconditioner` does, to much the same effect.)
     """
 
     @classmethod
@@ -133,6 +139,78 @@ class PMatLowRank(PMat):
         like = torch.empty(0, dtype=operator.dtype, device=operator.device)
         pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
         return _direct([blocks.LowRank(pairs.vectors, pairs.values)])
+
+    @classmethod
+    def nystrom(
+        cls,
+        matrix: PMat,
+        rank: int,
+        *,
+        oversampling: int = 10,
+        iterations: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> PMatLowRank:
+        """The Nystrom approximation of a positive semidefinite matrix, from ``rank + oversampling`` products. Options
+        as of :func:`nngeometry.linalg.nystrom`.
+
+        >>> from nngeometry import GGN, PMatImplicit, PVector
+        >>> model = torch.nn.Linear(20, 3)
+        >>> G = GGN(model, (torch.randn(50, 20), torch.randint(3, (50,))), PMatImplicit)
+        >>> near = PMatLowRank.nystrom(G, 20)
+        >>> x = G.solve(PVector.from_model(model).detach(), 1e-2, preconditioner=near)
+
+        Source: Tropp, Yurtsever, Udell, Cevher (2017), 1706.05736.
+        """
+        return cls._sketched(nystrom, matrix, rank, oversampling, iterations, generator)
+
+    @classmethod
+    def randomised(
+        cls,
+        matrix: PMat,
+        rank: int,
+        *,
+        oversampling: int = 10,
+        iterations: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> PMatLowRank:
+        """About the ``rank`` eigenpairs of largest magnitude of a symmetric matrix, by ``(iterations + 2) (rank +
+        oversampling)`` products. Options as of :func:`nngeometry.linalg.randomised_eigh`.
+
+        >>> from nngeometry import Hessian, PMatImplicit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+        >>> PMatLowRank.randomised(H, 7).eig()[0].shape
+        torch.Size([7])
+
+        Source: Halko, Martinsson, Tropp (2011), 0909.4061.
+        """
+        return cls._sketched(randomised_eigh, matrix, rank, oversampling, iterations, generator)
+
+    @classmethod
+    def _sketched(
+        cls,
+        algorithm: Callable[..., LowRank],
+        matrix: PMat,
+        rank: int,
+        oversampling: int,
+        iterations: int,
+        generator: torch.Generator | None,
+    ) -> PMatLowRank:
+        if not matrix.root.symmetric:
+            raise ValueError(f"{cls.__name__}: the matrix is not symmetric, as a product of two matrices need not be")
+        like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+        with torch.no_grad():
+            near = algorithm(
+                matrix.root.mv,
+                matrix.size(0),
+                rank,
+                oversampling=oversampling,
+                iterations=iterations,
+                probes=0,
+                generator=generator,
+                like=like,
+            )
+        return cls(matrix.layer_collection, data=_direct([blocks.LowRank(near.vectors, near.values)]))
 
 
 class PMatMixed(PMat):
