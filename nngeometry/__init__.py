@@ -7,6 +7,7 @@ from .influence import Influence
 from .jacobian import Jacobian
 from .kinds import kind, whole
 from .layercollection import Layer, LayerCollection
+from .legacy import install as _install
 from .likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from .memory import memory_budget
 from .metrics import FIM, EmpiricalFisher, FIM_MonteCarlo, GradientCovariance
@@ -84,3 +85,5 @@ __all__ = [
     "random_pvector",
     "whole",
 ]
+
+_install()

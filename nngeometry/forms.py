@@ -161,15 +161,19 @@ class Outer(LayerJacobian):
     convolutions (T: pixels; a: patches) and bilinear maps. With a bias the last entry of ``a`` is one.
 
     inputs: ``(B, ...)``, from which ``expand`` makes a ``(B, T, G, cols)`` when it is needed (by default they are a);
-    g: ``(C, B, T, G, rows)``; packed shape ``(G, rows, cols)``.
+    g: ``(C, B, T, G, rows)``; moment: from inputs to the sum of a a^T over examples and positions, ``(G, cols, cols)``,
+    if there is a faster way than from a; packed shape ``(G, rows, cols)``.
     """
 
-    def __init__(self, inputs: Tensor, g: Tensor, expand: Map | None = None, cols: int | None = None) -> None:
+    def __init__(
+        self, inputs: Tensor, g: Tensor, expand: Map | None = None, cols: int | None = None, moment: Map | None = None
+    ) -> None:
         cols = inputs.shape[-1] if cols is None else cols
         super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], cols), g.dtype, g.device)
         self.inputs = inputs
         self.g = g
         self.expand = expand
+        self.moment = moment
 
     @cached_property
     def a(self) -> Tensor:
@@ -188,7 +192,7 @@ class Outer(LayerJacobian):
         g = self.g[first:last, start:stop]
         if self.expand is None or "a" in vars(self):
             return Outer(self.a[start:stop], g)
-        return Outer(self.inputs[start:stop], g, self.expand, self.shape[2])
+        return Outer(self.inputs[start:stop], g, self.expand, self.shape[2], self.moment)
 
     def fold(self, ratio: int) -> Outer:
         a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
@@ -294,7 +298,14 @@ class Outer(LayerJacobian):
     def left_factor(self, reduce: bool) -> Tensor:
         """Sum of g g^T over cotangents and examples (and positions, or of their sum): ``(G, rows, rows)``."""
         g = self.g.sum(2, keepdim=True) if reduce else self.g
-        return _second_moment(g.flatten(0, 2))
+        return second_moment(g.flatten(0, 2))
+
+    def right_samples(self) -> Tensor | None:
+        """The a of all examples and positions, ``(N, cols)``, if there is one group and they are fewer than half of
+        the columns.
+        """
+        groups, _, cols = self.shape
+        return None if groups > 1 or 2 * self.examples * self.positions > cols else self.a[:, :, 0].flatten(0, 1)
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
         """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""
@@ -302,9 +313,12 @@ class Outer(LayerJacobian):
         step = chunk_length(size, self.examples)
         moments = []
         for start in range(0, self.examples, step):
-            a = self.narrow(start, min(start + step, self.examples)).a
-            a = a.mean(1, keepdim=True) if reduce else a
-            moments.append(_second_moment(a.flatten(0, 1)))
+            piece = self.narrow(start, min(start + step, self.examples))
+            if piece.moment is not None and not reduce:
+                moments.append(piece.moment(piece.inputs))
+            else:
+                a = piece.a.mean(1, keepdim=True) if reduce else piece.a
+                moments.append(second_moment(a.flatten(0, 1)))
         return _total(iter(moments)), self.examples * (1 if reduce else self.positions)
 
 
@@ -363,7 +377,7 @@ class Gather(LayerJacobian):
 
     def left_factor(self, reduce: bool) -> Tensor:
         g = self.g.sum(2, keepdim=True) if reduce else self.g
-        return _second_moment(g.flatten(0, 2).unsqueeze(1))
+        return second_moment(g.flatten(0, 2).unsqueeze(1))
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
         """As in :class:`Outer`, but diagonal where it is: ``(1, size)`` for ``reduce=False``."""
@@ -378,7 +392,7 @@ class Gather(LayerJacobian):
         )
         mean = self.g.new_zeros(self.examples, self.size)
         mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
-        return _second_moment(mean.unsqueeze(1)), self.examples
+        return second_moment(mean.unsqueeze(1)), self.examples
 
     def weigh(self, w: Tensor) -> Gather:
         return Gather(self.ids, self.g * w[0].T[self.ids.clamp(min=0)], self.size)
@@ -643,7 +657,7 @@ def _nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _second_moment(x: Tensor) -> Tensor:
+def second_moment(x: Tensor) -> Tensor:
     """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
     if x.shape[1] == 1:
         d = x.shape[2]

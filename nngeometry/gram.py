@@ -130,7 +130,7 @@ def _entries(
 ) -> dict[str, FMat]:
     symmetric = same and (metric is None or metric.symmetric)
     counts = [sum(map(data.count, batches)) for batches in (examples, examples2)]
-    limit = budget() // 3  # for each side, and as much for what it takes to make them
+    limit = budget() // 5  # for each side, and the rest for what it takes to make them
     one = Tape(left, examples, metric, counts[1], limit)
     two = None if symmetric else Tape(right, examples2, metric, counts[0], limit)
     outputs = one.outputs, one.outputs if two is None else two.outputs

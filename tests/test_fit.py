@@ -397,3 +397,31 @@ def test_float32_and_bfloat16():
         F = FIM(model, batch, representation)
         assert F.dtype == torch.float32
         assert oracle.relative(F.to_torch().double(), expected) < 0.1
+
+
+def test_ekfac_of_few_inputs_has_a_thin_basis():
+    """Exact where the inputs do not span their space: what is outside has no second moment, nor is it decomposed."""
+    model = oracle.randomise(nn.Sequential(nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)))
+    batches = [(torch.randn(1, 4, 4, 4),), (torch.randn(1, 4, 4, 4),)]
+    F = FIM(model, batches, PMatEKFAC, "regression")
+    lc = F.layer_collection
+    M = oracle.fim(model, batches, "regression")
+    K = FIM(model, batches, PMatKFAC, "regression").to_torch()
+    for name, s in lc.slices().items():
+        block = F.block(name)
+        assert block.root.parts[0].block.l.numel() < block.size(0)
+        Q = torch.linalg.eigh(K[s, s]).eigenvectors
+        held = block.to_torch()
+        assert oracle.relative(held.trace(), M[s, s].trace()) < TOLERANCE
+        assert oracle.relative(block.eigenvalues().sum(), M[s, s].trace()) < TOLERANCE
+        assert oracle.relative(Q.T @ held @ Q @ (Q.T @ K[s, s] @ Q), Q.T @ K[s, s] @ Q @ (Q.T @ held @ Q)) < 1e-9
+    more = (torch.randn(5, 4, 4, 4),)
+    F.update_diag(more)
+    assert oracle.relative(F.trace(), oracle.fim(model, [more], "regression").trace()) < TOLERANCE
+    v = PVector(lc, torch.randn(lc.numel()))
+    solved = F.solve(v, 0.1)
+    assert oracle.relative((F @ solved + 0.1 * solved).to_torch(), v.to_torch()) < TOLERANCE
+    many = [(torch.randn(40, 4, 4, 4),), (torch.randn(1, 4, 4, 4),)]
+    for order in (many, many[::-1]):  # few inputs join many, either way round
+        whole = FIM(model, order, PMatEKFAC, "regression").block("0").root.parts[0].block
+        assert whole.l.numel() == whole.numel

@@ -1,11 +1,14 @@
 """Every kind of layer: its streamed Jacobian equals loops over autograd, whatever the form."""
 
+import math
+
 import oracle
 import pytest
 import torch
 from models import CASES
 
 from nngeometry import Gaussian, Generator, LayerCollection, forms, memory_budget
+from nngeometry.autocorrelation import patch_moment
 from nngeometry.likelihood import Cotangents
 
 
@@ -121,3 +124,27 @@ def test_symmetric_products(d):
     x = torch.randn(7, d)
     total = forms.mirror(forms.add_gram(forms.add_gram(torch.zeros(d, d), x[:3]), x[3:]))
     torch.testing.assert_close(total, x.T @ x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding"),
+    [
+        ((3, 2, 6, 5), (3, 3), [(1, 1), (1, 1)]),
+        ((2, 3, 5, 7), (3, 2), [(0, 0), (0, 0)]),
+        ((2, 2, 4, 4), (5, 3), [(2, 2), (0, 2)]),
+        ((2, 2, 9), (4,), [(1, 2)]),
+        ((2, 2, 3, 4, 4), (2, 3, 2), [(1, 0), (1, 1), (0, 1)]),
+        ((2, 1, 8, 8), (3, 3), [(3, 3), (2, 4)]),
+    ],
+)
+def test_moments_of_patches(shape, kernel, padding, bias):
+    x = torch.randn(shape)
+    n = len(kernel)
+    patches = torch.nn.functional.pad(x, [p for pair in reversed(padding) for p in pair])
+    for axis, k in enumerate(kernel):
+        patches = patches.unfold(2 + axis, k, 1)
+    a = patches.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)).reshape(-1, shape[1] * math.prod(kernel))
+    a = torch.nn.functional.pad(a, (0, int(bias)), value=1.0)
+    found = patch_moment(x, kernel, padding, bias)
+    assert torch.linalg.norm(found - a.T @ a) < 1e-13 * torch.linalg.norm(found)

@@ -12,7 +12,18 @@ import nngeometry
 ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it.
 FLOORS = [
-    ["memory", "autograd", "convolution", "forms", "likelihood", "losses", "data", "layers", "linalg"],
+    [
+        "memory",
+        "autograd",
+        "autocorrelation",
+        "convolution",
+        "forms",
+        "likelihood",
+        "losses",
+        "data",
+        "layers",
+        "linalg",
+    ],
     ["kinds", "blocks"],
     ["layercollection"],
     ["evaluator"],

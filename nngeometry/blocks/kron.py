@@ -8,8 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import Block, Diag, Eye, Spectral
-from .dense import Dense
+from .base import Block, Eye, Spectral
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +123,3 @@ def _spectral(block: Block) -> Spectral:
     found = block.eig()
     assert isinstance(found, Spectral), type(block)
     return found
-
-
-def factor(statistics: Tensor) -> Block:
-    """A Kronecker factor from its second moments: dense from ``(G, d, d)``, diagonal from ``(G, d)``."""
-    return Diag(statistics) if statistics.ndim == 2 else Dense(statistics)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..autocorrelation import patch_moment
 from ..forms import Gather, LayerJacobian, Outer
 from .kind import Packing, kind, when_imported
 
@@ -61,7 +63,21 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
         return _with_one(_patches(x, module.kernel_size, module.stride, module.dilation, module.groups), module.bias)
 
     cols = module.weight[0].numel() + (module.bias is not None)
-    return Outer(x, _positions(gy, module.groups), expand, cols)
+    return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads))
+
+
+def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tensor] | None:
+    """The second moment of patches by autocorrelation, where it is that and that saves work."""
+    n = x.ndim - 2
+    plain = (1,) * n
+    if (module.stride, module.dilation, module.groups, module.padding_mode) != (plain, plain, 1, "zeros"):
+        return None
+    padding = [(pads[2 * k], pads[2 * k + 1]) for k in reversed(range(n))]
+    sizes = [m + a + b - k + 1 for m, (a, b), k in zip(x.shape[2:], padding, module.kernel_size, strict=True)]
+    if max(module.kernel_size) == 1 or min(sizes) < 2:
+        return None
+    bias = module.bias is not None
+    return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
 
 
 def _conv_transpose_packing(module: Any, bias: bool) -> Packing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ class Estimator:
     refine: Callable[[Block], Estimator] | None = None
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Few vectors ``(N, d)`` whose second moment is a statistic: the moment itself would be larger, and of low rank."""
+
+    rows: Tensor
+
+    def __add__(self, other: Samples | Tensor) -> Samples | Tensor:
+        if isinstance(other, Samples) and 2 * (len(self.rows) + len(other.rows)) <= self.rows.shape[1]:
+            return Samples(torch.cat([self.rows, other.rows]))
+        return self.moment() + (other.moment() if isinstance(other, Samples) else other)
+
+    def moment(self) -> Tensor:
+        """``(1, d, d)``."""
+        return forms.second_moment(self.rows.unsqueeze(1))
+
+
 def merge(a: State, b: State) -> State:
     """The statistic of the union of what a and b saw."""
     return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
@@ -48,6 +65,8 @@ def merge(a: State, b: State) -> State:
 def _add(x: Any, y: Any) -> Any:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return x.add_(y)  # x is the accumulator: nobody else holds it
+    if isinstance(x, Tensor) and isinstance(y, Samples):
+        return x.add_(y.moment())
     return x if isinstance(y, int) and y == 0 else x + y
 
 
@@ -188,8 +207,11 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     return dense([layer])
 
 
-def kron(layer: Layer, reduce: bool) -> Estimator:
-    """KFAC: ``G (x) A``, the second moments of output gradients and of inputs."""
+def kron(layer: Layer, reduce: bool, thin: bool = False) -> Estimator:
+    """KFAC: ``G (x) A``, the second moments of output gradients and of inputs.
+
+    thin: A may be of low rank, where the inputs are few.
+    """
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         (j,) = js
@@ -200,11 +222,17 @@ def kron(layer: Layer, reduce: bool) -> Estimator:
                 "has not: build it with LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
+        samples = j.right_samples() if n and thin and isinstance(j, forms.Outer) else None
+        if samples is not None:
+            return left, Samples(samples), len(samples)
         right, count = j.right_factor(reduce) if n else (0, 0)
         return left, right, count
 
     def finish(state: State, n: float) -> Block:
         left, right, count = state
+        if isinstance(right, Samples):
+            rows = right.rows / count**0.5
+            return Kron(Dense(left / n), LowRank(rows, rows.new_ones(len(rows))))
         a = right / max(count, 1)
         return Kron(Dense(left / n), Diag(a) if a.ndim == 2 else Dense(a))
 
@@ -220,7 +248,7 @@ def kron(layer: Layer, reduce: bool) -> Estimator:
 
 def ekfac(layer: Layer, reduce: bool) -> Estimator:
     """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
-    first = kron(layer, reduce)
+    first = kron(layer, reduce, thin=not reduce)  # the span of averaged inputs does not hold the inputs
     return Estimator(
         first.layers,
         first.packing,
@@ -231,15 +259,26 @@ def ekfac(layer: Layer, reduce: bool) -> Estimator:
     )
 
 
-def second_moments(layer: Layer, basis: Block) -> Estimator:
-    """The exact diagonal in a given Kronecker basis."""
+def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estimator:
+    """The exact diagonal in a given Kronecker basis.
+
+    elsewhere: other data than the basis is of, so that there may be something outside of its span: the mean of that.
+    """
     left, right = basis.left.transpose(), basis.right.transpose()  # type: ignore[attr-defined]
     to_left = None if not isinstance(left, Dense) else left.mv
     to_right = None if not isinstance(right, Dense) else right.mv
 
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        inside = js[0].rotate(to_left, to_right).square()
+        return (inside, js[0].sqnorm().sum()) if elsewhere else (inside,)
+
     def finish(state: State, n: float) -> Block:
         l = state[0] / n
-        return Spectral(basis, l, l.new_zeros(()))
+        missing = prod(basis.shape) - l.numel()
+        rest = l.new_zeros(())
+        if elsewhere and missing:
+            rest = (state[1] / n - l.sum()).clamp(min=0) / missing
+        return Spectral(basis, l, rest)
 
     def centre(block: Block, mean: Tensor) -> Block:
         m = basis.transpose().mv(layer.packing.pack(mean))
@@ -248,7 +287,7 @@ def second_moments(layer: Layer, basis: Block) -> Estimator:
     return Estimator(
         (layer,),
         layer.packing,
-        lambda js, n: (js[0].rotate(to_left, to_right).square(),),
+        observe,
         finish,
         centre,
     )

@@ -15,6 +15,7 @@ from ..forms import Gather, LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
+from ..memory import budget
 from .layouts import Layout
 
 Forms = dict[str, LayerJacobian]
@@ -213,7 +214,8 @@ class Tape:
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
         each = max(1, predicted_bytes(one, metric, self.partners))
-        self.runs = _runs(batches, counts, max(1, limit // each))
+        tile = budget() // 16 // self.dtype.itemsize  # entries
+        self.runs = _runs(batches, counts, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
 
     def where(self, run: int) -> list[slice]:
         """Which examples the minibatches of a run are."""
@@ -234,12 +236,17 @@ class Tape:
         ]
 
 
-def _runs(batches: Sequence[data.Batch], counts: Sequence[int], most: int) -> list[tuple[int, list[data.Batch]]]:
-    """Neighbouring minibatches, none larger than ``most`` examples together, with the first example of each run."""
+def _runs(
+    batches: Sequence[data.Batch], counts: Sequence[int], most: int, piece_most: int
+) -> list[tuple[int, list[data.Batch]]]:
+    """Neighbouring minibatches of at most ``most`` examples together, with the first example of each run.
+
+    Minibatches of more examples than that or than ``piece_most`` are split.
+    """
     runs: list[tuple[int, list[data.Batch]]] = []
     start = held = 0
     for batch, n in zip(batches, counts, strict=True):
-        pieces = -(-n // most)
+        pieces = -(-n // min(most, piece_most))
         size = -(-n // pieces)
         for first in range(0, n, size):
             m = min(size, n - first)

@@ -104,13 +104,16 @@ class PMatEKFAC(PMat):
     def update_diag(self, examples: Any) -> PMatEKFAC:
         """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns
         itself.
+
+        A basis of fewer inputs than the layer has columns does not span them: what is outside has one eigenvalue, its
+        mean second moment.
         """
         if self.generator is None:
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
         estimators = [
-            fit.second_moments(layer, part.block.basis) if layer.kronecker else fit.dense([layer])
+            fit.second_moments(layer, part.block.basis, elsewhere=True) if layer.kronecker else fit.dense([layer])
             for layer, part in zip(layers, old, strict=True)
         ]
         self.root = blocks.Direct(tuple(fit.fit(self.generator, examples, estimators)))

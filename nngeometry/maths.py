@@ -1,0 +1,5 @@
+"""Import path of NNGeometry."""
+
+from .legacy import kronecker
+
+__all__ = ["kronecker"]

@@ -1,0 +1,5 @@
+"""Import path of NNGeometry."""
+
+from .legacy import cg
+
+__all__ = ["cg"]
