@@ -21,7 +21,10 @@ def pull(
     """
     k = len(weights[0])
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    if k == 1 or not batched:
+    if k == 1:
+        one = torch.autograd.grad(outputs, inputs, [w[0] for w in weights], **options)
+        return [None if g is None else g.unsqueeze(0) for g in one]
+    if not batched:
         each = [torch.autograd.grad(outputs, inputs, list(one), **options) for one in zip(*weights, strict=True)]
         return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
     with warnings.catch_warnings():

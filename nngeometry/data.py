@@ -82,6 +82,10 @@ def move(batch: Batch, device: torch.device | None) -> Batch:
 
 def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply ``fn`` to the tensors of a minibatch; mappings that torch does not know become plain dicts."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(map_tensors(fn, t) for t in tree)
     if isinstance(tree, Mapping) or hasattr(tree, "keys"):
         return {key: map_tensors(fn, tree[key]) for key in tree.keys()}  # noqa: SIM118
     return pytree.tree_map_only(Tensor, fn, tree)

@@ -661,7 +661,8 @@ def second_moment(x: Tensor) -> Tensor:
     """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
     if x.shape[1] == 1:
         d = x.shape[2]
-        return mirror(add_gram(x.new_zeros(d, d), x.squeeze(1))).unsqueeze(0)
+        x = x.squeeze(1)
+        return (x.T @ x if d <= _PANEL else mirror(add_gram(x.new_zeros(d, d), x))).unsqueeze(0)
     return torch.einsum("ngi,ngj->gij", x, x)
 
 

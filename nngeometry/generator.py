@@ -160,8 +160,8 @@ class Generator(Evaluator):
                     # Outputs that depend on each other: only what passes through a copy is the derivative in it alone.
                     output = pytree.tree_map_only(Tensor, lambda y: y.view_as(y) if y.requires_grad else y, output)
                 leaves = _differentiable(output)
-                inputs = pytree.tree_map_only(Tensor, Tensor.detach, _in_order(module, args, kwargs))
-                versions = tuple(t._version for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+                inputs = _detached(_in_order(module, args, kwargs))
+                versions = tuple(t._version for t in _leaves(inputs) if isinstance(t, Tensor))
                 outputs = tuple((k, y.detach()) for k, y in leaves)
                 calls.append(_Call(site, inputs, versions, outputs, tuple(get_gradient_edge(y) for _, y in leaves)))
                 return output
@@ -335,7 +335,7 @@ class Generator(Evaluator):
         """The Jacobian of one call of a module with respect to all of its parameters."""
         site = call.site
         what = f"layer {site.name!r} ({type(site.module).__name__})"
-        leaves = pytree.tree_leaves(call.inputs)
+        leaves = _leaves(call.inputs)
         if call.versions != tuple(x._version for x in leaves if isinstance(x, Tensor)):
             raise ValueError(
                 f"layer {site.name!r}: its input was modified in place after the call, so its derivative is lost: "
@@ -408,9 +408,26 @@ def check_same(f: Tensor, expected: Tensor, problem: str, remedy: str) -> None:
         raise ValueError(f"{problem}. {remedy}")
 
 
+def _plain(inputs: tuple[Any, dict[str, Any]]) -> bool:
+    """Whether arguments are tensors alone, as nearly all are, which needs no machinery to take apart."""
+    args, kwargs = inputs
+    return not kwargs and all(isinstance(t, Tensor) for t in args)
+
+
+def _leaves(inputs: tuple[Any, dict[str, Any]]) -> list[Any]:
+    return list(inputs[0]) if _plain(inputs) else pytree.tree_leaves(inputs)
+
+
+def _detached(inputs: tuple[Any, dict[str, Any]]) -> Any:
+    if _plain(inputs):
+        return tuple(t.detach() for t in inputs[0]), {}
+    return pytree.tree_map_only(Tensor, Tensor.detach, inputs)
+
+
 def _differentiable(output: Any) -> list[tuple[int, Tensor]]:
     """The leaves of an output that a gradient can reach, with their positions."""
-    return [(k, y) for k, y in enumerate(pytree.tree_leaves(output)) if isinstance(y, Tensor) and y.requires_grad]
+    leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
+    return [(k, y) for k, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
 
 
 def _in_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -440,7 +457,7 @@ def _layout(two: _Call, three: _Call) -> _Layout:
             "that is that of examples"
         )
 
-    inputs = zip(pytree.tree_leaves(two.inputs), pytree.tree_leaves(three.inputs), strict=True)
+    inputs = zip(_leaves(two.inputs), _leaves(three.inputs), strict=True)
     outputs = tuple(axis(a, b) for (_, a), (_, b) in zip(two.outputs, three.outputs, strict=True))
     if len(outputs) != 1 and None in outputs:
         raise NotImplementedError(
