@@ -28,6 +28,10 @@ examples: $(READY)
 	$(BIN)/python examples/visual_tour.py --small
 	$(BIN)/python examples/takeuchi.py --small
 	$(BIN)/python examples/preconditioner.py --small
+	$(BIN)/python examples/kernel_regression.py --small
+	$(BIN)/python examples/alignment.py --small
+	$(BIN)/python examples/mislabelled.py --small
+	$(BIN)/python examples/influence.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -133,6 +133,8 @@ def test_representations_of_kernels(name, output, representation, tmp_path):
     assert oracle.relative(K.trace(), diagonal(truth).sum()) < TOLERANCE
     shifted = K.solve(u, 0.1)
     assert oracle.relative((K @ shifted + 0.1 * shifted).to_torch(), u.to_torch()) < 1e-5
+    closer = K.solve(u, 0.1, rtol=1e-9)
+    assert oracle.relative((K @ closer + 0.1 * closer).to_torch(), u.to_torch()) < 1e-8
     l, vectors = K.eig(2)
     for value, v in zip(l, vectors, strict=True):
         assert oracle.relative((K @ v).to_torch(), (value * v).to_torch()) < 1e-8
@@ -353,6 +355,8 @@ def test_regression_and_gaussian_process():
     at = g0 + (Z @ w).view(4, 3).T
     got = K.regress(FVector(y), cross, start=FVector(f0), cross_start=FVector(g0), time=time)
     assert oracle.relative(got.to_torch(), at) < 1e-8
+    with pytest.raises(ValueError, match="start= and cross_start="):
+        K.regress(FVector(y), cross, start=FVector(f0))
 
 
 @pytest.mark.parametrize("representation", MAPS)

@@ -72,21 +72,26 @@ class FMat:
 
     # Linear systems
 
-    def solve(self, b: Any, regul: float | Relative = 1e-8) -> Any:
+    def solve(self, b: Any, regul: float | Relative = 1e-8, *, rtol: float | None = None) -> Any:
         """``(K + regul)^-1 b`` for an FVector, or on each column of an FMat.
 
-        regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. Exact, by conjugate gradients
-        (MINRES) for a kernel that is not held. Raises ``ValueError`` if that is singular to working precision.
+        regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. rtol: the relative residual to reach
+        by conjugate gradients (MINRES) for a kernel that is not in memory, by default 1e-6 (1e-5 in float32);
+        otherwise the solution is exact. Raises ``ValueError`` if K + regul is singular to working precision,
+        ``RuntimeError`` if rtol is not reached.
         """
         self._check_square("solve")
         r = self._regul(regul)
         if isinstance(b, FVector):
-            return self._unpack(self.root.solve(self._pack(b, self.layout), r))
+            return self._unpack(self._solve(self._pack(b, self.layout), r, rtol))
         if not isinstance(b, FMat) or not isinstance(b.root, Dense):
             raise TypeError(f"solve: expected an FVector or a dense FMat, got {type(b).__name__}")
         columns = b.root.data.permute(2, 0, 1)
-        x = self.root.solve(columns.reshape(len(columns), *self.root.shape), r)
+        x = self._solve(columns.reshape(len(columns), *self.root.shape), r, rtol)
         return FMatDense(dense_root(x.reshape(columns.shape).permute(1, 2, 0), b.layout, False), b.layout)
+
+    def _solve(self, V: Tensor, regul: float, rtol: float | None) -> Tensor:
+        return self.root.iterate(V, regul, rtol) if self.root.by_products else self.root.solve(V, regul)
 
     def inv(self, regul: float | Relative = 1e-8) -> FMat:
         """``(K + regul)^-1``."""
@@ -271,7 +276,7 @@ class FMat:
 
     def distance(self, other: FMat) -> Tensor:
         """``1 - align``: the kernel distance of Fort et al. (2020), 2010.15110."""
-        return 1 - self.align(other)
+        return (1 - self.align(other)).clamp(min=0)
 
     def regress(
         self,
@@ -294,10 +299,13 @@ class FMat:
         """
         self._check_square("regress")
         residual = targets if start is None else targets - start
+        if cross is not None and (start is None) != (cross_start is None):
+            raise ValueError("regress: give the outputs at both, start= and cross_start=, or at neither")
         if time is None:
             weights = self.solve(residual, regul)
         else:
-            weights = self._unpack(self.root.apply(lambda l: _flow(l, time)).mv(self._pack(residual, self.layout)))
+            spectral = self.root if self.root.by_products else self.root.eig()
+            weights = self._unpack(spectral.apply(lambda l: _flow(l, time)).mv(self._pack(residual, self.layout)))
         found = (self if cross is None else cross).mv(weights)
         base = start if cross is None else cross_start
         return found if base is None else found + base
