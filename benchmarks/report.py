@@ -50,6 +50,22 @@ def cost_table(rows: list[Row], contenders: list[str]) -> str:
     return _aligned(lines)
 
 
+def rst_table(rows: list[Row], contenders: list[str]) -> str:
+    """Cost in gradients, how many times cheaper ours is than the best peer, and the memory of both."""
+    peers = [name for name in contenders if name != "ours"]
+    lines = [["setting", "job", *contenders, "best/ours", "MiB ours", "MiB leanest peer"]]
+    for row in rows:
+        costs = [_cell(row, name, "gradients") for name in contenders]
+        best = _number(1 / max(row["ratios"].values())) if row["ratios"] else "-"
+        held = [found["memory"] for p in peers if (found := row["contenders"].get(p))]
+        leanest = _number(min(held) / 2**20) if held else "-"
+        lines.append([row["setting"], row["job"], *costs, best, _cell(row, "ours", "memory", 2**20), leanest])
+    head, *body = _aligned(lines).splitlines()
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    rule = "  ".join("=" * width for width in widths)
+    return "\n".join([rule, head, rule, *body, rule])
+
+
 def check_table(runs: list[Run], notes: dict[str, dict[str, str]]) -> str:
     """The fingerprint of every result, and how far it is from ours."""
     lines = [["setting", "job", "contender", "fingerprint", "difference", ""]]

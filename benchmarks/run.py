@@ -21,8 +21,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PINS = HERE / "peers.txt"
 PEER_VENV = ROOT / ".bench" / "venv"
-CONTENDERS = ["ours", "nng", "curvlinops"]
-SMALL_SETTINGS = ["digits-mlp-small", "convnet"]
+CONTENDERS = ["ours", "nng", "curvlinops", "backpack", "torchfunc"]
+#: Those that need nothing but torch and ours.
+AT_HOME = ["ours", "torchfunc"]
+SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
 #: How long a job is repeated in one process.
 SECONDS = 1.0
 
@@ -58,7 +60,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare results instead of costs, on little data")
     parser.add_argument("--rounds", type=int, help="how often everything is repeated, by default 3")
     parser.add_argument("--jobs", nargs="+", help="by default all")
-    parser.add_argument("--settings", nargs="+", help="by default all, with --small or --check two small ones")
+    parser.add_argument("--settings", nargs="+", help="by default all, with --small or --check small ones")
+    parser.add_argument("--sweep", action="store_true", help="settings of growing size instead, for plots.py")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="by default all, with --small only ours")
     parser.add_argument("--threads", type=int, help="by default what torch chooses, 1 with --small or --check")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with the peers, by default one is set up")
@@ -68,7 +71,7 @@ def arguments() -> argparse.Namespace:
     args.small = args.small or args.check
     args.rounds = args.rounds or (1 if args.small else 3)
     args.threads = args.threads or (1 if args.small else None)
-    args.settings = args.settings or (SMALL_SETTINGS if args.small else None)
+    args.settings = args.settings or (SMALL_SETTINGS if args.small and not args.sweep else None)
     if args.check and "ours" not in args.contenders:
         parser.error("--check compares with ours: add it to --contenders")
     return args
@@ -76,7 +79,7 @@ def arguments() -> argparse.Namespace:
 
 def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict[str, Any]) -> Iterator[Run]:
     """Everything once in each round, the contenders taking turns at each job."""
-    known = next(iter(described.values()))["settings"]
+    known = next(iter(described.values()))["sweeps" if args.sweep else "settings"]
     wanted = chosen(args.jobs, dict.fromkeys(job for jobs in known.values() for job in jobs), "job")
     for count in range(args.rounds):
         for setting in chosen(args.settings, known, "setting"):
@@ -84,7 +87,7 @@ def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict
             # A trial run has all jobs in one process, because most of its time would go into starting processes.
             for group in [jobs] if args.small else [[job] for job in jobs]:
                 for name, worker in workers.items():
-                    able = [job for job in group if job in described[name]["jobs"]]
+                    able = [job for job in group if job in described[name]["able"][setting]]
                     yield from ({"round": count, **run} for run in worker.run(setting, able))
 
 
@@ -103,7 +106,7 @@ class Worker:
         self.contender = contender
         self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(SECONDS)]
         self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        if contender == "ours":
+        if contender in AT_HOME:
             self.python = Path(sys.executable)
             self.environment["PYTHONPATH"] = str(ROOT)
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -14,21 +14,29 @@ from torch.nn import functional as F
 #: Every job, in the order of the table. A contender has those that it can do.
 JOBS = {
     "kfac": "KFAC of the exact Fisher matrix",
-    "kfac_mc": "KFAC with one sampled label for each example",
+    "kfac_mc": "KFAC with one sampled label for each example, or each position",
+    "kfac_ef": "KFAC of the empirical Fisher matrix",
     "ekfac": "EKFAC of the exact Fisher matrix, both passes",
     "diag": "the exact diagonal",
+    "diag_mc": "the diagonal with one sampled label for each example",
+    "diag_ef": "the diagonal of the empirical Fisher matrix",
     "blockdiag": "a dense block for each layer",
     "dense": "all entries",
     "trace": "the exact trace, without the matrix",
+    "trace_ef": "the trace of the empirical Fisher matrix, without the matrix",
     "fim_product": "one product with the Fisher matrix, without the matrix",
     "fim_product_again": "a later product with the same one",
     "ggn_product": "one product with the Gauss-Newton matrix of the cross-entropy, without the matrix",
     "ggn_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
     "hessian_product": "one product with the Hessian of the cross-entropy, without the matrix",
     "hessian_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
+    "spectral_density": "of the Gauss-Newton matrix, from 20 steps of Lanczos for each of 4 vectors",
     "kfac_first_solve": "the first solve with a KFAC that is built: its decomposition included",
     "kfac_solve_1": "a later solve with that KFAC, one right-hand side",
     "kfac_solve_320": "a later solve with that KFAC, 320 right-hand sides",
+    "jacobian": "of all outputs of all examples, as a tensor",
+    "gram": "the tangent kernel between all outputs of all examples, in minibatches",
+    "gram_one_batch": "the same with all examples in one minibatch",
 }
 
 #: What is added to a matrix before it is inverted.
@@ -36,6 +44,9 @@ REGUL = 1e-3
 
 #: Of Lanczos. The cost of such a job is that of all of them.
 STEPS = 20
+
+#: Random vectors of a spectral density.
+PROBES = 4
 
 Batch = tuple[Tensor, Tensor]
 
@@ -59,10 +70,21 @@ class Task:
     def examples(self) -> int:
         return sum(len(x) for x, _ in self.batches)
 
+    @property
+    def positions(self) -> int:
+        """How many labels an example has."""
+        return self.batches[0][1][0].numel()
+
     def vectors(self, *shape: int) -> Tensor:
         """Fixed standard normal vectors in parameter space: ``(*shape, P)``."""
         size = sum(p.numel() for p in self.parameters)
         return torch.randn(*shape, size, generator=torch.Generator().manual_seed(1))
+
+    def quadratic_form(self, kernel: Tensor) -> float:
+        """Of a kernel ``(C, n, C, n)``, with a fixed standard normal vector."""
+        size = kernel.shape[:2].numel()
+        u = torch.randn(size, generator=torch.Generator().manual_seed(1))
+        return float(u @ (kernel.reshape(size, size) @ u))
 
     def gradient(self, examples: int | None = None) -> None:
         """The unit of cost: one forward and one backward pass over the minibatches (or some ``examples`` of each)."""
@@ -75,7 +97,8 @@ class Task:
 class Setting:
     """A model and its data.
 
-    examples: how many, in minibatches of ``batch``; small: how many in a trial run; left_out: jobs that are too large.
+    examples: how many, in minibatches of ``batch``; small: how many in a trial run. jobs: those that fit. subsets: for
+    a job that needs less, how many examples it has, in minibatches of how many. trial: what is run instead in a trial.
     """
 
     model: Callable[[], nn.Module]
@@ -83,17 +106,21 @@ class Setting:
     examples: int
     batch: int
     small: int
-    left_out: frozenset[str] = frozenset()
+    jobs: tuple[str, ...]
+    subsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    trial: Setting | None = None
 
-    @property
-    def jobs(self) -> list[str]:
-        return [job for job in JOBS if job not in self.left_out]
-
-    def load(self, small: bool = False) -> Task:
+    def load(self, job: str, small: bool = False) -> Task:
+        if small and self.trial:
+            return self.trial.load(job, small)
         torch.manual_seed(0)
         model = self.model().eval()
-        x, y = self.data(self.small if small else self.examples)
-        return Task(model, list(zip(x.split(self.batch), y.split(self.batch), strict=True)))
+        examples, batch = self.subsets.get(job, (self.examples, self.batch))
+        if small:
+            examples = min(examples, self.small)
+            batch = min(batch, examples if job == "gram_one_batch" else (examples + 1) // 2)
+        x, y = self.data(examples)
+        return Task(model, list(zip(x.split(batch), y.split(batch), strict=True)))
 
 
 @cache
@@ -109,15 +136,16 @@ def _digits(examples: int) -> Batch:
     return torch.from_numpy(x[:examples]).float() / 16, torch.from_numpy(y[:examples]).long()
 
 
-def _digit_images(examples: int) -> Batch:
+def _digit_images(examples: int, classes: int = 10) -> Batch:
+    """classes: if there are not ten, the labels mean nothing."""
     x, y = _digits(examples)
-    return x.view(-1, 1, 8, 8), y
+    return x.view(-1, 1, 8, 8), y if classes == 10 else torch.arange(examples) % classes
 
 
-def _noise_images(examples: int) -> Batch:
-    """Random images of 32 x 32 pixels."""
+def _noise_images(examples: int, side: int = 32) -> Batch:
+    """Random images."""
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(examples, 3, 32, 32, generator=generator)
+    x = torch.randn(examples, 3, side, side, generator=generator)
     return x, torch.randint(10, (examples,), generator=generator)
 
 
@@ -126,7 +154,13 @@ def _mlp(hidden: int) -> nn.Module:
     return nn.Sequential(*hiddens, nn.Linear(hidden, 10))
 
 
-def _convnet() -> nn.Module:
+def _pooled_convnet(side: int) -> nn.Module:
+    """For images of any size, with the same parameters."""
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AvgPool2d(side), nn.Flatten(), nn.Linear(16, 10))
+
+
+def _convnet(classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -136,7 +170,7 @@ def _convnet() -> nn.Module:
         nn.Conv2d(24, 24, 3, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(384, 10),
+        nn.Linear(384, classes),
     )
 
 
@@ -155,9 +189,10 @@ class _Residual(nn.Module):
         self.short = nn.Sequential()
         if stride != 1 or cin != cout:
             self.short = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+        self.last = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.short(x))
+        return self.last(self.body(x) + self.short(x))
 
 
 def _resnet18() -> nn.Module:
@@ -171,11 +206,143 @@ def _resnet18() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
-_DENSE = frozenset({"dense", "blockdiag"})
+class _Attention(nn.Module):
+    """Causal, with several heads; written out, because the fused one has no forward derivative."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.into = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.into(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return self.out((scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(-2, -3).flatten(-2))
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attention = _Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class _Transformer(nn.Module):
+    """GPT-2 at another size, its head not tied: ``(n, positions)`` tokens to logits ``(n, vocabulary, positions)``."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.randn(positions, width) / 10)
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.places))).mT
+
+
+def _sequences(vocabulary: int, positions: int) -> Callable[[int], Batch]:
+    """Random tokens, each the label of the one before it."""
+
+    def data(examples: int) -> Batch:
+        tokens = torch.randint(vocabulary, (examples, positions + 1), generator=torch.Generator().manual_seed(2))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    return data
+
+
+def _without(*left_out: str) -> tuple[str, ...]:
+    return tuple(job for job in JOBS if job not in left_out)
+
+
+_EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
+_GRAM = ("gram", "gram_one_batch")
+_SOLVES = ("kfac_first_solve", "kfac_solve_1", "kfac_solve_320")
+_PRODUCTS = tuple(job for job in JOBS if "product" in job)
 
 SETTINGS = {
-    "digits-mlp-small": Setting(lambda: _mlp(32), _digits, 1797, 256, small=100),
-    "digits-mlp": Setting(lambda: _mlp(256), _digits, 1797, 256, small=100, left_out=_DENSE),
-    "convnet": Setting(_convnet, _digit_images, 1797, 256, small=50, left_out=frozenset({"dense"})),
-    "resnet18": Setting(_resnet18, _noise_images, 32, 32, small=4, left_out=_DENSE | {"kfac_solve_320"}),
+    "digits-mlp-small": Setting(
+        partial(_mlp, 32),
+        _digits,
+        1797,
+        256,
+        small=64,
+        jobs=tuple(JOBS),
+        subsets={"gram": (512, 128), "gram_one_batch": (512, 512)},
+    ),
+    "digits-mlp": Setting(
+        partial(_mlp, 256),
+        _digits,
+        1797,
+        256,
+        small=64,
+        jobs=_without(*_EXACT_ENTRIES),
+        subsets={"gram": (256, 64), "gram_one_batch": (256, 256)},
+    ),
+    "convnet": Setting(
+        partial(_convnet, 10),
+        _digit_images,
+        1797,
+        256,
+        small=16,
+        jobs=_without("dense"),
+        subsets={"jacobian": (512, 128), "gram": (256, 64), "gram_one_batch": (256, 256)},
+    ),
+    "convnet-100": Setting(
+        partial(_convnet, 100),
+        partial(_digit_images, classes=100),
+        256,
+        64,
+        small=6,
+        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_SOLVES, "spectral_density"),
+    ),
+    "resnet18": Setting(
+        _resnet18, _noise_images, 32, 32, small=4, jobs=_without(*_EXACT_ENTRIES, *_GRAM, "kfac_solve_320")
+    ),
+    "transformer": Setting(
+        partial(_Transformer, vocabulary=1000, positions=64, width=256, depth=4, heads=4),
+        _sequences(1000, 64),
+        32,
+        8,
+        small=4,
+        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS),
+        trial=Setting(
+            partial(_Transformer, vocabulary=20, positions=6, width=16, depth=2, heads=2),
+            _sequences(20, 6),
+            4,
+            2,
+            small=4,
+            jobs=(),
+        ),
+    ),
 }
+
+_SWEPT = ("kfac", "diag", "gram", "fim_product")
+
+
+def _sweeps() -> dict[str, Setting]:
+    """Small nets in which one size at a time grows: ``name=size``."""
+    found = {}
+    for n in (32, 64, 128, 256, 512):
+        found[f"n={n}"] = Setting(partial(_mlp, 64), _digits, n, 32, small=8, jobs=_SWEPT)
+    for classes in (5, 10, 20, 50, 100):
+        data = partial(_digit_images, classes=classes)
+        found[f"C={classes}"] = Setting(partial(_convnet, classes), data, 32, 32, small=4, jobs=_SWEPT)
+    for width in (32, 64, 128, 256, 512):
+        found[f"width={width}"] = Setting(partial(_mlp, width), _digits, 128, 64, small=8, jobs=_SWEPT)
+    for side in (4, 8, 16, 32):
+        data = partial(_noise_images, side=side)
+        found[f"positions={side**2}"] = Setting(partial(_pooled_convnet, side), data, 32, 32, small=4, jobs=_SWEPT)
+    return found
+
+
+#: For pictures of cost against size.
+SWEEPS = _sweeps()

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from settings import SETTINGS, Task
+from settings import SETTINGS, SWEEPS, Setting, Task
 
 _MOST_REPEATS = 100
 
@@ -28,10 +28,21 @@ def describe(contender: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "jobs": list(contender.JOBS),
         "notes": contender.NOTES,
-        "settings": {name: setting.jobs for name, setting in SETTINGS.items()},
+        "settings": jobs_of(SETTINGS),
+        "sweeps": jobs_of(SWEEPS),
+        "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(SETTINGS | SWEEPS).items()},
     }
+
+
+def jobs_of(settings: dict[str, Setting]) -> dict[str, list[str]]:
+    return {name: list(setting.jobs) for name, setting in settings.items()}
+
+
+def able(contender: Any, setting: str, jobs: list[str]) -> list[str]:
+    """What a contender can do in a setting."""
+    lacks = contender.LACKS.get(setting, ())
+    return [job for job in jobs if job in contender.JOBS and job not in lacks]
 
 
 def measure(contender: Any, job: str, task: Task, seconds: float) -> dict[str, Any]:
@@ -100,9 +111,10 @@ def main() -> None:
     if args.setting is None:
         print(json.dumps(describe(contender)))
         return
+    setting = (SETTINGS | SWEEPS)[args.setting]
     for job in args.jobs:
         try:
-            found = measure(contender, job, SETTINGS[args.setting].load(args.small), args.seconds)
+            found = measure(contender, job, setting.load(job, args.small), args.seconds)
         except Exception as error:  # the other jobs still count
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"job": job, **found}), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from curvlinops import (
@@ -14,14 +14,25 @@ from curvlinops import (
     HessianLinearOperator,
     KFACInverseLinearOperator,
     KFACLinearOperator,
+    lanczos_approximate_spectrum,
 )
-from settings import REGUL, STEPS, Task
+from settings import PROBES, REGUL, STEPS, Task
 from torch import Tensor, nn
 
+from contenders._lanczos import largest_ritz_value
+
 VERSION = metadata.version("curvlinops-for-pytorch")
-NOTES = {"kfac_mc": "other random labels"}
+NOTES = {"kfac_mc": "other random labels", "spectral_density": "other random vectors, other widths"}
+LACKS: dict[str, set[str]] = {}
 #: How many columns of the identity are multiplied at once, as all of them do not fit.
 _COLUMNS = 64
+
+
+class Density(NamedTuple):
+    """Of eigenvalues."""
+
+    grid: Tensor
+    density: Tensor
 
 
 def _operator(task: Task, cls: Any, **options: Any) -> Any:
@@ -38,7 +49,11 @@ def _operator(task: Task, cls: Any, **options: Any) -> Any:
 
 def _kron(task: Task, cls: Any = KFACLinearOperator, fisher_type: str = FisherType.TYPE2) -> Any:
     """Weight and bias of a layer together, as the others have them."""
-    options = {"fisher_type": fisher_type, "num_per_example_loss_terms": 1, "separate_weight_and_bias": False}
+    options = {
+        "fisher_type": fisher_type,
+        "num_per_example_loss_terms": task.positions,
+        "separate_weight_and_bias": False,
+    }
     return _operator(task, cls, **options)
 
 
@@ -72,6 +87,11 @@ def _dense(task: Task) -> Callable[[], Tensor]:
     return run
 
 
+def _fim_operator(task: Task) -> Any:
+    """The Gauss-Newton matrix of the sum over positions, as a Fisher matrix is; the default is of their mean."""
+    return task.positions * _operator(task, GGNLinearOperator)
+
+
 def _product(cls: Any) -> Callable[[Task], Callable[[], Tensor]]:
     def prepare(task: Task) -> Callable[[], Tensor]:
         v = task.vectors()
@@ -80,35 +100,34 @@ def _product(cls: Any) -> Callable[[Task], Callable[[], Tensor]]:
     return prepare
 
 
+def _fim_product(task: Task) -> Callable[[], Tensor]:
+    v = task.vectors()
+    return lambda: _fim_operator(task) @ v
+
+
 def _lanczos(cls: Any) -> Callable[[Task], Callable[[], float]]:
-    """The largest Ritz value. The Lanczos of this library does not reorthogonalise, so that ours is written out."""
+    """The Lanczos of this library does not reorthogonalise."""
 
     def prepare(task: Task) -> Callable[[], float]:
         start = task.vectors()
-
-        def run() -> float:
-            operator, v = _operator(task, cls), start / start.norm()
-            basis, matrix = start.new_empty(STEPS, len(start)), torch.zeros(STEPS, STEPS, dtype=torch.float64)
-            for k in range(STEPS):
-                basis[k] = v
-                v, held = operator @ v, basis[: k + 1]
-                for _ in range(2):
-                    inner = held @ v
-                    v = v - inner @ held
-                    matrix[k, k] += inner[k]
-                if k + 1 < STEPS:
-                    beta = v.norm()
-                    matrix[k, k + 1] = matrix[k + 1, k] = beta
-                    v = v / beta
-            return float(torch.linalg.eigvalsh(matrix)[-1])
-
-        return run
+        return lambda: largest_ritz_value(_operator(task, cls).__matmul__, start)
 
     return prepare
 
 
+def _density(task: Task) -> Callable[[], Density]:
+    """It is told the boundaries of the spectrum, so that the number of products is that of the others."""
+    top = _lanczos(GGNLinearOperator)(task)()
+
+    def run() -> Density:
+        operator = _operator(task, GGNLinearOperator)
+        return Density(*lanczos_approximate_spectrum(operator, STEPS, num_repeats=PROBES, boundaries=(0.0, top)))
+
+    return run
+
+
 def _product_again(task: Task) -> Callable[[], Tensor]:
-    operator, v = _operator(task, GGNLinearOperator), task.vectors()
+    operator, v = _fim_operator(task), task.vectors()
     return lambda: operator @ v
 
 
@@ -135,14 +154,16 @@ def _solve_320(task: Task) -> Callable[[], Tensor]:
 JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac": _kfac(FisherType.TYPE2),
     "kfac_mc": _kfac(FisherType.MC),
+    "kfac_ef": _kfac(FisherType.EMPIRICAL),
     "ekfac": _ekfac,
     "dense": _dense,
-    "fim_product": _product(GGNLinearOperator),
+    "fim_product": _fim_product,
     "fim_product_again": _product_again,
     "ggn_product": _product(GGNLinearOperator),
     "ggn_product_lanczos": _lanczos(GGNLinearOperator),
     "hessian_product": _product(HessianLinearOperator),
     "hessian_product_lanczos": _lanczos(HessianLinearOperator),
+    "spectral_density": _density,
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
@@ -153,7 +174,11 @@ def fingerprint(task: Task, result: Any) -> float:
     """One number that tells a result from a wrong one."""
     if isinstance(result, float):
         return result
+    if isinstance(result, Density):
+        return float((result.grid * result.density).sum() / result.density.sum())
     v = task.vectors()
-    if not isinstance(result, Tensor) or result.shape == (len(v), len(v)):
+    if isinstance(result, KFACLinearOperator):  # of the mean over positions, where a Fisher matrix is of the sum
+        return task.positions * float(v @ (result @ v))
+    if result.shape == (len(v), len(v)):
         return float(v @ (result @ v))
     return float((result * task.vectors(*result.shape[:-1])).sum(-1).mean())

@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 from settings import REGUL, Batch, Task
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from nngeometry.gram import GramMatrix
+from nngeometry.jacobian import Jacobian
 from nngeometry.layercollection import LayerCollection
 from nngeometry.metrics import FIM, FIM_MonteCarlo
 from nngeometry.object import (
+    FMatDense,
     PFMapDense,
     PMatBlockDiag,
     PMatDense,
@@ -28,6 +33,7 @@ VERSION = metadata.version("nngeometry")
 _DAMPING = "damps each Kronecker factor instead of their product"
 NOTES = {
     "kfac_mc": "other random labels",
+    "diag_mc": "other random labels",
     "kfac_first_solve": _DAMPING,
     "kfac_solve_1": _DAMPING,
     "kfac_solve_320": _DAMPING,
@@ -73,6 +79,32 @@ def _ekfac(task: Task) -> Callable[[], PMatEKFAC]:
     return run
 
 
+def _empirical(task: Task) -> Callable[..., Any]:
+    """The losses of the examples as the output of a regression, whose Fisher matrix has their gradients."""
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(task.model(x), y, reduction="none").unsqueeze(1)
+
+    return partial(_maker(task), variant="regression", function=losses)
+
+
+def _build_empirical(representation: Any) -> Callable[[Task], Callable[[], Any]]:
+    return lambda task: partial(_empirical(task), representation)
+
+
+def _trace_empirical(task: Task) -> Callable[[], Any]:
+    make = _empirical(task)
+    return lambda: make(PMatImplicit).trace()
+
+
+def _jacobian(task: Task) -> Callable[[], PFMapDense]:
+    return partial(Jacobian, task.model, _Loader(task), layer_collection=_collection(task))
+
+
+def _gram(task: Task) -> Callable[[], FMatDense]:
+    return partial(GramMatrix, task.model, _Loader(task), layer_collection=_collection(task))
+
+
 def _trace(task: Task) -> Callable[[], Any]:
     make = _maker(task)
     return lambda: make(PMatImplicit).trace()
@@ -103,23 +135,34 @@ def _solve_320(task: Task) -> Callable[[], PFMapDense]:
 JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac": _build(PMatKFAC),
     "kfac_mc": _build(PMatKFAC, FIM_MonteCarlo),
+    "kfac_ef": _build_empirical(PMatKFAC),
     "ekfac": _ekfac,
     "diag": _build(PMatDiag),
+    "diag_mc": _build(PMatDiag, FIM_MonteCarlo),
+    "diag_ef": _build_empirical(PMatDiag),
     "blockdiag": _build(PMatBlockDiag),
     "dense": _build(PMatDense),
     "trace": _trace,
+    "trace_ef": _trace_empirical,
     "fim_product": _product,
     "fim_product_again": _product_again,
     "kfac_first_solve": _solve_1,  # it keeps no decomposition
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
+    "jacobian": _jacobian,
+    "gram": _gram,
+    "gram_one_batch": _gram,
 }
+#: Linear layers with several positions are none of its layers.
+LACKS = {"transformer": set(JOBS)}
 
 
 def fingerprint(task: Task, result: Any) -> float:
     """One number that tells a result from a wrong one."""
-    if isinstance(result, torch.Tensor):
+    if isinstance(result, Tensor):
         return float(result)
+    if isinstance(result, FMatDense):
+        return task.quadratic_form(result.to_torch())
     if isinstance(result, PVector | PFMapDense):
         flat = result.to_torch()
         return float((flat * task.vectors(*flat.shape[:-1])).sum(-1).mean())

@@ -7,14 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import REGUL, STEPS, Task
+from settings import PROBES, REGUL, STEPS, Task
 
 import nngeometry
 from nngeometry import (
     FIM,
     GGN,
+    EmpiricalFisher,
     FIM_MonteCarlo,
+    FMatDense,
+    GramMatrix,
     Hessian,
+    Jacobian,
     LayerCollection,
     PFMapDense,
     PMat,
@@ -26,11 +30,14 @@ from nngeometry import (
     PMatKFAC,
     PVector,
 )
-from nngeometry.linalg import lanczos
+from nngeometry.linalg import Density, lanczos
+from nngeometry.spectrum import spectral_density
 
 VERSION = nngeometry.__version__
 #: What makes this contender's answer another number than ours by definition, for each job where something does.
 NOTES: dict[str, str] = {}
+#: What it cannot do although it has the job, for each setting.
+LACKS: dict[str, set[str]] = {}
 
 
 def _collection(task: Task) -> LayerCollection:
@@ -39,7 +46,9 @@ def _collection(task: Task) -> LayerCollection:
 
 def _maker(task: Task, metric: Any = FIM) -> Callable[..., Any]:
     """From a representation to the matrix."""
-    return partial(metric, task.model, task.batches, layer_collection=_collection(task))
+    positions = task.positions > 1 and metric in (FIM, FIM_MonteCarlo)
+    options = {"variant": "segmentation_logits"} if positions else {}
+    return partial(metric, task.model, task.batches, layer_collection=_collection(task), **options)
 
 
 def _build(representation: Any, metric: Any = FIM) -> Callable[[Task], Callable[[], PMat]]:
@@ -48,6 +57,11 @@ def _build(representation: Any, metric: Any = FIM) -> Callable[[Task], Callable[
 
 def _trace(task: Task) -> Callable[[], Any]:
     make = _maker(task)
+    return lambda: make(PMatImplicit).trace()
+
+
+def _trace_empirical(task: Task) -> Callable[[], Any]:
+    make = _maker(task, EmpiricalFisher)
     return lambda: make(PMatImplicit).trace()
 
 
@@ -67,6 +81,19 @@ def _lanczos(metric: Any) -> Callable[[Task], Callable[[], float]]:
         return lambda: float(torch.linalg.eigvalsh(lanczos(make(PMatImplicit).root.mv, start, STEPS).matrix)[-1])
 
     return prepare
+
+
+def _density(task: Task) -> Callable[[], Density]:
+    make = _maker(task, GGN)
+    return lambda: spectral_density(make(PMatImplicit), steps=STEPS, probes=PROBES).density()
+
+
+def _jacobian(task: Task) -> Callable[[], PFMapDense]:
+    return partial(Jacobian, task.model, task.batches, layer_collection=_collection(task))
+
+
+def _gram(task: Task) -> Callable[[], FMatDense]:
+    return partial(GramMatrix, task.model, task.batches, layer_collection=_collection(task))
 
 
 def _product_again(task: Task) -> Callable[[], PVector]:
@@ -93,20 +120,28 @@ def _solve_320(task: Task) -> Callable[[], PFMapDense]:
 JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac": _build(PMatKFAC),
     "kfac_mc": _build(PMatKFAC, FIM_MonteCarlo),
+    "kfac_ef": _build(PMatKFAC, EmpiricalFisher),
     "ekfac": _build(PMatEKFAC),
     "diag": _build(PMatDiag),
+    "diag_mc": _build(PMatDiag, FIM_MonteCarlo),
+    "diag_ef": _build(PMatDiag, EmpiricalFisher),
     "blockdiag": _build(PMatBlockDiag),
     "dense": _build(PMatDense),
     "trace": _trace,
+    "trace_ef": _trace_empirical,
     "fim_product": _product(FIM),
     "fim_product_again": _product_again,
     "ggn_product": _product(GGN),
     "ggn_product_lanczos": _lanczos(GGN),
     "hessian_product": _product(Hessian),
     "hessian_product_lanczos": _lanczos(Hessian),
+    "spectral_density": _density,
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
+    "jacobian": _jacobian,
+    "gram": _gram,
+    "gram_one_batch": _gram,
 }
 
 
@@ -117,4 +152,8 @@ def fingerprint(task: Task, result: Any) -> float:
     if isinstance(result, PVector | PFMapDense):
         flat = result.to_torch()
         return float((flat * task.vectors(*flat.shape[:-1])).sum(-1).mean())
+    if isinstance(result, FMatDense):
+        return task.quadratic_form(result.to_torch())
+    if isinstance(result, Density):
+        return float((result.grid * result.value).sum() / result.value.sum())
     return float(result)

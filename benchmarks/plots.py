@@ -1,0 +1,84 @@
+"""Writes what was measured into docs/benchmarks.rst: a table, and pictures of cost against size."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from report import Row, rst_table
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
+PICTURE = "benchmarks/sweeps.svg"
+MARKS = ".. begin {0}", ".. end {0}"
+Report = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, help="JSON of run.py, for the table")
+    parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    if args.results:
+        report = json.loads(args.results.read_text())
+        write(args.page, "table", f"{origin(report)}\n\n{rst_table(report['summary'], list(report['contenders']))}")
+    if args.sweep:
+        report = json.loads(args.sweep.read_text())
+        draw(report, args.page.parent / PICTURE)
+        write(args.page, "pictures", f".. image:: {PICTURE}\n   :alt: Cost in gradients against size")
+
+
+def write(page: Path, name: str, text: str) -> None:
+    """Put text between two marks of the page."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def origin(report: Report) -> str:
+    """What the numbers were measured on, and with which versions."""
+    machine, contenders = report["machine"], report["contenders"]
+    first = next(iter(contenders.values()))
+    versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
+    rounds = 1 + max(run["round"] for run in report["runs"])
+    trial = " A trial run: the numbers tell nothing." if report["small"] else ""
+    return (
+        f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, medians of "
+        f"{rounds} rounds; {versions}.{trial}"
+    )
+
+
+def draw(report: Report, path: Path) -> None:
+    """A row of pictures for each size that grows, a column for each job, a line for each contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "nngeometry"
+    from matplotlib import pyplot as plt
+
+    rows: list[Row] = report["summary"]
+    names = list(dict.fromkeys(row["setting"].split("=")[0] for row in rows))
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    figure, grid = plt.subplots(len(names), len(jobs), figsize=(3 * len(jobs), 2.4 * len(names)), squeeze=False)
+    for axes, name in zip(grid, names, strict=True):
+        for ax, job in zip(axes, jobs, strict=True):
+            for contender in report["contenders"]:
+                points = sorted(
+                    (int(row["setting"].split("=")[1]), row["contenders"][contender]["gradients"])
+                    for row in rows
+                    if row["job"] == job and row["setting"].startswith(f"{name}=") and row["contenders"].get(contender)
+                )
+                ours = contender == "ours"
+                ax.loglog(*zip(*points, strict=True) if points else ((), ()), "o-" if ours else ".--", label=contender)
+            ax.set(title=job, xlabel=name)
+        axes[0].set_ylabel("gradients")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
+    figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
