@@ -148,3 +148,30 @@ def test_moments_of_patches(shape, kernel, padding, bias):
     a = torch.nn.functional.pad(a, (0, int(bias)), value=1.0)
     found = patch_moment(x, kernel, padding, bias)
     assert torch.linalg.norm(found - a.T @ a) < 1e-13 * torch.linalg.norm(found)
+
+
+@pytest.mark.parametrize("positions", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_inner_products_of_forms(positions, groups):
+    """The fast ways of inner products equal the derived ones, between all pairs of forms."""
+
+    def forms_of(examples, t):
+        g = torch.randn(2, examples, t, groups, 3)
+        outer = forms.Outer(torch.randn(examples, t, groups, 4), g)
+        ids = torch.randint(-1, 4, (examples, t))
+        gather = forms.Gather(ids, torch.randn(2, examples, t, 3).masked_fill((ids < 0)[..., None], 0.0), 4)
+        return [outer, forms.Dense(outer.dense()), outer.tape(5)], [gather, forms.Dense(gather.dense())]
+
+    for left, right in zip(forms_of(5, positions[0]), forms_of(4, positions[1]), strict=True):
+        for one in left:
+            for other in right:
+                expected = torch.einsum("cbp,dep->cbde", one.dense().flatten(2), other.dense().flatten(2))
+                out = torch.ones(2, 5, 2, 4)
+                one.add_inner(other, out)
+                torch.testing.assert_close(out - 1, expected)
+                traced = torch.ones(5, 4)
+                one.add_traced(other, traced)
+                torch.testing.assert_close(traced - 1, torch.einsum("cbce->be", expected))
+        for one in left:
+            for other in left:
+                torch.testing.assert_close(one.paired(other), (one.dense() * other.dense()).flatten(2).sum(2))
