@@ -70,12 +70,6 @@ def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0
             out = out - (out @ basis.mT) @ basis
         if not len(out):
             break
-        if len(out) == 1:
-            size = torch.linalg.vector_norm(out)
-            out = out / size if bool(size > (0.5 if turn else floor)) else out[:0]
-            if basis is None:
-                break
-            continue
         q, r = torch.linalg.qr(out.mT)
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
         # What the second turn still shortens was rounding error along the basis.

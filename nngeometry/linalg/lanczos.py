@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from math import isfinite
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,9 +83,9 @@ class _Space:
         self.count = new
         y = self.matvec(self.next)
         self.products += len(y)
-        size = float(torch.linalg.vector_norm(y, dim=1).max())
-        if not isfinite(size):
+        if not bool(y.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
+        size = float(torch.linalg.vector_norm(y, dim=1).max())
         self.scale = max(self.scale, size)
         inner = torch.zeros(len(y), new, dtype=torch.float64)
         for _ in range(2):
@@ -99,9 +98,7 @@ class _Space:
         self.full[old:new, :new] = inner
         self.full[:new, old:new] = inner.mT
         self.full[old:new, old:new] = (inner[:, old:] + inner[:, old:].mT) / 2
-        # Twice was enough, unless hardly anything is left.
-        settled = len(y) == 1 and float(torch.linalg.vector_norm(y)) > noise(y) ** 0.5 * size
-        self.next = orthonormal_rows(y, None if settled else self.basis, noise(y) * self.scale)
+        self.next = orthonormal_rows(y, self.basis, noise(y) * self.scale)
         self.link = torch.zeros(len(self.next), new, dtype=torch.float64)
         self.link[:, old:] = (self.next @ y.mT).to(self.link)
 
