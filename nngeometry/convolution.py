@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,15 @@ _FUNCTIONS: dict[Any, tuple[int, bool]] = {
     torch.conv_transpose2d: (2, True),
     torch.conv_transpose3d: (3, True),
 }
+
+
+#: Arguments in their order, of plain and of transposed convolutions.
+_ARGUMENTS = {
+    False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    True: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_PER_AXIS = ("stride", "padding", "dilation", "output_padding")
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
 
 
 class LinearConvolutions(TorchFunctionMode):
@@ -47,48 +56,15 @@ class LinearConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _FUNCTIONS:
             return func(*args, **kwargs)
-        convolve = self._transposed if _FUNCTIONS[func][1] else self._plain
-        return convolve(func, _FUNCTIONS[func][0], *args, **kwargs)
-
-    def _plain(
-        self,
-        func: Callable[..., Tensor],
-        n: int,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        if isinstance(padding, str) or input.ndim != n + 2:  # torch sorts these out before it convolves
-            return func(input, weight, bias, stride, padding, dilation, groups)
-        options = (_each(stride, n), _each(padding, n), _each(dilation, n), False, [0] * n, groups)
-        return self._convolve(input, weight, bias, options)
-
-    def _transposed(
-        self,
-        func: Callable[..., Tensor],
-        n: int,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Tensor:
-        if input.ndim != n + 2:
-            return func(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        options = (_each(stride, n), _each(padding, n), _each(dilation, n), True, _each(output_padding, n), groups)
-        return self._convolve(input, weight, bias, options)
-
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
-        form = _Trilinear(input.shape, weight.shape, options, self)
-        y = Partial.apply(form, 0, input, weight)
-        return y if bias is None else y + bias.view(-1, *[1] * (input.ndim - 2))
+        n, transposed = _FUNCTIONS[func]
+        given = {"bias": None, **_DEFAULTS, **dict(zip(_ARGUMENTS[transposed], args, strict=False)), **kwargs}
+        x, weight, bias = given["input"], given["weight"], given["bias"]
+        if isinstance(given["padding"], str) or x.ndim != n + 2:  # torch sorts these out before it convolves
+            return func(*args, **kwargs)
+        stride, padding, dilation, extra = (_each(given[k], n) for k in _PER_AXIS)
+        form = _Trilinear(x.shape, weight.shape, (stride, padding, dilation, transposed, extra, given["groups"]), self)
+        y = Partial.apply(form, 0, x, weight)
+        return y if bias is None else y + bias.view(-1, *[1] * n)
 
 
 def _each(value: Any, n: int) -> list[int]:

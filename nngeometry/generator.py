@@ -214,9 +214,8 @@ class Generator(Evaluator):
                 continue  # a tied module that is not used is no harm
             raise ValueError(
                 f"layer {site.name!r} ({type(site.module).__name__}) was never called, so its Jacobian is unknown. "
-                "Leave "
-                "it out with LayerCollection.exclude, or, if the module above uses its parameters without calling it, "
-                "declare that module's type with nngeometry.whole"
+                "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters without "
+                "calling it, declare that module's type with nngeometry.whole"
             )
 
     def _with_copies(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import data
-from .blocks import Block, Operator
+from .blocks import Block
 from .generator import Generator
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget
 from .object import FMatDense, FMatImplicit, PMat
-from .object.fspace import FMat, Rectangular
+from .object.fspace import FMat, root_of_products
 from .object.implicit import diagonal_of_gram
 from .object.kernel import Kernel, Tape
 from .object.layouts import Diagonal, Full, Layout, Traced
@@ -98,8 +99,8 @@ def GramMatrix(
     examples = list(left.minibatches(loader))
     examples2 = examples if loader2 is None else list(right.minibatches(loader2))
     root = None if metric is None else metric.root
-    build = _implicit if representation is FMatImplicit else partial(_entries, representation, verbose)
-    found = build(left, right, examples, examples2, same, OUTPUTS[output], groups, root, output == "mean_trace")
+    asked = _Asked(left, right, examples, examples2, same, OUTPUTS[output], groups, root, output == "mean_trace")
+    found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose)
     if centering:
         found = {name: K.centred() for name, K in found.items()}
     return found if per_layer else found[""]
@@ -115,60 +116,60 @@ def summed(model: nn.Module, function: Callable[..., Any] | None) -> Callable[..
     return total
 
 
-def _entries(
-    representation: Any,
-    verbose: bool,
-    left: Generator,
-    right: Generator,
-    examples: list[data.Batch],
-    examples2: list[data.Batch],
-    same: bool,
-    layout: type[Layout],
-    groups: dict[str, tuple[str, ...]],
-    metric: Block | None,
-    mean: bool,
-) -> dict[str, FMat]:
-    symmetric = same and (metric is None or metric.symmetric)
-    counts = [sum(map(data.count, batches)) for batches in (examples, examples2)]
+@dataclass(frozen=True)
+class _Asked:
+    """What a kernel is to be made of. groups: which layers make one matrix, by name."""
+
+    left: Generator
+    right: Generator
+    examples: list[data.Batch]
+    examples2: list[data.Batch]
+    same: bool
+    layout: type[Layout]
+    groups: dict[str, tuple[str, ...]]
+    metric: Block | None
+    mean: bool
+
+    @property
+    def symmetric(self) -> bool:
+        return self.same and (self.metric is None or self.metric.symmetric)
+
+    def arranged(self, outputs: tuple[int, int], counts: tuple[int, int]) -> tuple[Layout, float]:
+        """The layout for that many outputs and examples, and the factor of all entries."""
+        left, right = self.left, self.right
+        if outputs[0] != outputs[1] and left.function is right.function and left.model is right.model:
+            raise ValueError(
+                f"GramMatrix: the model has {outputs[0]} outputs for each example of loader and {outputs[1]} for those "
+                "of loader2: if that is meant, pass function2"
+            )
+        layout = self.layout(outputs, counts)
+        layout.check()
+        return layout, 1 / outputs[0] if self.mean else 1.0
+
+
+def _entries(asked: _Asked, representation: Any, verbose: bool) -> dict[str, FMat]:
+    n, m = (sum(map(data.count, batches)) for batches in (asked.examples, asked.examples2))
     limit = budget() // 5  # for each side, and the rest for what it takes to make them
-    one = Tape(left, examples, metric, counts[1], limit)
-    two = None if symmetric else Tape(right, examples2, metric, counts[0], limit)
-    outputs = one.outputs, one.outputs if two is None else two.outputs
-    _check_outputs(outputs, left, right)
-    chosen = layout(outputs, (counts[0], counts[1]))
-    chosen.check()
-    kernel = Kernel(one, two, chosen, groups, 1 / outputs[0] if mean else 1.0)
+    one = Tape(asked.left, asked.examples, asked.metric, m, limit)
+    two = None if asked.symmetric else Tape(asked.right, asked.examples2, asked.metric, n, limit)
+    layout, scale = asked.arranged((one.outputs, one.outputs if two is None else two.outputs), (n, m))
     fill: Callable[..., Any] = in_memory if representation is FMatDense else representation
-    found: dict[str, FMat] = fill(kernel, verbose=verbose)
+    found: dict[str, FMat] = fill(Kernel(one, two, layout, asked.groups, scale), verbose=verbose)
     return found
 
 
-def _implicit(
-    left: Generator,
-    right: Generator,
-    examples: list[data.Batch],
-    examples2: list[data.Batch],
-    same: bool,
-    layout: type[Layout],
-    groups: dict[str, tuple[str, ...]],
-    metric: Block | None,
-    mean: bool,
-) -> dict[str, FMat]:
-    one = PFMapImplicit.of(left, examples)
-    two = one if same else PFMapImplicit.of(right, examples2)
-    outputs = one.shape[0], two.shape[0]
-    _check_outputs(outputs, left, right)
-    chosen = layout(outputs, (one.shape[1], two.shape[1]))
-    chosen.check()
-    scale = 1 / outputs[0] if mean else 1.0
-    slices = left.layer_collection.slices()
+def _implicit(asked: _Asked) -> dict[str, FMat]:
+    one = PFMapImplicit.of(asked.left, asked.examples)
+    two = one if asked.same else PFMapImplicit.of(asked.right, asked.examples2)
+    layout, scale = asked.arranged((one.shape[0], two.shape[0]), (one.shape[1], two.shape[1]))
+    slices = asked.left.layer_collection.slices()
     found: dict[str, FMat] = {}
-    for group, names in groups.items():
-        whole = len(groups) == 1
+    for group, names in asked.groups.items():
+        whole = len(asked.groups) == 1
         a, b = (one, two) if whole else (one.layer(names[0]), two.layer(names[0]))
-        block = metric if metric is None or whole else metric.restrict(slices[names[0]])
-        root = _products(a, b, chosen, block, same, scale, None if metric is not None else (left, examples, names))
-        found[group] = FMatImplicit(root, chosen)
+        metric = asked.metric if asked.metric is None or whole else asked.metric.restrict(slices[names[0]])
+        exact = None if metric is not None else partial(_diagonal, asked.left, asked.examples, names, layout, scale)
+        found[group] = FMatImplicit(_products(a, b, layout, metric, asked.symmetric, scale, exact), layout)
     return found
 
 
@@ -177,9 +178,9 @@ def _products(
     two: PFMap,
     layout: Layout,
     metric: Block | None,
-    same: bool,
+    symmetric: bool,
     scale: float,
-    exact: tuple[Generator, Any, tuple[str, ...]] | None,
+    diagonal: Callable[[], Tensor] | None,
 ) -> Block:
     def product(a: PFMap, b: PFMap, layout: Layout, metric: Block | None) -> Callable[[Tensor], Tensor]:
         def matvec(V: Tensor) -> Tensor:
@@ -190,29 +191,21 @@ def _products(
 
         return matvec
 
-    groups, rows, columns = layout.shape
-    like = torch.empty(0, dtype=one.dtype, device=one.device)
-    forward = product(one, two, layout, metric)
-    if same and (metric is None or metric.symmetric):
-        diagonal = None if exact is None else partial(_diagonal, *exact, layout, scale)
-        trace = None if diagonal is None else lambda: diagonal().sum()
-        psd = metric is None or metric.definite
-        return Operator(forward, groups * rows, trace, diagonal, like, psd)
-    back = product(two, one, layout.transpose(), None if metric is None else metric.transpose())
-    return Rectangular(forward, back, (groups * rows,), (groups * columns,), like)
+    return root_of_products(
+        product(one, two, layout, metric),
+        product(two, one, layout.transpose(), None if metric is None else metric.transpose()),
+        layout,
+        torch.empty(0, dtype=one.dtype, device=one.device),
+        symmetric=symmetric,
+        definite=metric is None or metric.definite,
+        trace=None if diagonal is None else lambda: diagonal().sum(),
+        diagonal=diagonal,
+    )
 
 
 def _diagonal(generator: Generator, examples: Any, names: tuple[str, ...], layout: Layout, scale: float) -> Tensor:
     """The diagonal of a tangent kernel, from the squared norms of the Jacobian."""
     return scale * layout.of_squares(diagonal_of_gram(generator, examples, names)).flatten()
-
-
-def _check_outputs(outputs: tuple[int, int], left: Generator, right: Generator) -> None:
-    if outputs[0] != outputs[1] and left.function is right.function and left.model is right.model:
-        raise ValueError(
-            f"GramMatrix: the model has {outputs[0]} outputs for each example of loader and {outputs[1]} for those of "
-            "loader2: if that is meant, pass function2"
-        )
 
 
 def _check_separate(metric: Block, lc: LayerCollection) -> None:

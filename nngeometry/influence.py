@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import forms
 from .generator import Generator
-from .layercollection import LayerCollection
 from .likelihood import Loss
 from .metrics import gradients_of
 from .object import PFMapFactored, PMat, Relative
-from .object.kernel import Slab, left_of, slabs, through, tile
+from .object.kernel import Slab, dense_forms, left_of, slabs, through, tile
 from .object.layouts import Traced
 
 
@@ -119,11 +117,11 @@ class Influence:
             asked = [self._solved(found)]
         else:
             asked = [Slab(s.examples, s.outputs, through(self._inverse, s.forms, lc)[1]) for s in found]
+        layout = Traced((1, 1), (0, 0))
         start = 0
         for slab in slabs(self._train, train):
             seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms, lc)
             one = Slab(slab.examples, slab.outputs, seen)
-            layout = Traced((1, 1), (0, 0))
             yield start, {name: torch.cat([tile(q, one, layout, [name]) for q in asked]) for name in lc}
             start += slab.examples
 
@@ -133,17 +131,8 @@ class Influence:
         lc = self.matrix.layer_collection
         gradients = PFMapFactored(lc, found).to_dense()
         solved = self.refine.solve(gradients, self.regul, rtol=self.rtol, preconditioner=self.matrix)
-        return _dense(solved.to_torch(), lc)
-
-
-def _dense(rows: Tensor, layer_collection: LayerCollection) -> Slab:
-    """Rows ``(C, n, P)`` as the Jacobian of n examples."""
-    slices = layer_collection.slices()
-    found: dict[str, forms.LayerJacobian] = {
-        name: forms.Dense(layer.packing.pack(rows[..., slices[name]]))
-        for name, layer in layer_collection.layers.items()
-    }
-    return Slab(rows.shape[1], rows.shape[0], found)
+        rows = solved.to_torch()
+        return Slab(rows.shape[1], rows.shape[0], dense_forms(rows, lc.layers))
 
 
 def _sum(shares: dict[str, Tensor]) -> Tensor:

@@ -202,6 +202,21 @@ def test_two_functions_and_two_models():
     assert oracle.relative((K @ x + 0.5 * x).to_torch(), u.to_torch()) < 1e-8
 
 
+def test_sums_of_square_kernels_that_are_not_symmetric():
+    model, _, loader, _ = case("mlp")
+    other, _, _, _ = case("mlp")
+    oracle.randomise(other, seed=3)
+    K = GramMatrix(model, loader, model2=other)
+    products = GramMatrix(model, loader, model2=other, representation=FMatImplicit)
+    u = FVector(torch.randn(3, 7, dtype=torch.float64))
+    for one, two in ((K + K, products + products), (K.centred(), products.centred()), (K @ K, products @ products)):
+        assert not two.root.symmetric
+        assert oracle.relative(two.T.mv(u).to_torch(), one.T.mv(u).to_torch()) < TOLERANCE
+        assert oracle.relative(two.norm(), one.norm()) < TOLERANCE
+        with pytest.raises(NotImplementedError, match="not symmetric"):
+            two.solve(u, 0.5)
+
+
 METRICS = [PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatEye, PMatImplicit]
 
 

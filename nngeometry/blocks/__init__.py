@@ -5,7 +5,7 @@ from .dense import Dense
 from .direct import Direct, Part
 from .kron import Kron
 from .lowrank import LowRank
-from .operator import Operator
+from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Part",
     "Product",
     "QuasiDiag",
+    "Rectangular",
     "Regul",
     "Spectral",
     "Sum",

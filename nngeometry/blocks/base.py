@@ -143,6 +143,11 @@ class Block(ABC):
         rtol: of the true residual, by default 1e-6 (100 eps if that is more). precondition: approximates
         ``(M + regul)^-1`` on ``(k, p)``; for conjugate gradients.
         """
+        if not self.symmetric:
+            raise NotImplementedError(
+                f"solve: {self.describe()} is not symmetric and known by its products alone, which conjugate gradients "
+                "and MINRES do not solve: use a representation that holds its entries, or nngeometry.linalg.lsmr"
+            )
         with torch.no_grad():
             b = V.reshape(-1, self.numel)
             shift = regul.reshape(-1) if isinstance(regul, Tensor) else regul
@@ -618,11 +623,10 @@ class Compression(Block):
 
 
 @dataclass(frozen=True, eq=False)
-class Function(Block):
-    """f(M) of a matrix known by its products, by Lanczos."""
+class Iterated(Block):
+    """A function of a symmetric matrix known by its products, by an iteration for each product with it."""
 
     inner: Block
-    f: Map
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -632,34 +636,36 @@ class Function(Block):
     def by_products(self) -> bool:
         return True
 
+    @abstractmethod
+    def _rows(self, V: Tensor) -> Tensor:
+        """``(k, p) -> (k, p)``."""
+
     def mv(self, V: Tensor) -> Tensor:
-        flat = V.reshape(-1, self.numel)
-        return Symmetric.apply(lambda rows: funm(self.inner._product, rows, self.f), flat).view(V.shape)
+        return Adjointed.apply(self._rows, self._rows, V.reshape(-1, self.numel)).view(V.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class Inverse(Block):
-    """``(M + regul)^-1`` of a matrix known by its products, by one solve for each product."""
+class Function(Iterated):
+    """f(M), by Lanczos."""
 
-    inner: Block
+    f: Map
+
+    def _rows(self, V: Tensor) -> Tensor:
+        return funm(self.inner._product, V, self.f)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse(Iterated):
+    """``(M + regul)^-1``, by one solve for each product."""
+
     regul: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def by_products(self) -> bool:
-        return True
 
     @property
     def definite(self) -> bool:
         return self.inner.definite
 
-    def mv(self, V: Tensor) -> Tensor:
-        return Symmetric.apply(lambda rows: self.inner.iterate(rows, self.regul), V.reshape(-1, self.numel)).view(
-            V.shape
-        )
+    def _rows(self, V: Tensor) -> Tensor:
+        return self.inner.iterate(V, self.regul)
 
     def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
         if not isinstance(regul, Tensor) and regul == 0:
@@ -667,17 +673,18 @@ class Inverse(Block):
         return super().solve(V, regul)
 
 
-class Symmetric(torch.autograd.Function):
-    """``M V`` of a symmetric M given as a function, with derivative M, since M does not depend on V."""
+class Adjointed(torch.autograd.Function):
+    """``A V`` for a linear map given as a function, differentiable by its transpose, since A does not depend on V."""
 
     @staticmethod
-    def forward(ctx: Any, product: Map, V: Tensor) -> Tensor:
-        ctx.product = product
-        return product(V.detach())
+    def forward(ctx: Any, forward: Map, backward: Map, V: Tensor) -> Tensor:
+        ctx.pair = forward, backward
+        return forward(V.detach())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, Symmetric.apply(ctx.product, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        forward, backward = ctx.pair
+        return None, None, Adjointed.apply(backward, forward, grad)
 
 
 def _power(exponent: float) -> Map:

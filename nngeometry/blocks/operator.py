@@ -1,14 +1,15 @@
-"""A block known by its products alone."""
+"""Blocks known by their products alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from .base import Block, Map, Symmetric
+from .base import Adjointed, Block, Map
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Operator(Block):
     def mv(self, V: Tensor) -> Tensor:
         if V.numel() == 0:
             return V.clone()
-        return Symmetric.apply(self.matvec, V.reshape(-1, self.size)).view(V.shape)
+        return Adjointed.apply(self.matvec, self.matvec, V.reshape(-1, self.size)).view(V.shape)
 
     def diag(self) -> Tensor:
         return super().diag() if self.diag_of is None else self.diag_of()
@@ -69,3 +70,36 @@ class Operator(Block):
 
     def state(self) -> dict[str, Any]:
         raise TypeError("a matrix known by its products alone cannot be saved: it holds the model and the data")
+
+
+@dataclass(frozen=True, eq=False)
+class Rectangular(Block):
+    """Any linear map, given as functions: matvec ``(k, c) -> (k, r)`` and rmatvec, its transpose."""
+
+    matvec: Map
+    rmatvec: Map
+    out: tuple[int, ...]
+    into: tuple[int, ...]
+    like: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.out
+
+    @property
+    def symmetric(self) -> bool:
+        return False
+
+    @property
+    def by_products(self) -> bool:
+        return True
+
+    def mv(self, V: Tensor) -> Tensor:
+        lead = V.shape[: V.ndim - len(self.into)]
+        return Adjointed.apply(self.matvec, self.rmatvec, V.reshape(-1, prod(self.into))).view(*lead, *self.out)
+
+    def transpose(self) -> Rectangular:
+        return Rectangular(self.rmatvec, self.matvec, self.into, self.out, self.like)
+
+    def scale(self, c: float) -> Rectangular:
+        return Rectangular(lambda V: c * self.matvec(V), lambda V: c * self.rmatvec(V), self.out, self.into, self.like)

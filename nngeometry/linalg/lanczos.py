@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import budget
-from .base import Matvec, gaussian, noise, orthonormal_rows, to_dense
+from .base import Matvec, gaussian, inner, noise, norms, orthogonalise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
@@ -52,6 +52,7 @@ class _Space:
         self.next = like.new_empty(0, size)
         self.link = torch.zeros(0, 0, dtype=torch.float64)
         self.count = self.products = 0
+        self.near = 0  # the first row of the basis to which the images of the next block are not orthogonal
         self.scale = 0.0
 
     @property
@@ -64,6 +65,7 @@ class _Space:
 
     def seed(self, rows: Tensor) -> None:
         """Go on with these rows, whatever they add to the basis."""
+        self.near = 0
         self.next = orthonormal_rows(rows, self.basis)
         self.link = torch.zeros(len(self.next), self.count, dtype=torch.float64)
 
@@ -74,7 +76,7 @@ class _Space:
         self.full.zero_()
         self.full[: self.count, : self.count] = torch.diag(values).to(self.full)
         self.seed(rest)
-        self.link += (self.next @ rest.mT).to(self.link)
+        self.link += inner(self.next, rest)
 
     def expand(self, slack: float = 0.0) -> None:
         """Take the next block into the basis, at one product for each of its rows."""
@@ -83,24 +85,26 @@ class _Space:
         self.count = new
         y = self.matvec(self.next)
         self.products += len(y)
-        if not bool(y.isfinite().all()):
+        size = float(norms(y).max())
+        if not math.isfinite(size):
             raise RuntimeError("Lanczos: a product is not finite")
-        size = float(torch.linalg.vector_norm(y, dim=1).max())
         self.scale = max(self.scale, size)
-        inner = torch.zeros(len(y), new, dtype=torch.float64)
-        for _ in range(2):
-            h = y @ self.basis.mT
-            y = y - h @ self.basis
-            inner += h.to(inner)
+        y, taken = orthogonalise(y, self.basis, self.near)
         allowed = max(slack, noise(y) ** 0.5) * self.scale
-        if bool(((inner[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(inner[:, old:]) > allowed:
+        if bool(((taken[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(taken[:, old:]) > allowed:
             raise ValueError("Lanczos: the matrix is not symmetric")
-        self.full[old:new, :new] = inner
-        self.full[:new, old:new] = inner.mT
-        self.full[old:new, old:new] = (inner[:, old:] + inner[:, old:].mT) / 2
-        self.next = orthonormal_rows(y, self.basis, noise(y) * self.scale)
+        self.full[old:new, :new] = taken
+        self.full[:new, old:new] = taken.mT
+        self.full[old:new, old:new] = (taken[:, old:] + taken[:, old:].mT) / 2
+        floor = noise(y) * self.scale
+        if len(y) == 1:
+            size = float(norms(y))
+            self.next = y / size if size > floor else y[:0]
+        else:
+            self.next = orthonormal_rows(y, self.basis, floor)
         self.link = torch.zeros(len(self.next), new, dtype=torch.float64)
-        self.link[:, old:] = (self.next @ y.mT).to(self.link)
+        self.link[:, old:] = inner(self.next, y)
+        self.near = old
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (ascending), their coefficients in the basis as columns, and bounds of their residuals."""
@@ -116,7 +120,7 @@ class _Space:
         self.full.zero_()
         self.full[:keep, :keep] = torch.diag(values)
         self.link = self.link @ columns
-        self.count = keep
+        self.count, self.near = keep, 0
 
 
 def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Krylov:
@@ -317,8 +321,8 @@ def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
     rows = space.basis
     products = space.matvec(rows)
     space.products += len(rows)
-    inner = (rows @ products.mT).to(space.full)
-    values, columns = torch.linalg.eigh((inner + inner.mT) / 2)
+    matrix = inner(rows, products)
+    values, columns = torch.linalg.eigh((matrix + matrix.mT) / 2)
     order = _sorted(values, which)
     values, turn = values[order].to(rows), columns[:, order].mT.to(rows)
     vectors = turn @ rows
@@ -368,37 +372,34 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
     no weight. Ends when all are.
     """
     count, size = b.shape
-    norms = torch.linalg.vector_norm(b, dim=1)
+    start = norms(b)
     rows = b.new_zeros(count, min(steps, size), size)
     full = torch.zeros(count, rows.shape[1], rows.shape[1], dtype=torch.float64)
-    live = norms > 0
-    v = b / torch.where(live, norms, 1.0).unsqueeze(1)
-    scale = torch.zeros_like(norms)
+    live = start > 0
+    v = b / torch.where(live, start, 1.0).to(b).unsqueeze(1)
+    scale = torch.zeros_like(start)
     for m in range(1, rows.shape[1] + 1):
         rows[:, m - 1] = v
         y = torch.zeros_like(v)
         if bool(live.any()):
             y[live] = matvec(v[live])
-        if not bool(y.isfinite().all()):
+        length = norms(y)
+        if not bool(length.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
-        scale = torch.maximum(scale, torch.linalg.vector_norm(y, dim=1))
-        inner = torch.zeros(count, m, dtype=torch.float64)
-        for _ in range(2):
-            h = rows[:, :m] @ y.unsqueeze(2)
-            y = y - (rows[:, :m].mT @ h).squeeze(2)
-            inner += h.squeeze(2).to(inner)
-        alpha = inner[:, m - 1]
-        if bool((inner[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1).to(inner)).any()):
+        scale = torch.maximum(scale, length)
+        left, taken = orthogonalise(y.unsqueeze(1), rows[:, :m], max(m - 2, 0))
+        y, taken = left.squeeze(1), taken.squeeze(1)
+        if bool((taken[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1)).any()):
             raise ValueError("Lanczos: the matrix is not symmetric")
-        full[:, m - 1, m - 1] = torch.where(live.cpu(), alpha, full[:, 0, 0])
-        beta = torch.linalg.vector_norm(y, dim=1)
+        full[:, m - 1, m - 1] = torch.where(live, taken[:, m - 1], full[:, 0, 0])
+        beta = norms(y)
         live = live & (beta > noise(y) * scale) & (m < size)
         yield rows[:, :m], full[:, :m, :m], ~live
         if m == rows.shape[1] or not bool(live.any()):
             return
         beta = torch.where(live, beta, 0.0)
-        full[:, m, m - 1] = full[:, m - 1, m] = beta.to(full)
-        v = torch.where(live.unsqueeze(1), y / torch.where(live, beta, 1.0).unsqueeze(1), 0.0)
+        full[:, m, m - 1] = full[:, m - 1, m] = beta
+        v = y * torch.where(live, 1 / beta, 0.0).to(y).unsqueeze(1)
 
 
 def quadrature_of(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -440,17 +441,17 @@ def funm(
 
 
 def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, tol: float) -> Tensor:
-    norms = torch.linalg.vector_norm(b, dim=1).to("cpu", torch.float64)
+    start = norms(b)
     last = torch.zeros(len(b), 0, dtype=torch.float64)
-    changes = [torch.full_like(norms, torch.inf)] * 3
+    changes = [torch.full_like(start, torch.inf)] * 3
     check, error = 2, changes[0]
     for rows, matrices, closed in tridiagonals(matvec, b, steps):
-        m, done = matrices.shape[1], closed.cpu()
+        m, done = matrices.shape[1], closed
         if m < check and m < steps and not bool(done.all()):
             continue
         check = m + max(2, m // 5)
-        coefficients = norms.unsqueeze(1) * _first_column(f, matrices, norms > 0)
-        size = torch.linalg.vector_norm(coefficients, dim=1).clamp_min(torch.finfo(norms.dtype).tiny)
+        coefficients = start.unsqueeze(1) * _first_column(f, matrices, start > 0)
+        size = torch.linalg.vector_norm(coefficients, dim=1).clamp_min(torch.finfo(start.dtype).tiny)
         wider = torch.nn.functional.pad(last, (0, m - last.shape[1]))
         changes = [*changes[1:], torch.linalg.vector_norm(coefficients - wider, dim=1) / size]
         # The space grows by a constant factor, so the changes go on falling by at least their last rates.

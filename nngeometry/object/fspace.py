@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..blocks import Block, Dense, Operator
+from ..blocks import Block, Dense, Operator, Rectangular
 from ..blocks.base import Map
 from ..memory import require
-from .layouts import Layout, Traced, centre, take
+from .arithmetic import VectorSpace
+from .layouts import Layout, Traced, centre, positions, take
 from .regul import Relative
 from .vector import FVector
 
 
-class FMat:
+class FMat(VectorSpace):
     """A kernel between outputs of examples, ``K[c, x, d, y] = J[c, x] M J'[d, y]^T``, or what a layout keeps of it.
 
     root: the block that holds it; layout: what its rows and columns are. ``output="full"`` is seen as
@@ -49,16 +50,9 @@ class FMat:
         )
         if isinstance(self.root, Dense) and isinstance(other.root, Dense):
             return FMatDense(dense_root(self.root.data @ other.root.data, layout, False), layout)
-        left, right = self.root, other.root
+        one, two = self._products(), other._products()
         return FMat(
-            Rectangular(
-                lambda V: left.mv(right.mv(V)),
-                lambda V: right.transpose().mv(left.transpose().mv(V)),
-                left.shape,
-                right.transpose().shape,
-                self._empty(),
-            ),
-            layout,
+            root_of_products(lambda V: one[0](two[0](V)), lambda V: two[1](one[1](V)), layout, self._empty()), layout
         )
 
     def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
@@ -120,7 +114,7 @@ class FMat:
 
     def singular_values(self) -> Tensor:
         """All singular values, descending."""
-        if self._is_square() and self.root.symmetric:
+        if self.root.symmetric:
             return self.root.eigenvalues().abs().sort(descending=True).values
         return torch.linalg.svdvals(self._held("singular values")).flatten().sort(descending=True).values
 
@@ -137,7 +131,7 @@ class FMat:
 
     def norm(self, ord: int | str | None = None) -> Tensor:
         """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
-        if self._is_square() and self.root.symmetric:
+        if self.root.symmetric:
             return self.root.norm(ord)
         if ord is None or ord == "fro":
             return torch.linalg.vector_norm(self._held("norm"))
@@ -166,8 +160,8 @@ class FMat:
 
     def submatrix(self, examples: Any, others: Any = None) -> FMat:
         """The kernel of some examples (a slice or indices) with some others, by default the same."""
-        rows = _indices(examples, self.layout.examples[0], self.device)
-        cols = rows if others is None else _indices(others, self.layout.examples[1], self.device)
+        rows = positions(examples, self.layout.examples[0], self.device)
+        cols = rows if others is None else positions(others, self.layout.examples[1], self.device)
         entries = take(self.to_torch(), self.layout.axes, rows, cols)
         layout = self.layout.of_examples(len(rows), len(cols))
         symmetric = self.root.symmetric and torch.equal(rows, cols)
@@ -179,49 +173,26 @@ class FMat:
 
     # Vector space
 
-    def __add__(self, other: Any) -> FMat:
-        return self._combine(other, 1.0) if isinstance(other, FMat) else NotImplemented
+    def _scaled(self, c: float) -> FMat:
+        return self._with(self.root.scale(c), self.layout)
 
-    def __radd__(self, other: Any) -> FMat:
-        return self if isinstance(other, int) and other == 0 else NotImplemented
-
-    def __sub__(self, other: Any) -> FMat:
-        return self._combine(other, -1.0) if isinstance(other, FMat) else NotImplemented
-
-    def __mul__(self, c: Any) -> FMat:
-        if isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0):
-            return self._with(self.root.scale(float(c)), self.layout)
-        return NotImplemented
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, c: Any) -> FMat:
-        return self * (1 / c)
-
-    def __neg__(self) -> FMat:
-        return self * -1.0
-
-    def _combine(self, other: FMat, weight: float) -> FMat:
+    def _combined(self, other: Any, weight: float) -> FMat:
+        if not isinstance(other, FMat):
+            return NotImplemented
         if self.layout != other.layout:
             raise ValueError(f"{self} and {other} are of other outputs or examples")
         if isinstance(self.root, Dense) and isinstance(other.root, Dense):
             symmetric = self.root.symmetric and other.root.symmetric
             return FMatDense(dense_root(self.root.data + weight * other.root.data, self.layout, symmetric), self.layout)
         one, two = self._products(), other._products()
-        if self._is_square():
-            like = self._empty()
-            p = self.root.numel
-            return FMat(Operator(lambda V: one[0](V) + weight * two[0](V), p, None, None, like, False), self.layout)
-        return FMat(
-            Rectangular(
-                lambda V: one[0](V) + weight * two[0](V),
-                lambda V: one[1](V) + weight * two[1](V),
-                self.root.shape,
-                self.root.transpose().shape,
-                self._empty(),
-            ),
+        root = root_of_products(
+            lambda V: one[0](V) + weight * two[0](V),
+            lambda V: one[1](V) + weight * two[1](V),
             self.layout,
+            self._empty(),
+            symmetric=self.root.symmetric and other.root.symmetric,
         )
+        return FMat(root, self.layout)
 
     # Statistics
 
@@ -233,17 +204,14 @@ class FMat:
         rows, cols = self.layout, self.layout.transpose()
         forward, backward = self._products()
         left, right = _centring(rows), _centring(cols)
-        if self._is_square():
-            matvec = lambda V: left(forward(right(V)))  # noqa: E731
-            root: Block = Operator(matvec, self.root.numel, None, None, self._empty(), self.root.definite)
-        else:
-            root = Rectangular(
-                lambda V: left(forward(right(V))),
-                lambda V: right(backward(left(V))),
-                self.root.shape,
-                self.root.transpose().shape,
-                self._empty(),
-            )
+        root = root_of_products(
+            lambda V: left(forward(right(V))),
+            lambda V: right(backward(left(V))),
+            self.layout,
+            self._empty(),
+            symmetric=self.root.symmetric,
+            definite=self.root.definite,
+        )
         return FMat(root, self.layout)
 
     def align(self, other: FMat | FVector | Tensor) -> Tensor:
@@ -415,66 +383,28 @@ class FMatImplicit(FMat):
     """``K u = J M J'^T u`` by automatic differentiation; holds no entry."""
 
 
-@dataclass(frozen=True, eq=False)
-class Rectangular(Block):
-    """A map between two spaces known by its products: matvec ``(k, c) -> (k, r)`` and rmatvec, its transpose."""
-
-    matvec: Map
-    rmatvec: Map
-    out: tuple[int, ...]
-    into: tuple[int, ...]
-    like: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.out
-
-    @property
-    def symmetric(self) -> bool:
-        return False
-
-    @property
-    def by_products(self) -> bool:
-        return True
-
-    def mv(self, V: Tensor) -> Tensor:
-        lead = V.shape[: V.ndim - len(self.into)]
-        return Adjointed.apply(self.matvec, self.rmatvec, V.reshape(-1, torch.Size(self.into).numel())).view(
-            *lead, *self.out
-        )
-
-    def transpose(self) -> Rectangular:
-        return Rectangular(self.rmatvec, self.matvec, self.into, self.out, self.like)
-
-    def scale(self, c: float) -> Rectangular:
-        return Rectangular(lambda V: c * self.matvec(V), lambda V: c * self.rmatvec(V), self.out, self.into, self.like)
-
-
-class Adjointed(torch.autograd.Function):
-    """``A V`` for a linear map given as a function, differentiable by its transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Map, backward: Map, V: Tensor) -> Tensor:
-        ctx.pair = forward, backward
-        return forward(V.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        forward, backward = ctx.pair
-        return None, None, Adjointed.apply(backward, forward, grad)
-
-
 def dense_root(data: Tensor, layout: Layout, symmetric: bool) -> Dense:
     """The entries ``(G, r, c)`` as a block."""
     groups, r, c = layout.shape
     return Dense(data.reshape(groups, r, c), (groups, r), symmetric, (groups, c))
 
 
-def _indices(examples: Any, n: int, device: torch.device) -> Tensor:
-    if isinstance(examples, slice):
-        return torch.arange(n, device=device)[examples]
-    index = torch.as_tensor(examples, device=device)
-    return index.nonzero().flatten() if index.dtype == torch.bool else index.reshape(-1)
+def root_of_products(
+    forward: Map,
+    backward: Map,
+    layout: Layout,
+    like: Tensor,
+    *,
+    symmetric: bool = False,
+    definite: bool = False,
+    trace: Callable[[], Tensor] | None = None,
+    diagonal: Callable[[], Tensor] | None = None,
+) -> Block:
+    """A block from products with a kernel and its transpose on flat rows ``(k, p)``."""
+    groups, r, c = layout.shape
+    if symmetric:
+        return Operator(forward, groups * r, trace, diagonal, like, definite)
+    return Rectangular(forward, backward, (groups * r,), (groups * c,), like)
 
 
 def _flow(l: Tensor, time: float) -> Tensor:

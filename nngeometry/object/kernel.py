@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -28,10 +29,6 @@ class Slab:
     examples: int
     outputs: int
     forms: Forms
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(f.nbytes() for f in self.forms.values())
 
     def narrow(self, start: int, stop: int) -> Slab:
         """The examples ``start:stop``."""
@@ -66,10 +63,6 @@ class Sides:
     left: Slab
     right: Slab
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.left.nbytes() + (0 if self.right is self.left else self.right.nbytes())
-
 
 def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
     """The two sides of ``J M J'^T``, kept as is best for inner products with that many examples."""
@@ -89,16 +82,10 @@ def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
     """About what :func:`sides` will hold for this slab."""
     total = 0
     for form in slab.forms.values():
-        dense = form.cotangents * form.examples * _numel(form) * form.dtype.itemsize
-        if isinstance(form, Outer):
-            form.a  # noqa: B018  (made, so that it is counted)
-        own = dense if form.dense_is_cheaper(examples) else form.nbytes()
+        dense = form.cotangents * form.examples * prod(form.shape) * form.dtype.itemsize
+        own = form.tape(examples).nbytes()
         total += own if metric is None else own + max(own, dense)
     return total
-
-
-def _numel(form: LayerJacobian) -> int:
-    return torch.Size(form.shape).numel()
 
 
 def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
@@ -173,11 +160,20 @@ def _rotated(form: LayerJacobian, kron: Kron) -> LayerJacobian:
 
 def _mapped(part: Part, layers: dict[str, Layer], found: Forms) -> Forms:
     """M J for a part of any structure, dense."""
-    flat = torch.cat([layer.packing.unpack(found[name].dense()) for name, layer in layers.items()], -1)
+    flat = dense_rows(found, layers)
     packed = part.packing.pack(flat)
     image = part.block.mv(packed.reshape(*flat.shape[:2], *part.block.shape))
-    back = part.packing.unpack(image.reshape(packed.shape))
-    pieces = back.split([layer.numel() for layer in layers.values()], -1)
+    return dense_forms(part.packing.unpack(image.reshape(packed.shape)), layers)
+
+
+def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) -> Tensor:
+    """The Jacobian of layers side by side: ``(C, B, P)``."""
+    return torch.cat([layer.packing.unpack(found[name].dense()) for name, layer in layers.items()], -1)
+
+
+def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
+    """The inverse of :func:`dense_rows`."""
+    pieces = rows.split([layer.numel() for layer in layers.values()], -1)
     return {
         name: forms.Dense(layer.packing.pack(piece))
         for (name, layer), piece in zip(layers.items(), pieces, strict=True)
@@ -196,39 +192,33 @@ def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor
 class Tape:
     """One side of a kernel: minibatches, held in memory, whose Jacobians are made again where they do not fit.
 
-    generator: of the Jacobians. examples: read once. metric: between the sides. partners: how many examples the other
-    side has (None: as many as this one). limit: bytes that the Jacobians of neighbouring minibatches may take.
+    generator: of the Jacobians. batches: as the generator takes them. metric: between the sides. partners: how many
+    examples the other side has. limit: bytes that the Jacobians of neighbouring minibatches may take. runs:
+    neighbouring minibatches that fit together, each with which examples it is.
     """
 
     def __init__(
-        self, generator: Generator, examples: Any, metric: Block | None, partners: int | None, limit: int
+        self, generator: Generator, batches: Sequence[data.Batch], metric: Block | None, partners: int, limit: int
     ) -> None:
         self.generator = generator
         self.metric = metric
-        self.batches = batches = list(generator.minibatches(examples))
-        counts = [data.count(b) for b in batches]
-        self.examples = sum(counts)
-        self.partners = self.examples if partners is None else partners
+        self.batches = batches
+        self.partners = partners
         self.plan = generator.plan(batches[0])
         one = next(slabs(generator, [data.take(batches[0], torch.arange(1))], self.plan))
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
-        each = max(1, predicted_bytes(one, metric, self.partners))
+        each = max(1, predicted_bytes(one, metric, partners))
         tile = budget() // 16 // self.dtype.itemsize  # entries
-        self.runs = _runs(batches, counts, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
+        self.runs = _runs(batches, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
 
     def where(self, run: int) -> list[slice]:
         """Which examples the minibatches of a run are."""
-        start, batches = self.runs[run]
-        found = []
-        for batch in batches:
-            found.append(slice(start, start + data.count(batch)))
-            start = found[-1].stop
-        return found
+        return [where for where, _ in self.runs[run]]
 
     def make(self, run: int) -> list[tuple[slice, Sides]]:
         """The Jacobians of a run of minibatches, each with which examples they are."""
-        found = slabs(self.generator, self.runs[run][1], self.plan)
+        found = slabs(self.generator, [batch for _, batch in self.runs[run]], self.plan)
         lc = self.generator.layer_collection
         return [
             (where, sides(slab, self.metric, lc, self.partners))
@@ -236,25 +226,24 @@ class Tape:
         ]
 
 
-def _runs(
-    batches: Sequence[data.Batch], counts: Sequence[int], most: int, piece_most: int
-) -> list[tuple[int, list[data.Batch]]]:
-    """Neighbouring minibatches of at most ``most`` examples together, with the first example of each run.
+def _runs(batches: Sequence[data.Batch], most: int, piece_most: int) -> list[list[tuple[slice, data.Batch]]]:
+    """Neighbouring minibatches of at most ``most`` examples together, each with which examples it is.
 
     Minibatches of more examples than that or than ``piece_most`` are split.
     """
-    runs: list[tuple[int, list[data.Batch]]] = []
+    runs: list[list[tuple[slice, data.Batch]]] = []
     start = held = 0
-    for batch, n in zip(batches, counts, strict=True):
+    for batch in batches:
+        n = data.count(batch)
         pieces = -(-n // min(most, piece_most))
         size = -(-n // pieces)
         for first in range(0, n, size):
             m = min(size, n - first)
             piece = batch if pieces == 1 else data.take(batch, torch.arange(first, first + m))
             if not runs or held + m > most:
-                runs.append((start, []))
+                runs.append([])
                 held = 0
-            runs[-1][1].append(piece)
+            runs[-1].append((slice(start, start + m), piece))
             held += m
             start += m
     return runs
@@ -310,10 +299,8 @@ class Kernel:
 
     def count(self) -> int:
         """How many tiles there are."""
-        n = sum(len(self.left.where(i)) for i in range(len(self.left.runs)))
-        if self.right is None:
-            return n * (n + 1) // 2
-        return n * sum(len(self.right.where(i)) for i in range(len(self.right.runs)))
+        n = sum(map(len, self.left.runs))
+        return n * (n + 1) // 2 if self.right is None else n * sum(map(len, self.right.runs))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -257,6 +258,12 @@ def centre(entries: Tensor, axes: tuple[int, int]) -> Tensor:
     for axis in axes:
         entries = entries - entries.mean(axis, keepdim=True)
     return entries
+
+
+def positions(examples: Any, n: int, device: torch.device) -> Tensor:
+    """The positions among n of some examples: a slice, an index, a sequence or tensor of indices, or a mask."""
+    wanted = examples if isinstance(examples, slice | int) else torch.as_tensor(examples, device=device)
+    return torch.arange(n, device=device)[wanted].reshape(-1)
 
 
 def take(entries: Tensor, axes: tuple[int, int], index: Tensor, other: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ from ..blocks import Block
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
+from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, sides, slabs, tile
-from .layouts import Full
+from .kernel import Slab, dense_rows, sides, slabs, tile
+from .layouts import Full, positions
 from .products import jacobians
 from .vector import FlatArray, FVector, PVector, check_same_space
 
 
-class PFMap(ABC):
+class PFMap(VectorSpace, ABC):
     """A linear map J from parameters to C outputs of n examples: rows ``J[c, x]`` in parameter space.
 
     ``J @ v`` is ``J v``, ``J.T @ u`` is ``J^T u``, ``J @ M`` is a map again, ``J @ J2.T`` their kernel, ``J[2:5]`` the
@@ -92,21 +93,25 @@ class PFMap(ABC):
     def _kernel(self, other: PFMap) -> FMat:
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         (c, n, _), (d, m, _) = self.shape, other.shape
+        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use GramMatrix")
         layout = Full((c, d), (n, m))
-        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use products with it")
+        entries = self._inner(other)
+        if other is self:
+            entries = (entries + entries.permute(2, 3, 0, 1)) / 2
+        return FMatDense(dense_root(layout.unview(entries), layout, other is self), layout)
+
+    def _inner(self, other: PFMap) -> Tensor:
+        """The inner products of all rows with those of another map: ``(C, n, C', n')``."""
         rows = self.to_dense().to_torch()
         right = rows if other is self else other.to_dense().to_torch()
-        data = (rows.flatten(0, 1) @ right.flatten(0, 1).T).view(c, n, d, m)
-        if other is self:
-            data = (data + data.permute(2, 3, 0, 1)) / 2
-        return FMatDense(dense_root(layout.unview(data), layout, other is self), layout)
+        return (rows.flatten(0, 1) @ right.flatten(0, 1).T).view(*rows.shape[:2], *right.shape[:2])
 
     def through(self, block: Block) -> PFMap:
         """The map with rows ``M j`` for the rows j of this one; M the root of a PMat."""
         return self._composed(self.shape[:2], lambda t: t, lambda s: s, block)
 
     def __getitem__(self, examples: Any) -> PFMap:
-        index = torch.arange(self.shape[1], device=self.device)[_as_index(examples)].reshape(-1)
+        index = positions(examples, self.shape[1], self.device)
 
         def spread(S: Tensor) -> Tensor:
             out = S.new_zeros(len(S), self.shape[0], self.shape[1])
@@ -134,34 +139,12 @@ class PFMap(ABC):
 
         return self._composed(self.shape[:2], centre, centre)
 
-    def __add__(self, other: Any) -> PFMap:
-        return self._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
-
-    def __radd__(self, other: Any) -> PFMap:
-        if isinstance(other, int) and other == 0:
-            return self
-        return self._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
-
-    def __sub__(self, other: Any) -> PFMap:
-        return self._combined(other, -1.0) if isinstance(other, PFMap) else NotImplemented
-
-    def __rsub__(self, other: Any) -> PFMap:
-        return (-self)._combined(other, 1.0) if isinstance(other, PFMap) else NotImplemented
-
-    def __mul__(self, c: Any) -> PFMap:
-        if not (isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0)):
-            return NotImplemented
+    def _scaled(self, c: float) -> PFMap:
         return self._composed(self.shape[:2], lambda t: c * t, lambda s: c * s)
 
-    __rmul__ = __mul__
-
-    def __truediv__(self, c: Any) -> PFMap:
-        return self * (1 / c)
-
-    def __neg__(self) -> PFMap:
-        return self * -1.0
-
-    def _combined(self, other: PFMap, weight: float) -> PFMap:
+    def _combined(self, other: Any, weight: float) -> PFMap:
+        if not isinstance(other, PFMap):
+            return NotImplemented
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         if other.shape != self.shape:
             raise ValueError(f"{self} and {other} have other outputs or examples")
@@ -237,13 +220,13 @@ class PFMapDense(FlatArray, PFMap):
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapDense:
         """The Jacobian that a generator streams."""
-        layers = list(generator.layer_collection.layers.values())
+        layers = generator.layer_collection.layers
         pieces: list[Tensor] = []
         for slab in slabs(generator, examples):
             size = slab.outputs * slab.examples * generator.layer_collection.numel() * generator.dtype.itemsize
             held = sum(p.numel() * p.element_size() for p in pieces)
             require(held + size, "a dense Jacobian", "use representation=PFMapFactored or PFMapImplicit")
-            pieces.append(torch.cat([layer.packing.unpack(slab.forms[layer.name].dense()) for layer in layers], -1))
+            pieces.append(dense_rows(slab.forms, layers))
         return cls(generator.layer_collection, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
 
     @property
@@ -267,7 +250,7 @@ class PFMapDense(FlatArray, PFMap):
         return self._like(block.mv(self._flat))
 
     def __getitem__(self, examples: Any) -> PFMapDense:
-        index = torch.arange(self._flat.shape[1], device=self.device)[_as_index(examples)].reshape(-1)
+        index = positions(examples, self.shape[1], self.device)
         return self._like(self._flat[:, index])
 
     def layer(self, name: str) -> PFMapDense:
@@ -329,27 +312,19 @@ class PFMapFactored(PFMap):
     def to_dense(self) -> PFMapDense:
         c, n, p = self.shape
         require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
-        layers = self.layer_collection.layers
         with torch.no_grad():
-            rows = [torch.cat([layers[k].packing.unpack(s.forms[k].dense()) for k in layers], -1) for s in self.pieces]
+            rows = [dense_rows(p.forms, self.layer_collection.layers) for p in self.pieces]
         return PFMapDense(self.layer_collection, torch.cat(rows, 1))
 
-    def _kernel(self, other: PFMap) -> FMat:
+    def _inner(self, other: PFMap) -> Tensor:
         if not isinstance(other, PFMapFactored):
-            return super()._kernel(other)
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
-        (c, n, _), (d, m, _) = self.shape, other.shape
-        layout = Full((c, d), (n, m))
-        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use GramMatrix")
-        names = list(self.layer_collection)
+            return super()._inner(other)
+        lc = self.layer_collection
+        layout = Full((self.shape[0], other.shape[0]), (0, 0))
         with torch.no_grad():
-            left = [sides(s, None, self.layer_collection, m).left for s in self.pieces]
-            right = left if other is self else [sides(s, None, self.layer_collection, n).right for s in other.pieces]
-            rows = [torch.cat([tile(one, two, layout, names) for two in right], 3) for one in left]
-        entries = torch.cat(rows, 1)
-        if other is self:
-            entries = (entries + entries.permute(2, 3, 0, 1)) / 2
-        return FMatDense(dense_root(layout.unview(entries), layout, other is self), layout)
+            left = [sides(p, None, lc, other.shape[1]).left for p in self.pieces]
+            right = left if other is self else [sides(p, None, lc, self.shape[1]).right for p in other.pieces]
+            return torch.cat([torch.cat([tile(a, b, layout, list(lc)) for b in right], 3) for a in left], 1)
 
     def __getitem__(self, examples: Any) -> PFMap:
         if not isinstance(examples, slice | int) or (isinstance(examples, slice) and examples.step not in (None, 1)):
@@ -369,14 +344,10 @@ class PFMapFactored(PFMap):
         lc = LayerCollection({name: self.layer_collection[name]})
         return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
 
-    def __mul__(self, c: Any) -> PFMapFactored:
-        if not (isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0)):
-            return NotImplemented
-        return self._each(lambda f: f.scale(float(c)))
+    def _scaled(self, c: float) -> PFMapFactored:
+        return self._each(lambda f: f.scale(c))
 
-    __rmul__ = __mul__
-
-    def _combined(self, other: PFMap, weight: float) -> PFMap:
+    def _combined(self, other: Any, weight: float) -> PFMap:
         if not isinstance(other, PFMapFactored) or [p.examples for p in other.pieces] != [
             p.examples for p in self.pieces
         ]:
@@ -481,10 +452,6 @@ class PFMapImplicit(PFMap):
             lambda S: self._vjp_of(S.to(self.dtype)).to(there),
             self.like.to(there),
         )
-
-
-def _as_index(examples: Any) -> Any:
-    return examples if isinstance(examples, slice | int) else torch.as_tensor(examples)
 
 
 def _as_slice(examples: slice | int) -> slice:

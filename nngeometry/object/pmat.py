@@ -14,6 +14,7 @@ from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from . import fit
+from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
 from .regul import Relative
 from .vector import FlatArray, PVector, check_same_space
@@ -26,7 +27,7 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 Estimator = Callable[..., Any]
 
 
-class PMat:
+class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
     layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block
@@ -229,27 +230,11 @@ class PMat:
 
     # Vector space
 
-    def __add__(self, other: Any) -> PMat:
-        return self._with(add(self.root, self._other(other))) if isinstance(other, PMat) else NotImplemented
+    def _combined(self, other: Any, weight: float) -> PMat:
+        return self._with(add(self.root, self._other(other), weight)) if isinstance(other, PMat) else NotImplemented
 
-    def __radd__(self, other: Any) -> PMat:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
-
-    def __sub__(self, other: Any) -> PMat:
-        return self._with(add(self.root, self._other(other), -1.0)) if isinstance(other, PMat) else NotImplemented
-
-    def __mul__(self, c: Any) -> PMat:
-        if isinstance(c, int | float) or (isinstance(c, Tensor) and c.ndim == 0):
-            return self._with(self.root.scale(float(c)))
-        return NotImplemented
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, c: Any) -> PMat:
-        return self * (1 / c)
-
-    def __neg__(self) -> PMat:
-        return self * -1.0
+    def _scaled(self, c: float) -> PMat:
+        return self._with(self.root.scale(c))
 
     # Moving and keeping
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import data
-from ..blocks import Block, Operator
 from ..memory import chunk_length, require
-from .fspace import FMat, FMatDense, Rectangular, dense_root
+from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel, Tape
 from .layouts import Layout
 
@@ -47,7 +46,8 @@ class FMatMemmap(FMat):
     """All entries, on disk: for kernels larger than memory, ``GramMatrix(..., representation=FMatMemmap.at(folder))``.
 
     Tiles that were written are not computed again when a program that was interrupted runs again on the same folder,
-    model and data. Products read the file; solve, eig and logarithms are matrix-free.
+    model and data. Products read the file; solve and eig(k) are matrix-free, and what needs all
+    eigenvalues (logdet, eigenvalues) raises: ``FMatDense`` has them.
     """
 
     @classmethod
@@ -73,14 +73,17 @@ class FMatMemmap(FMat):
         return {name: cls(file, kernel) for name, file in by_name.items()}
 
     def __init__(self, file: File, kernel: Kernel) -> None:
-        groups, r, c = file.shape
-        like = torch.empty(0, dtype=file.dtype)
-        root: Block
-        if kernel.right is None:
-            psd = kernel.left.metric is None
-            root = Operator(file.product, groups * r, lambda: file.diagonal().sum(), file.diagonal, like, psd)
-        else:
-            root = Rectangular(file.product, file.transposed_product, (groups * r,), (groups * c,), like)
+        metric = kernel.left.metric
+        root = root_of_products(
+            file.product,
+            file.transposed_product,
+            kernel.layout,
+            torch.empty(0, dtype=file.dtype),
+            symmetric=kernel.right is None,
+            definite=metric is None or metric.definite,
+            trace=lambda: file.diagonal().sum(),
+            diagonal=file.diagonal,
+        )
         super().__init__(root, kernel.layout)
         self.file = file
 
