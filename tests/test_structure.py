@@ -16,7 +16,7 @@ FLOORS = [
         "memory",
         "autograd",
         "autocorrelation",
-        "convolution",
+        "derivatives",
         "forms",
         "likelihood",
         "losses",

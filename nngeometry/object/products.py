@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
 from ..autograd import pull
-from ..convolution import LinearConvolutions, Partial
+from ..derivatives import CheapDerivatives, Pulled, Value
 from ..evaluator import Evaluator, check_mode, unchanged
 from ..generator import MIXES, Generator, check_same
 from ..memory import budget, chunk_length
@@ -140,13 +140,13 @@ class Linear:
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
         self.maps = maps
-        convolutions = LinearConvolutions()
-        with convolutions:
+        derivatives = CheapDerivatives()
+        with derivatives:
             self.f = maps.outputs(batch)
         if not self.f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         self.u = torch.zeros_like(self.f, requires_grad=True)
-        with convolutions.at_zero():
+        with derivatives.at_zero():
             self.pulled = _differentiable(_gradient(self.f, maps.parameters, self.u))
 
     @property
@@ -348,7 +348,7 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
 
 def custom(node: Any) -> bool:
     """Whether a node is a backward written in Python, which need not be differentiable, and not one of ours."""
-    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Partial)  # type: ignore[attr-defined]
+    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled)  # type: ignore[attr-defined]
 
 
 @cache

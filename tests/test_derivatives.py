@@ -1,10 +1,17 @@
-"""Convolutions with a cheap second derivative are the convolutions that they replace."""
+"""Operations with a cheap second derivative are the operations that they replace."""
 
 import pytest
 import torch
 from torch import nn
 
-from nngeometry.convolution import LinearConvolutions
+from nngeometry.derivatives import CheapDerivatives
+
+
+def normalised(module):
+    module.running_mean.normal_()
+    module.running_var.uniform_(0.5, 2)
+    return module.eval()
+
 
 KINDS = {
     "plain": (nn.Conv2d(2, 4, 3), (3, 2, 6, 5)),
@@ -17,6 +24,18 @@ KINDS = {
     "transposed one": (nn.ConvTranspose1d(2, 3, 3, stride=2), (2, 2, 4)),
     "transposed": (nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 3, 3)),
     "one image": (nn.Conv2d(2, 4, 3), (2, 6, 5)),
+    "linear": (nn.Linear(5, 3), (2, 5)),
+    "linear over positions": (nn.Linear(5, 3, bias=False), (2, 4, 5)),
+    "linear of one": (nn.Linear(5, 3), (5,)),
+    "norm": (normalised(nn.BatchNorm2d(4)), (3, 4, 5, 2)),
+    "norm without axes": (normalised(nn.BatchNorm1d(4)), (3, 4)),
+    "norm without parameters": (
+        nn.Sequential(nn.Conv2d(2, 4, 3), normalised(nn.BatchNorm2d(4, affine=False))),
+        (2, 2, 4, 4),
+    ),
+    "norm of the batch": (nn.BatchNorm1d(4), (3, 4)),
+    "rectifier": (nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)), (3, 5)),
+    "rectifier in place": (nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)), (3, 5)),
 }
 
 
@@ -51,7 +70,7 @@ def test_products_equal_those_of_torch(name, batched):
         def at_zero(self):
             return torch.enable_grad()
 
-    (ours, gradient), (theirs, expected) = jv(LinearConvolutions()), jv(Torch())
+    (ours, gradient), (theirs, expected) = jv(CheapDerivatives()), jv(Torch())
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for a, b in zip(gradient, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -62,5 +81,5 @@ def test_second_derivatives_outside_of_recording(name):
     module, shape = KINDS[name]
     module = module.double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    with LinearConvolutions():
+    with CheapDerivatives():
         assert torch.autograd.gradgradcheck(lambda x, *ps: module(x).sin(), (x, *module.parameters()))
