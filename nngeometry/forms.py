@@ -124,19 +124,21 @@ class LayerJacobian(ABC):
 
     def tape(self, examples: int) -> LayerJacobian:
         """The same Jacobian as it is best kept for inner products with the Jacobians of many examples."""
-        return Dense(self.dense().contiguous()) if self.dense_is_cheaper(examples) else self
+        if not self.dense_is_cheaper(examples):
+            return self
+        return Dense(self.dense().transpose(0, 1).contiguous().transpose(0, 1))  # examples together in memory
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
-        """Add ``J[c, b] . J'[d, e]`` to out ``(C, B, C', B')`` in place."""
+        """Add ``J[c, b] . J'[d, e]`` to out ``(B, C, B', C')`` in place."""
         for c, b, one in self.tiles():
             j = one.dense().flatten(2)
             for d, e, two in other.tiles():
-                out[c, b, d, e] += torch.einsum("cbp,dep->cbde", j, two.dense().flatten(2))
+                out[b, c, e, d] += torch.einsum("cbp,dep->bced", j, two.dense().flatten(2))
 
     def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
         """Add ``sum_c J[c, b] . J'[c, e]`` to out ``(B, B')`` in place."""
         for c in range(self.cotangents):
-            self.of_cotangent(c).add_inner(other.of_cotangent(c), out[None, :, None, :])
+            self.of_cotangent(c).add_inner(other.of_cotangent(c), out[:, None, :, None])
 
     def paired(self, other: LayerJacobian) -> Tensor:
         """``J[c, b] . J'[c, b]``: ``(C, B)``."""
@@ -464,7 +466,11 @@ class Dense(LayerJacobian):
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Dense):
             return super().add_inner(other, out)
-        out += _matmul(self.j.flatten(2), other.j.flatten(2))
+        x, y = (j.transpose(0, 1).flatten(2) for j in (self.j, other.j))
+        if out.is_contiguous():
+            out.view(len(x) * x.shape[1], -1).addmm_(x.flatten(0, 1), y.flatten(0, 1).T)
+        else:
+            out += _matmul(x, y)
         return None
 
     def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
@@ -615,13 +621,14 @@ def _pair(one: Outer, other: Outer) -> Tensor:
 
 
 def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:
-    """Add ``sum_ts (x[b, t] . y[e, s]) (g[c, b, t] . h[d, e, s])`` to out ``(C, B, C', B')``.
+    """Add ``sum_ts (x[b, t] . y[e, s]) (g[c, b, t] . h[d, e, s])`` to out ``(B, C, B', C')``.
 
     same: from a slice of the first examples to the products of inputs ``(b, T, B', T')``.
     """
     (c, examples, t, o), (d, others, s, _) = g.shape, h.shape
     if t == s == 1:
-        out.addcmul_(_matmul(g[:, :, 0], h[:, :, 0]), same(slice(None)).view(examples, 1, others))
+        outputs = _matmul(g[:, :, 0].transpose(0, 1), h[:, :, 0].transpose(0, 1))
+        out.addcmul_(outputs, same(slice(None)).view(examples, 1, others, 1))
         return
     step = chunk_length(others * t * (s + 2 * d * o) * g.dtype.itemsize, examples)
     columns = h.permute(1, 2, 0, 3).reshape(others, s, d * o)
@@ -630,9 +637,9 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
         m = same(k)
         b = len(m)
         through = torch.bmm(m.permute(2, 0, 1, 3).reshape(others, b * t, s), columns)  # (E, b T, D o)
-        through = through.view(others, b, t, d, o).permute(1, 2, 4, 3, 0).reshape(b, t * o, d * others)
+        through = through.view(others, b, t, d, o).permute(1, 2, 4, 0, 3).reshape(b, t * o, others * d)
         left = g[:, k].transpose(0, 1).reshape(b, c, t * o)
-        out[:, k] += torch.bmm(left, through).view(b, c, d, others).transpose(0, 1)
+        out[k] += torch.bmm(left, through).view(b, c, others, d)
 
 
 def _add_traced(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:

@@ -122,7 +122,7 @@ class Influence:
         for slab in slabs(self._train, train):
             seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms, lc)
             one = Slab(slab.examples, slab.outputs, seen)
-            yield start, {name: torch.cat([tile(q, one, layout, [name]) for q in asked]) for name in lc}
+            yield start, {name: torch.cat([tile(q, one, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples
 
     def _solved(self, found: list[Slab]) -> Slab:

@@ -264,6 +264,20 @@ def test_tiles_do_not_change_a_number(name):
         assert oracle.relative(again, whole) < 1e-12
 
 
+@pytest.mark.parametrize("output", ["full", "diag", "trace"])
+def test_symmetric_tiles_in_panels(monkeypatch, output):
+    model, batch, _, _ = case("convnet")
+    F = FIM(model, batch, PMatKFAC, variant="regression")
+    for metric in (None, F):
+        whole = GramMatrix(model, [batch], metric=metric, output=output, representation=FMatDense).to_torch()
+        with monkeypatch.context() as patch:
+            patch.setattr("nngeometry.object.kernel._PANELS", 3)
+            patch.setattr("nngeometry.object.kernel._ROWS", 2)
+            K = GramMatrix(model, [batch], metric=metric, output=output)
+        assert oracle.relative(K.to_torch(), whole) < 1e-12
+        assert torch.equal(K.root.data, K.root.data.mT)
+
+
 def test_identities_of_fisher_and_kernel():
     model, _batch, loader, _ = case("convnet")
     K = GramMatrix(model, loader)

@@ -165,13 +165,13 @@ def test_inner_products_of_forms(positions, groups):
     for left, right in zip(forms_of(5, positions[0]), forms_of(4, positions[1]), strict=True):
         for one in left:
             for other in right:
-                expected = torch.einsum("cbp,dep->cbde", one.dense().flatten(2), other.dense().flatten(2))
-                out = torch.ones(2, 5, 2, 4)
+                expected = torch.einsum("cbp,dep->bced", one.dense().flatten(2), other.dense().flatten(2))
+                out = torch.ones(5, 2, 4, 2)
                 one.add_inner(other, out)
                 torch.testing.assert_close(out - 1, expected)
                 traced = torch.ones(5, 4)
                 one.add_traced(other, traced)
-                torch.testing.assert_close(traced - 1, torch.einsum("cbce->be", expected))
+                torch.testing.assert_close(traced - 1, torch.einsum("bcec->be", expected))
         for one in left:
             for other in left:
                 torch.testing.assert_close(one.paired(other), (one.dense() * other.dense()).flatten(2).sum(2))

@@ -181,12 +181,40 @@ def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
 
 
 def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor:
-    """The inner products of two slabs over some layers, as the layout has tiles."""
+    """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``."""
     form = next(iter(one.forms.values()))
-    out = torch.zeros(layout.tile(one.examples, other.examples), dtype=form.dtype, device=form.device)
+    shape = layout.of_examples(one.examples, other.examples).shape
+    out = torch.zeros(shape, dtype=form.dtype, device=form.device)
     for name in names:
         layout.add(one.forms[name], other.forms[name], out)
     return out
+
+
+def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor:
+    """:func:`tile` of the two sides of the same examples under a symmetric matrix: symmetric to the bit, and made in
+    panels of rows up to the diagonal, for little more than half of the products.
+    """
+    n = one.examples
+    shape = layout.of_examples(n, n).shape
+    step = max(-(-n // _PANELS), -(-_ROWS * n // shape[1]))
+    if step >= n:
+        whole = tile(one, other, layout, names)
+        return (whole + whole.mT) / 2
+    form = next(iter(one.forms.values()))
+    out = torch.empty(shape, dtype=form.dtype, device=form.device)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        g, rows, cols = layout.where(slice(start, stop), slice(0, stop))
+        panel = tile(one.narrow(start, stop), other.narrow(0, stop), layout, names)
+        out[g, rows, cols] = panel
+        out[g, cols, rows] = panel.mT
+        square = panel[:, :, rows.start :]
+        out[g, rows, rows] = (square + square.mT) / 2
+    return out
+
+
+#: Panels of a symmetric tile, and how many rows they have at least, so that matrix products run at speed.
+_PANELS, _ROWS = 8, 128
 
 
 class Tape:
@@ -293,8 +321,8 @@ class Kernel:
         found = {}
         with torch.no_grad():
             for group, names in self.groups.items():
-                value = self.layout.place(self.scale * tile(one, other, self.layout, names))
-                found[group] = (value + value.mT) / 2 if symmetric else value
+                value = (symmetric_tile if symmetric else tile)(one, other, self.layout, names)
+                found[group] = value if self.scale == 1 else self.scale * value
         return found
 
     def count(self) -> int:

@@ -41,16 +41,8 @@ class Layout(ABC):
         """From ``(..., G, r)`` back to ``(C, n)``."""
 
     @abstractmethod
-    def tile(self, b: int, e: int) -> tuple[int, ...]:
-        """Shape of the entries of b examples with e others, as :meth:`add` makes them."""
-
-    @abstractmethod
     def add(self, one: LayerJacobian, other: LayerJacobian, out: Tensor) -> None:
-        """Add the inner products of two Jacobians to a tile."""
-
-    @abstractmethod
-    def place(self, tile: Tensor) -> Tensor:
-        """A tile as it is in the matrices."""
+        """Add the inner products of two Jacobians to the matrices of their examples."""
 
     @abstractmethod
     def where(self, b: slice, e: slice) -> tuple[slice, slice, slice]:
@@ -115,15 +107,8 @@ class Full(Layout):
     def unpack(self, U: Tensor) -> Tensor:
         return U.reshape(-1, self.outputs[0]).T
 
-    def tile(self, b: int, e: int) -> tuple[int, ...]:
-        return self.outputs[0], b, self.outputs[1], e
-
     def add(self, one: LayerJacobian, other: LayerJacobian, out: Tensor) -> None:
-        one.add_inner(other, out)
-
-    def place(self, tile: Tensor) -> Tensor:
-        c, n, d, m = tile.shape
-        return tile.permute(1, 0, 3, 2).reshape(1, n * c, m * d)
+        one.add_inner(other, out.view(one.examples, one.cotangents, other.examples, other.cotangents))
 
     def where(self, b: slice, e: slice) -> tuple[slice, slice, slice]:
         c, d = self.outputs
@@ -169,15 +154,9 @@ class Diagonal(Layout):
     def unpack(self, U: Tensor) -> Tensor:
         return U.reshape(self.outputs[0], -1)
 
-    def tile(self, b: int, e: int) -> tuple[int, ...]:
-        return self.outputs[0], b, e
-
     def add(self, one: LayerJacobian, other: LayerJacobian, out: Tensor) -> None:
         for c in range(self.outputs[0]):
-            one.of_cotangent(c).add_inner(other.of_cotangent(c), out[c][None, :, None, :])
-
-    def place(self, tile: Tensor) -> Tensor:
-        return tile
+            one.of_cotangent(c).add_inner(other.of_cotangent(c), out[c][:, None, :, None])
 
     def where(self, b: slice, e: slice) -> tuple[slice, slice, slice]:
         return slice(0, self.outputs[0]), b, e
@@ -220,14 +199,8 @@ class Traced(Layout):
     def unpack(self, U: Tensor) -> Tensor:
         return U.reshape(-1, U.shape[-1])
 
-    def tile(self, b: int, e: int) -> tuple[int, ...]:
-        return b, e
-
     def add(self, one: LayerJacobian, other: LayerJacobian, out: Tensor) -> None:
-        one.add_traced(other, out)
-
-    def place(self, tile: Tensor) -> Tensor:
-        return tile.unsqueeze(0)
+        one.add_traced(other, out[0])
 
     def where(self, b: slice, e: slice) -> tuple[slice, slice, slice]:
         return slice(0, 1), b, e

@@ -320,11 +320,12 @@ class PFMapFactored(PFMap):
         if not isinstance(other, PFMapFactored):
             return super()._inner(other)
         lc = self.layer_collection
-        layout = Full((self.shape[0], other.shape[0]), (0, 0))
+        layout = Full((self.shape[0], other.shape[0]), (self.shape[1], other.shape[1]))
         with torch.no_grad():
             left = [sides(p, None, lc, other.shape[1]).left for p in self.pieces]
             right = left if other is self else [sides(p, None, lc, self.shape[1]).right for p in other.pieces]
-            return torch.cat([torch.cat([tile(a, b, layout, list(lc)) for b in right], 3) for a in left], 1)
+            rows = [torch.cat([tile(a, b, layout, list(lc)) for b in right], 2) for a in left]
+        return layout.view(torch.cat(rows, 1))
 
     def __getitem__(self, examples: Any) -> PFMap:
         if not isinstance(examples, slice | int) or (isinstance(examples, slice) and examples.step not in (None, 1)):

@@ -120,7 +120,7 @@ class Products(Linearisations):
             total += weight
         if not self.mean:
             return out.to(self.evaluator.dtype)
-        return (out / total).to(self.evaluator.dtype)
+        return out.div_(total).to(self.evaluator.dtype)
 
 
 class _Function(nn.Module):

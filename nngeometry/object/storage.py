@@ -36,7 +36,7 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         for name, value in tile.values.items():
             g, rows, cols = layout.where(tile.rows, tile.cols)
             entries[name][g, rows, cols] = value
-            if kernel.right is None:
+            if kernel.right is None and tile.rows != tile.cols:
                 entries[name][g, cols, rows] = value.mT
     symmetric = kernel.right is None
     return {name: FMatDense(dense_root(values, layout, symmetric), layout) for name, values in entries.items()}
@@ -67,7 +67,7 @@ class FMatMemmap(FMat):
             where = kernel.layout.where(tile.rows, tile.cols)
             for name, value in tile.values.items():
                 by_name[name].write(where, value)
-                if kernel.right is None:
+                if kernel.right is None and tile.rows != tile.cols:
                     by_name[name].write((where[0], where[2], where[1]), value.mT)
             log.note(tile.rows, tile.cols)
         return {name: cls(file, kernel) for name, file in by_name.items()}
