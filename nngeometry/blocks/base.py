@@ -20,6 +20,8 @@ from ..linalg import cg, eigsh, funm, minres
 from ..memory import require
 
 Map = Callable[[Tensor], Tensor]
+#: Entries of vectors that are rotated at a time, so that what comes between two bases stays in the cache.
+_PIECE = 2**20
 #: One number, or a positive one for each coordinate.
 Regul = float | Tensor
 
@@ -43,6 +45,14 @@ class Block(ABC):
     @abstractmethod
     def mv(self, V: Tensor) -> Tensor:
         """``M V`` for V of shape ``(..., *shape)``. Differentiable in V."""
+
+    def on_columns(self, V: Tensor) -> Tensor:
+        """A block on ``(G, cols)`` along the last axis of V ``(..., G, rows, cols)``."""
+        return self.mv(V.transpose(-3, -2)).transpose(-3, -2)
+
+    def on_rows(self, V: Tensor) -> Tensor:
+        """A block on ``(G, rows)`` along the second last axis of V ``(..., G, rows, cols)``."""
+        return self.mv(V.movedim(-1, 0)).movedim(0, -1)
 
     def to_dense(self) -> Tensor:
         """The matrix ``(p, p)`` on flattened coordinates."""
@@ -394,6 +404,16 @@ class Spectral(Block):
         return f"Spectral({self.basis.describe()})"
 
     def mv(self, V: Tensor) -> Tensor:
+        if V.requires_grad or V.numel() <= max(_PIECE, self.numel):
+            return self._mv(V)
+        rows = V.reshape(-1, *self.shape)
+        out = torch.empty_like(rows)
+        step = max(1, _PIECE // self.numel)
+        for piece, into in zip(rows.split(step), out.split(step), strict=True):
+            into.copy_(self._mv(piece))
+        return out.view(V.shape)
+
+    def _mv(self, V: Tensor) -> Tensor:
         transpose = self.basis.transpose()
         inside = transpose.mv(V)
         if not self._missing:
@@ -479,6 +499,8 @@ class Eye(Block):
 
     def mv(self, V: Tensor) -> Tensor:
         return self.c * V
+
+    on_columns = on_rows = mv
 
     def to_dense(self) -> Tensor:
         return self.c * torch.eye(self.numel, dtype=self.c.dtype, device=self.c.device)

@@ -52,6 +52,12 @@ class Dense(Block):
             out = torch.einsum(self.data, [*axes, n, n + 1], V, [*free, *axes, n + 1], [*free, *axes, n])
         return out.reshape(*lead, *self.shape)
 
+    def on_columns(self, V: Tensor) -> Tensor:
+        return V @ (self.data[0] if len(self.data) == 1 else self.data).mT
+
+    def on_rows(self, V: Tensor) -> Tensor:
+        return (self.data[0] if len(self.data) == 1 else self.data) @ V
+
     def to_dense(self) -> Tensor:
         batch = self.data.shape[:-2]
         if prod(batch) == 1:

@@ -36,7 +36,7 @@ class Kron(Block):
         return f"{groups}Kron({self.left.describe()}, {self.right.describe()})"
 
     def mv(self, V: Tensor) -> Tensor:
-        return left_mv(self.left, right_mv(self.right, V))
+        return self.left.on_rows(self.right.on_columns(V))
 
     def to_dense(self) -> Tensor:
         groups = self.shape[0]
@@ -99,20 +99,6 @@ class Kron(Block):
 
     def map_square(self) -> Kron:
         return Kron(self.left.map_square(), self.right.map_square())
-
-
-def right_mv(right: Block, V: Tensor) -> Tensor:
-    """``right`` on the last axis of V ``(..., G, rows, cols)``."""
-    if isinstance(right, Eye):
-        return right.mv(V)
-    return right.mv(V.transpose(-3, -2)).transpose(-3, -2)
-
-
-def left_mv(left: Block, V: Tensor) -> Tensor:
-    """``left`` on the second last axis of V ``(..., G, rows, cols)``."""
-    if isinstance(left, Eye):
-        return left.mv(V)
-    return left.mv(V.movedim(-1, 0)).movedim(0, -1)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
