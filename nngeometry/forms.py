@@ -315,7 +315,7 @@ class Outer(LayerJacobian):
         step = chunk_length(size, self.examples)
         moments = []
         for start in range(0, self.examples, step):
-            piece = self.narrow(start, min(start + step, self.examples))
+            piece = self if step >= self.examples else self.narrow(start, min(start + step, self.examples))
             if piece.moment is not None and not reduce:
                 moments.append(piece.moment(piece.inputs))
             else:

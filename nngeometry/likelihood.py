@@ -201,8 +201,9 @@ class Categorical(Likelihood):
     def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
         rows = self._rows(f)
         p = rows.softmax(-1)
-        y = torch.multinomial(p.flatten(0, 1), trials, replacement=True, generator=generator)
-        y = y.T.reshape(trials, *rows.shape[:2])
+        cdf = p.double().cumsum(-1)
+        u = torch.rand(*rows.shape[:2], trials, dtype=cdf.dtype, device=f.device, generator=generator)
+        y = torch.searchsorted(cdf, u * cdf[..., -1:], right=True).movedim(-1, 0)  # never a class of probability zero
         score = nn.functional.one_hot(y, rows.shape[-1]) - p
         return Cotangents.of(self._unrows(score / trials**0.5, f))
 

@@ -93,3 +93,12 @@ def test_the_users_loss_is_left_alone():
     loss = torch.nn.CrossEntropyLoss(reduction="mean")
     loss_gradient(loss, torch.randn(3, 2), torch.tensor([0, 1, 0]))
     assert loss.reduction == "mean"
+
+
+def test_labels_are_drawn_from_the_probabilities_of_the_model():
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    draws = Categorical(positions=False).sample(p.log(), 20000, torch.Generator().manual_seed(0)).take(0, 20000)
+    labels = (20000**0.5 * draws + p).round()  # one-hot: the score is label - p
+    assert labels.sum(-1).eq(1).all()
+    assert (labels.mean(0) - p).abs().max() < 0.015
+    assert labels[:, p == 0].sum() == 0
