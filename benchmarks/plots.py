@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from report import Row, rst_table
+from report import Row, Run, merged, rst_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
 PICTURE = "benchmarks/sweeps.svg"
@@ -17,12 +17,14 @@ Report = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, help="JSON of run.py, for the table")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", help="JSON of run.py, for the table; later ones replace rows"
+    )
     parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     if args.results:
-        report = json.loads(args.results.read_text())
+        report = merged([json.loads(path.read_text()) for path in args.results])
         write(args.page, "table", f"{origin(report)}\n\n{rst_table(report['summary'], list(report['contenders']))}")
     if args.sweep:
         report = json.loads(args.sweep.read_text())
@@ -40,14 +42,26 @@ def write(page: Path, name: str, text: str) -> None:
 def origin(report: Report) -> str:
     """What the numbers were measured on, and with which versions."""
     machine, contenders = report["machine"], report["contenders"]
-    first = next(iter(contenders.values()))
+    first = contenders["ours"]
     versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
-    rounds = 1 + max(run["round"] for run in report["runs"])
+    rounds = rounds_of(report["runs"])
     trial = " A trial run: the numbers tell nothing." if report["small"] else ""
     return (
-        f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, medians of "
-        f"{rounds} rounds; {versions}.{trial}"
+        f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, "
+        f"{rounds}; {versions}.{trial}"
     )
+
+
+def rounds_of(runs: list[Run]) -> str:
+    """How often the jobs were measured."""
+    last: dict[tuple[str, str], int] = {}
+    for run in runs:
+        key = run["setting"], run["job"]
+        last[key] = max(last.get(key, 0), run["round"])
+    few, many = 1 + min(last.values()), 1 + max(last.values())
+    if many == 1:
+        return "one round"
+    return f"medians of {many} rounds" if few == many else f"medians of {few} to {many} rounds"
 
 
 def draw(report: Report, path: Path) -> None:

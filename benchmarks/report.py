@@ -8,9 +8,27 @@ from typing import Any
 Run = dict[str, Any]
 Row = dict[str, Any]
 
+#: Contenders, in the order of columns.
+NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc"]
 #: What two contenders may differ by, relatively: they compute in single precision.
 TOLERANCE = 1e-3
 _COUNTED = ("gradients", "seconds", "gradient_seconds", "first_seconds", "memory")
+
+
+def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several: each job of each setting as the last of them has it that has it at all."""
+    latest = {(run["setting"], run["job"]): k for k, report in enumerate(reports) for run in report["runs"]}
+    runs = [
+        run for k, report in enumerate(reports) for run in report["runs"] if latest[run["setting"], run["job"]] == k
+    ]
+    contenders = {name: about for report in reports for name, about in report["contenders"].items()}
+    order = [name for name in NAMES if name in contenders]
+    return {
+        **reports[-1],
+        "contenders": {name: contenders[name] for name in order},
+        "runs": runs,
+        "summary": summarise(runs),
+    }
 
 
 def summarise(runs: list[Run]) -> list[Row]:

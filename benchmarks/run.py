@@ -15,13 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from report import Run, check_table, cost_table, disagreements, summarise
+from report import NAMES, Run, check_table, cost_table, disagreements, summarise
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PINS = HERE / "peers.txt"
 PEER_VENV = ROOT / ".bench" / "venv"
-CONTENDERS = ["ours", "nng", "curvlinops", "backpack", "torchfunc"]
 #: Those that need nothing but torch and ours.
 AT_HOME = ["ours", "torchfunc"]
 SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
@@ -62,12 +61,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", help="by default all")
     parser.add_argument("--settings", nargs="+", help="by default all, with --small or --check small ones")
     parser.add_argument("--sweep", action="store_true", help="settings of growing size instead, for plots.py")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="by default all, with --small only ours")
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, help="by default all, with --small only ours")
     parser.add_argument("--threads", type=int, help="by default what torch chooses, 1 with --small or --check")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with the peers, by default one is set up")
     parser.add_argument("--output", type=Path, help="where to write everything as JSON")
     args = parser.parse_args()
-    args.contenders = args.contenders or (["ours"] if args.small and not args.check else CONTENDERS)
+    args.contenders = args.contenders or (["ours"] if args.small and not args.check else NAMES)
     args.small = args.small or args.check
     args.rounds = args.rounds or (1 if args.small else 3)
     args.threads = args.threads or (1 if args.small else None)

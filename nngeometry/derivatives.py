@@ -262,7 +262,7 @@ class FixedNorm(Operation):
         return _sum(
             [
                 None if dw is None else self.value(x, dw, None),
-                None if dx is None else dx * _over_channels(slope if w is None else slope * w, x.ndim),
+                None if dx is None else dx * _over_channels((slope if w is None else slope * w).to(x.dtype), x.ndim),
                 None if db is None else _over_channels(db, len(shape)).expand(shape),
             ]
         )

@@ -583,8 +583,6 @@ def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tens
 
 def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
-    if all(isinstance(f, Outer) and f.positions == 1 for f in forms) and forms[0].cotangents > 1:
-        return _gram_contracted(forms, unpack)  # type: ignore[arg-type]
     p = sum(prod(f.shape) for f in forms)
     total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
     for piece in rows(forms, unpack):
@@ -592,32 +590,62 @@ def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
     return mirror(total)
 
 
-def _gram_contracted(forms: Sequence[Outer], unpack: Sequence[Map]) -> Tensor:
-    """:func:`gram` without positions: contract the cotangents first, so that the cost does not grow with them."""
-    blocks: dict[tuple[int, int], Tensor] = {}
-    for k, one in enumerate(forms):
-        for m, other in enumerate(forms[: k + 1]):
-            packed = _pair(one, other)  # (g1, o1, i1, g2, o2, i2)
-            half = unpack[m](packed)  # (g1, o1, i1, P2)
-            blocks[k, m] = unpack[k](half.movedim(-1, 0)).T  # (P1, P2)
-            if k != m:
-                blocks[m, k] = blocks[k, m].T
-    every = range(len(forms))
-    return torch.cat([torch.cat([blocks[k, m] for m in every], 1) for k in every], 0)
+class Contraction:
+    """``sum_cb J[c, b] J[c, b]^T`` of layers without positions, the cotangents contracted first, so that the cost does
+    not grow with them: ``sum_b (sum_c g g'^T) (x) (a a'^T)`` for each pair of layers, one GEMM over the examples.
+
+    pairs: ``(g g', o o', i i')`` for each pair; of a layer with itself, and one group, o o' is o <= o' alone.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], pairs: dict[tuple[int, int], Tensor]) -> None:
+        self.shapes = shapes
+        self.pairs = pairs
+
+    @classmethod
+    def of(cls, forms: Sequence[LayerJacobian]) -> Contraction | None:
+        """None if there are other forms."""
+        outers = [f for f in forms if isinstance(f, Outer) and f.positions == 1]
+        if len(outers) < len(forms):
+            return None
+        pairs = {(k, m): _pair(one, outers[m], k == m) for k, one in enumerate(outers) for m in range(k + 1)}
+        return cls([f.shape for f in outers], pairs)
+
+    def __add__(self, other: Contraction) -> Contraction:
+        return Contraction(self.shapes, {key: pair.add_(other.pairs[key]) for key, pair in self.pairs.items()})
+
+    def matrix(self, unpack: Sequence[Map]) -> Tensor:
+        """As :func:`gram`."""
+        blocks: dict[tuple[int, int], Tensor] = {}
+        for (k, m), pair in self.pairs.items():
+            (g, o, i), (h, p, j) = self.shapes[k], self.shapes[m]
+            if pair.shape[1] < o * p:
+                first, second = torch.triu_indices(o, o, device=pair.device)
+                whole = pair.new_empty(len(pair), o, o, pair.shape[-1])
+                whole[:, first, second] = pair
+                whole[:, second, first] = pair
+                pair = whole
+            packed = pair.view(g, h, o, p, i, j).permute(0, 2, 4, 1, 3, 5)
+            half = unpack[m](packed)  # (g, o, i, P')
+            blocks[k, m] = unpack[k](half.movedim(-1, 0)).T  # (P, P')
+            blocks[m, k] = blocks[k, m].T
+        every = range(len(self.shapes))
+        return torch.cat([torch.cat([blocks[k, m] for m in every], 1) for k in every], 0)
 
 
-def _pair(one: Outer, other: Outer) -> Tensor:
-    """``sum_cb J[c, b] J'[c, b]^T`` as ``sum_b (sum_c g g'^T) (x) (a a'^T)``: one GEMM over the examples."""
+def _pair(one: Outer, other: Outer, same: bool) -> Tensor:
+    """An entry of :class:`Contraction`."""
     (g1, o1, i1), (g2, o2, i2) = one.shape, other.shape
     size = (g1 * o1 * g2 * o2 + g1 * i1 * g2 * i2) * one.dtype.itemsize
     step = chunk_length(size, one.examples)
-    out = one.a.new_zeros(g1 * g2, o1 * o2, i1 * i2)
+    upper = torch.triu_indices(o1, o1, device=one.device).unbind() if same and g1 == 1 else None
+    out = one.a.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2)
     for start in range(0, one.examples, step):
         f, h = one.narrow(start, start + step), other.narrow(start, start + step)
         s = torch.einsum("cbgo,cbhp->ghbop", f.g[:, :, 0], h.g[:, :, 0])
+        s = s.reshape(g1 * g2, -1, o1 * o2) if upper is None else s[..., upper[0], upper[1]].flatten(0, 1)
         x = torch.einsum("bgi,bhj->ghbij", f.a[:, 0], h.a[:, 0])
-        out.baddbmm_(s.reshape(g1 * g2, -1, o1 * o2).mT, x.reshape(g1 * g2, -1, i1 * i2))
-    return out.view(g1, g2, o1, o2, i1, i2).permute(0, 2, 4, 1, 3, 5)
+        out.baddbmm_(s.mT, x.reshape(g1 * g2, -1, i1 * i2))
+    return out
 
 
 def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:

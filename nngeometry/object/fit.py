@@ -133,11 +133,20 @@ def _flat(layers: Sequence[Layer]) -> Packing:
 def dense(layers: Sequence[Layer]) -> Estimator:
     """The exact dense block of one or several layers, cross terms included."""
     unpack = [layer.packing.unpack for layer in layers]
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        contraction = forms.Contraction.of(js)
+        return (forms.gram(js, unpack) if contraction is None else contraction,)
+
+    def finish(state: State, n: float) -> Block:
+        (total,) = state
+        return Dense((total.matrix(unpack) if isinstance(total, forms.Contraction) else total).div_(n))
+
     return Estimator(
         tuple(layers),
         _flat(layers),
-        lambda js, n: (forms.gram(js, unpack),),
-        lambda state, n: Dense(state[0].div_(n)),
+        observe,
+        finish,
         lambda block, mean: Dense(block.data.sub_(torch.outer(mean, mean))),  # type: ignore[attr-defined]
     )
 

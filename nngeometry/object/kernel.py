@@ -171,6 +171,16 @@ def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) 
     return torch.cat([layer.packing.unpack(found[name].dense()) for name, layer in layers.items()], -1)
 
 
+def write_rows(slab: Slab, layer_collection: LayerCollection, out: Tensor) -> None:
+    """The Jacobian of a slab into out ``(C, B, P)``, in pieces that stay in the cache."""
+    slices = layer_collection.slices()
+    for name, layer in layer_collection.layers.items():
+        step = max(1, _PIECE // (slab.outputs * layer.numel()))
+        for start in range(0, slab.examples, step):
+            stop = min(start + step, slab.examples)
+            out[:, start:stop, slices[name]] = layer.packing.unpack(slab.forms[name].narrow(start, stop).dense())
+
+
 def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
     """The inverse of :func:`dense_rows`."""
     pieces = rows.split([layer.numel() for layer in layers.values()], -1)
@@ -215,6 +225,8 @@ def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str])
 
 #: Panels of a symmetric tile, and how many rows they have at least, so that matrix products run at speed.
 _PANELS, _ROWS = 8, 128
+#: Entries of a Jacobian that are made at a time.
+_PIECE = 2**19
 
 
 class Tape:

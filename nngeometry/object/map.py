@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import forms
+from .. import data, forms
 from ..blocks import Block
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, dense_rows, sides, slabs, tile
+from .kernel import Slab, dense_rows, sides, slabs, tile, write_rows
 from .layouts import Full, positions
 from .products import jacobians
 from .vector import FlatArray, FVector, PVector, check_same_space
@@ -220,14 +220,20 @@ class PFMapDense(FlatArray, PFMap):
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapDense:
         """The Jacobian that a generator streams."""
-        layers = generator.layer_collection.layers
-        pieces: list[Tensor] = []
-        for slab in slabs(generator, examples):
-            size = slab.outputs * slab.examples * generator.layer_collection.numel() * generator.dtype.itemsize
-            held = sum(p.numel() * p.element_size() for p in pieces)
-            require(held + size, "a dense Jacobian", "use representation=PFMapFactored or PFMapImplicit")
-            pieces.append(dense_rows(slab.forms, layers))
-        return cls(generator.layer_collection, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))
+        lc = generator.layer_collection
+        batches = list(generator.minibatches(examples))
+        n, start = sum(map(data.count, batches)), 0
+        rows: Tensor | None = None
+        for slab in slabs(generator, batches):
+            if rows is None:
+                size = slab.outputs * n * lc.numel() * generator.dtype.itemsize
+                require(size, "a dense Jacobian", "use representation=PFMapFactored or PFMapImplicit")
+                form = next(iter(slab.forms.values()))
+                rows = torch.empty(slab.outputs, n, lc.numel(), dtype=form.dtype, device=form.device)
+            write_rows(slab, lc, rows[:, start : start + slab.examples])
+            start += slab.examples
+        assert rows is not None
+        return cls(lc, rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -29,11 +29,14 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         f"GramMatrix: the dense kernel {tuple(layout.seen)}",
         'use output="trace" or "diag", representation=FMatMemmap.at(path) or FMatImplicit',
     )
-    entries = {
-        name: torch.empty(layout.shape, dtype=kernel.left.dtype, device=kernel.left.device) for name in kernel.groups
-    }
+    entries: dict[str, Tensor] = {}
     for tile in data.progress(kernel.tiles(), verbose, "GramMatrix", kernel.count()):
         for name, value in tile.values.items():
+            if value.shape == layout.shape:
+                entries[name] = value
+                continue
+            if name not in entries:
+                entries[name] = value.new_empty(layout.shape)
             g, rows, cols = layout.where(tile.rows, tile.cols)
             entries[name][g, rows, cols] = value
             if kernel.right is None and tile.rows != tile.cols:
