@@ -156,11 +156,6 @@ class LayerJacobian(ABC):
         return (piece.dense() for _, _, piece in self.tiles())
 
 
-#: How many multiplications take as long as to write an entry of a Jacobian and to read it again, if it stays in the
-#: cache and if it does not, which it does up to so many entries.
-_TRAFFIC, _CACHED = (30, 200), 2**17
-
-
 class Outer(LayerJacobian):
     """Sums over positions of outer products, ``J[c, b] = sum_t g[c, b, t] a[b, t]^T``, one for each group.
 
@@ -207,24 +202,9 @@ class Outer(LayerJacobian):
         return Outer(a, g)
 
     def square(self) -> Tensor:
-        t = self.positions
-        groups, rows, cols = self.shape
-        traffic = _TRAFFIC[rows * cols > _CACHED]
-        if t * (t + 1) // 2 > self.cotangents * (t + traffic):
+        if self.positions > 1:
             return super().square()
-        # (sum_t g_t a_t)^2 = sum_ts (g_t g_s) (a_t a_s), entry by entry: no entry of J is made, and the cost does not
-        # grow with the cotangents.
-        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        step = chunk_length(t * groups * (2 * rows * self.cotangents + cols) * self.dtype.itemsize, self.examples)
-        for start in range(0, self.examples, step):
-            piece = self.narrow(start, min(start + step, self.examples))
-            for s in range(t):
-                gg = (piece.g[:, :, s : s + 1] * piece.g[:, :, s:]).sum(0)  # (B, T - s, G, rows)
-                gg[:, 1:] *= 2
-                aa = piece.a[:, s : s + 1] * piece.a[:, s:]
-                for k in range(groups):
-                    out[k].addmm_(gg[:, :, k].flatten(0, 1).T, aa[:, :, k].flatten(0, 1))
-        return out
+        return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
 
     def total(self) -> Tensor:
         return torch.einsum("btgo,btgi->goi", self.g.sum(0), self.a)

@@ -175,15 +175,3 @@ def test_inner_products_of_forms(positions, groups):
         for one in left:
             for other in left:
                 torch.testing.assert_close(one.paired(other), (one.dense() * other.dense()).flatten(2).sum(2))
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("positions", [1, 5, 40])
-@pytest.mark.parametrize("cotangents", [1, 3])
-def test_squares_of_sums_over_positions(groups, positions, cotangents):
-    a, g = torch.randn(4, positions, groups, 3), torch.randn(cotangents, 4, positions, groups, 2)
-    form = forms.Outer(a.double(), g.double())
-    expected = form.dense().square().sum((0, 1))
-    for budget in (2**30, 2**12):
-        with memory_budget(budget):
-            torch.testing.assert_close(form.square(), expected, rtol=1e-12, atol=1e-12)
