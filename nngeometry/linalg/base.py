@@ -96,10 +96,12 @@ def orthogonalise(rows: Tensor, basis: Tensor, near: int) -> tuple[Tensor, Tenso
         taken[..., first:] += h
 
     turn(near)
+    left = norms(out)
     for _ in range(3):
-        before = norms(out)
+        before = left
         turn(0)
-        if bool((norms(out) >= 0.5 * before).all()):
+        left = norms(out)
+        if bool((left >= 0.5 * before).all()):
             break
     return out, taken
 

@@ -445,8 +445,8 @@ def _funm(matvec: Matvec, b: Tensor, f: Callable[[Tensor], Tensor], steps: int, 
     last = torch.zeros(len(b), 0, dtype=torch.float64)
     changes = [torch.full_like(start, torch.inf)] * 3
     check, error = 2, changes[0]
-    for rows, matrices, closed in tridiagonals(matvec, b, steps):
-        m, done = matrices.shape[1], closed
+    for rows, matrices, done in tridiagonals(matvec, b, steps):
+        m = matrices.shape[1]
         if m < check and m < steps and not bool(done.all()):
             continue
         check = m + max(2, m // 5)

@@ -16,7 +16,7 @@ from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, dense_rows, sides, slabs, tile, write_rows
+from .kernel import Slab, sides, slabs, tile, write_rows
 from .layouts import Full, positions
 from .products import jacobians
 from .vector import FlatArray, FVector, PVector, check_same_space
@@ -318,9 +318,13 @@ class PFMapFactored(PFMap):
     def to_dense(self) -> PFMapDense:
         c, n, p = self.shape
         require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
+        rows = torch.empty(c, n, p, dtype=self.dtype, device=self.device)
+        start = 0
         with torch.no_grad():
-            rows = [dense_rows(p.forms, self.layer_collection.layers) for p in self.pieces]
-        return PFMapDense(self.layer_collection, torch.cat(rows, 1))
+            for piece in self.pieces:
+                write_rows(piece, self.layer_collection, rows[:, start : start + piece.examples])
+                start += piece.examples
+        return PFMapDense(self.layer_collection, rows)
 
     def _inner(self, other: PFMap) -> Tensor:
         if not isinstance(other, PFMapFactored):
