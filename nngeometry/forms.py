@@ -126,7 +126,7 @@ class LayerJacobian(ABC):
         """The same Jacobian as it is best kept for inner products with the Jacobians of many examples."""
         if not self.dense_is_cheaper(examples):
             return self
-        return Dense(self.dense().transpose(0, 1).contiguous().transpose(0, 1))  # examples together in memory
+        return Dense(_examples_together(self.dense()))
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         """Add ``J[c, b] . J'[d, e]`` to out ``(B, C, B', C')`` in place."""
@@ -269,7 +269,7 @@ class Outer(LayerJacobian):
         return 6 * by_positions > dense
 
     def tape(self, examples: int) -> LayerJacobian:
-        return super().tape(examples) if self.dense_is_cheaper(examples) else Outer(self.a, self.g)
+        return super().tape(examples) if self.dense_is_cheaper(examples) else Outer(self.a, _examples_together(self.g))
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Outer):
@@ -467,10 +467,7 @@ class Dense(LayerJacobian):
         if not isinstance(other, Dense):
             return super().add_inner(other, out)
         x, y = (j.transpose(0, 1).flatten(2) for j in (self.j, other.j))
-        if out.is_contiguous():
-            out.view(len(x) * x.shape[1], -1).addmm_(x.flatten(0, 1), y.flatten(0, 1).T)
-        else:
-            out += _matmul(x, y)
+        out.view(len(x) * x.shape[1], -1).addmm_(x.flatten(0, 1), y.flatten(0, 1).T)
         return None
 
     def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
@@ -648,6 +645,11 @@ def _pair(one: Outer, other: Outer, same: bool) -> Tensor:
     return out
 
 
+def _examples_together(g: Tensor) -> Tensor:
+    """The same ``(C, B, ...)`` with all that is of one example together in memory."""
+    return g.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:
     """Add ``sum_ts (x[b, t] . y[e, s]) (g[c, b, t] . h[d, e, s])`` to out ``(B, C, B', C')``.
 
@@ -656,7 +658,8 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
     (c, examples, t, o), (d, others, s, _) = g.shape, h.shape
     if t == s == 1:
         outputs = _matmul(g[:, :, 0].transpose(0, 1), h[:, :, 0].transpose(0, 1))
-        out.addcmul_(outputs, same(slice(None)).view(examples, 1, others, 1))
+        inputs = same(slice(None)).view(examples, 1, others, 1).expand(examples, 1, others, d)
+        out.view(examples, c, -1).addcmul_(outputs.view(examples, c, -1), inputs.reshape(examples, 1, -1))
         return
     step = chunk_length(others * t * (s + 2 * d * o) * g.dtype.itemsize, examples)
     columns = h.permute(1, 2, 0, 3).reshape(others, s, d * o)
@@ -721,6 +724,13 @@ def mirror(total: Tensor) -> Tensor:
         stop = min(start + _PANEL, d)
         total[:start, start:stop] = total[start:stop, :start].T
     return total
+
+
+def copy_transposed(x: Tensor, out: Tensor) -> None:
+    """Copy matrices ``(..., r, c)`` to out ``(..., c, r)``, in panels of rows that stay in the cache."""
+    for start in range(0, x.shape[-2], _PANEL // 2):
+        rows = slice(start, start + _PANEL // 2)
+        out[..., rows] = x[..., rows, :].mT
 
 
 def _total(pieces: Iterator[Tensor]) -> Tensor:

@@ -194,7 +194,10 @@ def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor
     """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``."""
     form = next(iter(one.forms.values()))
     shape = layout.of_examples(one.examples, other.examples).shape
-    out = torch.zeros(shape, dtype=form.dtype, device=form.device)
+    return _add_tile(one, other, layout, names, torch.zeros(shape, dtype=form.dtype, device=form.device))
+
+
+def _add_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor) -> Tensor:
     for name in names:
         layout.add(one.forms[name], other.forms[name], out)
     return out
@@ -215,11 +218,12 @@ def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str])
     for start in range(0, n, step):
         stop = min(start + step, n)
         g, rows, cols = layout.where(slice(start, stop), slice(0, stop))
-        panel = tile(one.narrow(start, stop), other.narrow(0, stop), layout, names)
-        out[g, rows, cols] = panel
-        out[g, cols, rows] = panel.mT
-        square = panel[:, :, rows.start :]
+        panel = out[g, rows, cols].zero_()
+        _add_tile(one.narrow(start, stop), other.narrow(0, stop), layout, names, panel)
+        square = out[g, rows, rows]
         out[g, rows, rows] = (square + square.mT) / 2
+        before = slice(0, rows.start)
+        forms.copy_transposed(out[g, rows, before], out[g, before, rows])
     return out
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import data
+from ..forms import copy_transposed
 from ..memory import chunk_length, require
 from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel, Tape
@@ -40,7 +41,7 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
             g, rows, cols = layout.where(tile.rows, tile.cols)
             entries[name][g, rows, cols] = value
             if kernel.right is None and tile.rows != tile.cols:
-                entries[name][g, cols, rows] = value.mT
+                copy_transposed(value, entries[name][g, cols, rows])
     symmetric = kernel.right is None
     return {name: FMatDense(dense_root(values, layout, symmetric), layout) for name, values in entries.items()}
 
