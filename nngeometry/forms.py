@@ -207,7 +207,8 @@ class Outer(LayerJacobian):
         return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
 
     def total(self) -> Tensor:
-        return torch.einsum("btgo,btgi->goi", self.g.sum(0), self.a)
+        g = self.g[0] if self.cotangents == 1 else self.g.sum(0)
+        return torch.matmul(g.flatten(0, 1).permute(1, 2, 0), self.a.flatten(0, 1).transpose(0, 1))
 
     def dot(self, V: Tensor) -> Tensor:
         return torch.einsum("cbtgo,kbtgo->kcb", self.g, torch.einsum("kgoi,btgi->kbtgo", V, self.a))

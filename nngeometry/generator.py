@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -202,8 +203,10 @@ class Generator(Evaluator):
             plan = Plan(layouts, tuple(c.site.name for c in two), batched=True)
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
-            plan = replace(plan, batched=self._check_separate(f, calls, layouts))
-            self._check_sum(sites, f, calls, plan)
+            s = _generic_cotangent(f)
+            grads, batched = self._separate(f, calls, layouts, s)
+            plan = replace(plan, batched=batched)
+            self._check_sum(f, calls, plan, s, grads)
         return plan
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
@@ -236,20 +239,26 @@ class Generator(Evaluator):
         check_same(f, expected, problem, remedy)
         return f, calls
 
-    def _check_separate(self, f: Tensor, calls: Sequence[_Call], layouts: Sequence[_Layout]) -> bool:
-        """Raise if the gradient of one example's output reaches another example; whether backward can be vectorised."""
-        s = torch.zeros(2, *f.shape, dtype=f.dtype, device=f.device)
-        for example in (0, 1):
-            s[example, example] = _generic_cotangent(f)[example]
+    def _separate(
+        self, f: Tensor, calls: Sequence[_Call], layouts: Sequence[_Layout], s: Tensor
+    ) -> tuple[list[Tensor | None], bool]:
+        """The gradients of ``s . f`` at every output, and whether backward can be vectorised.
+
+        They are taken for each example's output alone, and an error if one reaches another example.
+        """
         edges = [e for c in calls for e in c.edges]
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
+        n = len(f)
+        alone = s.new_zeros(n, *s.shape)
+        for example in range(n):
+            alone[example, example] = s[example]
         batched = True
         try:
-            grads = pull([f], edges, [s], batched=True)
+            grads = pull([f], edges, [alone], batched=True)
         except RuntimeError:
             batched = False
-            grads = pull([f], edges, [s], batched=False)
+            grads = pull([f], edges, [alone], batched=False)
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             for axis in layout.outputs:
@@ -257,32 +266,34 @@ class Generator(Evaluator):
                 if g is None:
                     continue
                 # An output without examples was expanded: its examples are first.
-                rows = _to_front(g, axis or 0, 1).unflatten(1, (f.shape[0], -1))
-                if any(bool(r.count_nonzero()) for r in (rows[0, 1:], rows[1, :1], rows[1, 2:])):
+                rows = _to_front(g, axis or 0, 1).unflatten(1, (n, -1))
+                if bool(rows.count_nonzero() > rows.diagonal().count_nonzero()):
                     raise ValueError(
                         f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
                         f"derivatives are undefined. {MIXES}"
                     )
-        return batched
+        return [None if g is None else g.sum(0, keepdim=True) for g in grads], batched
 
-    def _check_sum(self, sites: Sequence[Site], f: Tensor, calls: Sequence[_Call], plan: Plan) -> None:
-        """Raise, naming the layer, unless the forms of all examples add up to what autograd says of the parameters."""
-        s = _generic_cotangent(f)
-        grads = pull([f], [e for c in calls for e in c.edges], [s.unsqueeze(0)], batched=False)
-        with torch.no_grad():
-            found = {
-                name: self.layer_collection[name].packing.unpack(form.total())
-                for name, form in self._forms(calls, plan.layouts, grads, 1, f.shape[0]).items()
-            }
+    def _check_sum(
+        self, f: Tensor, calls: Sequence[_Call], plan: Plan, s: Tensor, grads: Sequence[Tensor | None]
+    ) -> None:
+        """Raise, naming the layer, unless the forms of all examples add up to what autograd says of the parameters.
+
+        grads: those of ``s . f`` at the outputs of the layers.
+        """
+        found = self._forms(calls, plan.layouts, grads, 1, f.shape[0])  # first, for what it says of modified inputs
         parameters = self.layer_collection.parameters(self.model)
         with trainable(parameters):
             truth = torch.autograd.grad(f, parameters, s, allow_unused=True, materialize_grads=True)
-        flat = torch.cat([g.to_dense().flatten() if g.is_sparse else g.flatten() for g in truth]).to(self.dtype)
-        tolerance = _tolerance(f.dtype)
-        floor = 1e-3 * float(flat.norm())
-        for name, where in self.layer_collection.slices().items():
-            layer = self.layer_collection[name]
-            if float((found[name] - flat[where]).norm()) > tolerance * max(float(flat[where].norm()), floor):
+        truth = tuple(g.to_dense() if g.is_sparse else g for g in truth)
+        norm = torch.linalg.vector_norm
+        floor = 1e-3 * float(norm(torch.stack([norm(g, dtype=self.dtype) for g in truth])))
+        remaining = iter(truth)
+        for name, layer in self.layer_collection.layers.items():
+            expected = torch.cat([g.flatten() for g in islice(remaining, len(layer.params))]).to(self.dtype)
+            with torch.no_grad():
+                wrong = layer.packing.unpack(found[name].total()) - expected
+            if float(norm(wrong)) > _tolerance(f.dtype) * max(float(norm(expected)), floor):
                 raise ValueError(
                     f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the "
                     "gradient of the "

@@ -49,9 +49,10 @@ class Packing:
         if self.view is None:
             return v
         lead = v.shape[:-1]
-        weight = v[..., : prod(self.view)].reshape(*lead, *self.view)
-        n = len(lead)
-        weight = weight.permute(*range(n), *(n + k for k in self.perm))
+        weight = v[..., : prod(self.view)]
+        if list(self.perm) != sorted(self.perm):
+            n = len(lead)
+            weight = weight.reshape(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
         if not self.bias:
             return weight.reshape(*lead, *self.shape)
         weight = weight.reshape(*lead, *self.shape[:-1], -1)
@@ -65,8 +66,9 @@ class Packing:
         lead = m.shape[: m.ndim - len(self.shape)]
         n = len(lead)
         weight = m[..., :-1] if self.bias else m
-        weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
-        weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
+        if list(self.perm) != sorted(self.perm):
+            weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
+            weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
         weight = weight.reshape(*lead, -1)
         if not self.bias:
             return weight
