@@ -156,6 +156,10 @@ class LayerJacobian(ABC):
         return (piece.dense() for _, _, piece in self.tiles())
 
 
+#: Bytes of a Jacobian that are made at a time where it is only read once.
+_PANEL_BYTES = 2**22
+
+
 class Outer(LayerJacobian):
     """Sums over positions of outer products, ``J[c, b] = sum_t g[c, b, t] a[b, t]^T``, one for each group.
 
@@ -201,10 +205,28 @@ class Outer(LayerJacobian):
         g = self.g.reshape(self.cotangents, -1, ratio * self.g.shape[2], *self.g.shape[3:])
         return Outer(a, g)
 
+    def _panels(self) -> Iterator[tuple[slice, int, slice, Tensor]]:
+        """J in pieces that stay in the cache: of which examples, group and rows, and ``(b, C, r, cols)``."""
+        groups, rows, cols = self.shape
+        fit = max(1, _PANEL_BYTES // (self.cotangents * cols * self.dtype.itemsize))  # rows of one example
+        r, b = min(rows, fit), max(1, fit // rows)
+        g = self.g.permute(3, 1, 0, 4, 2).contiguous()  # (G, B, C, rows, T)
+        for start in range(0, self.examples, b):
+            examples = slice(start, min(start + b, self.examples))
+            a = self.narrow(examples.start, examples.stop, 0, 0).a.transpose(1, 2)
+            for k in range(groups):
+                for first in range(0, rows, r):
+                    part = g[k, examples, :, first : first + r]
+                    j = torch.bmm(part.flatten(1, 2), a[:, k])
+                    yield examples, k, slice(first, first + r), j.view(*part.shape[:3], cols)
+
     def square(self) -> Tensor:
-        if self.positions > 1:
-            return super().square()
-        return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
+        if self.positions == 1:
+            return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
+        out = self.g.new_zeros(self.shape)
+        for _, k, rows, j in self._panels():
+            out[k, rows] += j.square_().sum((0, 1))
+        return out
 
     def total(self) -> Tensor:
         g = self.g[0] if self.cotangents == 1 else self.g.sum(0)
@@ -217,10 +239,14 @@ class Outer(LayerJacobian):
         return torch.einsum("kbtgo,btgi->kgoi", torch.einsum("kcb,cbtgo->kbtgo", u, self.g), self.a)
 
     def arrow(self) -> Tensor:
-        if self.positions > 1:
-            return super().arrow()
-        a = self.a[:, 0]
-        return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
+        if self.positions == 1:
+            a = self.a[:, 0]
+            return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
+        groups, rows, cols = self.shape
+        out = self.g.new_zeros(groups, rows, cols - 1)
+        for _, k, r, j in self._panels():
+            out[k, r] += (j[..., :-1] * j[..., -1:]).sum((0, 1))
+        return out
 
     def sqnorm(self) -> Tensor:
         t = self.positions
@@ -228,7 +254,10 @@ class Outer(LayerJacobian):
         if t == 1:
             return torch.einsum("cbg,bg->cb", self.g[:, :, 0].square().sum(-1), self.a[:, 0].square().sum(-1))
         if t * (rows + cols) > rows * cols:
-            return super().sqnorm()
+            norms = self.g.new_zeros(self.cotangents, self.examples)
+            for b, _, _, j in self._panels():
+                norms[:, b] += j.square_().sum((2, 3)).T
+            return norms
         # |sum_t g_t a_t^T|^2 = sum_ts (g_t . g_s) (a_t . a_s): cheaper than J itself for short sequences.
         size = (self.cotangents + 1) * self.shape[0] * t * t * self.dtype.itemsize
         step = chunk_length(size, self.examples)

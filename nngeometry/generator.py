@@ -123,14 +123,18 @@ class Generator(Evaluator):
         check_mode(self.model)
         return self.probe(self.layer_collection.sites(self.model), batch)
 
-    def stream(self, examples: Any, plan: Plan | None = None) -> Iterator[Observation]:
-        """The observations of a loader or of one minibatch, in order."""
+    def stream(self, examples: Any, plan: Plan | None = None, by_example: bool = False) -> Iterator[Observation]:
+        """The observations of a loader or of one minibatch, in order.
+
+        by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
+        the cotangents.
+        """
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
         for position, batch in enumerate(self.minibatches(examples)):
             if plan is None:
                 plan = self.probe(sites, batch)
-            yield from self._observe(sites, batch, position, plan)
+            yield from self._observe(sites, batch, position, plan, by_example)
 
     def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
         cotangents = self.cotangents(f, batch, position)
@@ -303,19 +307,40 @@ class Generator(Evaluator):
                     "or declare the module that uses them all with nngeometry.whole"
                 )
 
-    def _observe(self, sites: Sequence[Site], batch: data.Batch, position: int, plan: Plan) -> Iterator[Observation]:
+    def _observe(
+        self, sites: Sequence[Site], batch: data.Batch, position: int, plan: Plan, by_example: bool
+    ) -> Iterator[Observation]:
         with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
         cotangents = self.cotangents(fixed, batch, position)
-        edges = [e for c in calls for e in c.edges]
+        weight = self.weigh(fixed, batch)
         per_cotangent = sum(y.numel() * y.element_size() for y in (f, *(y for c in calls for _, y in c.outputs)))
         step = chunk_length(per_cotangent, cotangents.count) if plan.batched else 1
+        n, count = len(f), cotangents.count
+        if not by_example or not plan.batched or step == count or n == 1:
+            yield from self._chunks(f, calls, cotangents, step, weight, plan)
+            return
+        del f, calls  # what a work array holds is made again, for a few examples at a time
+        size = max(1, n * step // count)
+        step = min(max(1, n * step // size), chunk_length(fixed.numel() * fixed.element_size(), count))
+        for start in range(0, n, size):
+            index = torch.arange(start, min(start + size, n))
+            with unchanged(self.model):
+                f, calls = self._forward(sites, data.take(batch, index), plan)
+            check_same(f, fixed[index], "the output of the model for an example depends on the others", MIXES)
+            mine = cotangents.of_examples(start, start + size)
+            yield from self._chunks(f, calls, mine, step, weight if start == 0 else 0.0, plan)
+
+    def _chunks(
+        self, f: Tensor, calls: Sequence[_Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
+    ) -> Iterator[Observation]:
+        edges = [e for c in calls for e in c.edges]
         for start in range(0, cotangents.count, step):
             s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
             grads = pull([f], edges, [s], plan.batched)
-            n, weight = (f.shape[0], self.weigh(fixed, batch)) if start == 0 else (0, 0.0)
-            yield Observation(n, weight, self._forms(calls, plan.layouts, grads, s.shape[0], f.shape[0]))
+            counted = (len(f), weight) if start == 0 else (0, 0.0)
+            yield Observation(*counted, self._forms(calls, plan.layouts, grads, len(s), len(f)))
 
     def _forms(
         self,

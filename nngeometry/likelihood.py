@@ -32,6 +32,10 @@ class Cotangents:
         """All of them at once: s ``(C, B, *out)``."""
         return cls(s.shape[0], lambda start, stop: s[start:stop])
 
+    def of_examples(self, first: int, last: int) -> Cotangents:
+        """Those of some of the examples."""
+        return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
+
 
 def diagonal_cotangents(scale: Tensor) -> Cotangents:
     """For each element of an example's output, ``scale`` there and zero elsewhere: scale ``(B, *out)``."""

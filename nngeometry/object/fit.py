@@ -30,7 +30,8 @@ class Estimator:
     observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
     and machines. finish: ``(State, n) -> Block``, n being what the sum is divided by, usually the number of
     examples. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block. refine: what
-    estimates the block again in a second pass, given the first.
+    estimates the block again in a second pass, given the first. by_example: whether all cotangents of few examples
+    are cheaper to observe than few cotangents of all examples, because the inputs are looked at once.
     """
 
     layers: tuple[Layer, ...]
@@ -39,6 +40,7 @@ class Estimator:
     finish: Callable[[State, float], Block]
     centre: Callable[[Block, Tensor], Block]
     refine: Callable[[Block], Estimator] | None = None
+    by_example: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _run(
     mean: dict[str, Tensor] = {}
     total = 0.0
     with torch.no_grad():
-        for observation in generator.stream(examples):
+        for observation in generator.stream(examples, by_example=all(e.by_example for e in estimators)):
             total += observation.weight
             for k, e in enumerate(estimators):
                 new = e.observe([observation.forms[layer.name] for layer in e.layers], observation.n)
@@ -159,6 +161,7 @@ def diag(layer: Layer) -> Estimator:
         lambda js, n: (js[0].square(),),
         lambda state, n: Diag(layer.packing.unpack(state[0] / n)),
         lambda block, mean: Diag((block.diag() - mean.square()).clamp(min=0)),
+        by_example=True,
     )
 
 
@@ -179,6 +182,7 @@ def quasidiag(layer: Layer) -> Estimator:
         lambda js, n: (js[0].square(), js[0].arrow()),
         lambda state, n: QuasiDiag(state[0] / n, state[1] / n),
         centre,
+        by_example=True,
     )
 
 
@@ -293,13 +297,7 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
         m = basis.transpose().mv(layer.packing.pack(mean))
         return Spectral(basis, (block.l - m.square()).clamp(min=0), block.rest)  # type: ignore[attr-defined]
 
-    return Estimator(
-        (layer,),
-        layer.packing,
-        observe,
-        finish,
-        centre,
-    )
+    return Estimator((layer,), layer.packing, observe, finish, centre, by_example=True)
 
 
 def eye(layers: Sequence[Layer]) -> Estimator:
@@ -312,6 +310,7 @@ def eye(layers: Sequence[Layer]) -> Estimator:
         lambda js, n: (torch.stack([j.sqnorm().sum() for j in js]).sum(),),
         lambda state, n: Eye(state[0] / (n * p), (p,)),
         lambda block, mean: Eye((block.c - mean.square().sum() / p).clamp(min=0), (p,)),  # type: ignore[attr-defined]
+        by_example=True,
     )
 
 

@@ -65,7 +65,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
     trace = torch.zeros((), dtype=generator.dtype, device=generator.device)
     total = 0.0
     with torch.no_grad():
-        for observation in generator.stream(examples):
+        for observation in generator.stream(examples, by_example=True):
             total += observation.weight
             for form in observation.forms.values():
                 trace += form.sqnorm().sum()
