@@ -332,6 +332,25 @@ def test_batches_chunks_and_order_do_not_matter(name, representation):
     assert oracle.relative(twice, whole) < 1e-9
 
 
+@pytest.mark.parametrize("representation", [PMatDiag, PMatQuasiDiag, PMatEKFAC, PMatEye])
+def test_minibatches_that_are_split_see_the_same_draws(representation):
+    model, (one, two), _ = batches_of("convnet")
+    loader = [one, two]
+
+    def drawn():
+        return FIM_MonteCarlo(model, loader, representation, trials=3, generator=torch.Generator().manual_seed(0))
+
+    def trace():
+        return FIM(model, loader, PMatImplicit).trace()
+
+    whole, exact = drawn().to_torch(), trace()
+    for budget in (2**12, 2**15, 2**17):
+        with memory_budget(budget):
+            found, sum_of_squares = drawn(), trace()
+        assert oracle.relative(found.to_torch(), whole) < 1e-10
+        assert oracle.relative(sum_of_squares, exact) < 1e-10
+
+
 def test_loss_scale():
     """A loss c times as large gives matrices c**2 times as large."""
     model, (one, _), _ = batches_of("convnet")

@@ -175,3 +175,16 @@ def test_inner_products_of_forms(positions, groups):
         for one in left:
             for other in left:
                 torch.testing.assert_close(one.paired(other), (one.dense() * other.dense()).flatten(2).sum(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("panel", [2**22, 8 * 3 * 4 * 2 * 2, 1])
+def test_reductions_of_a_jacobian_in_panels(panel, groups, monkeypatch):
+    """However few entries of J are made at a time, and however the patches come."""
+    monkeypatch.setattr(forms, "_PANEL_BYTES", panel)
+    x, g = torch.randn(5, 7, groups, 4), torch.randn(3, 5, 7, groups, 2)
+    for form in (forms.Outer(x, g), forms.Outer(x, g, lambda x: x.cos(), 4)):
+        j = form.dense()
+        torch.testing.assert_close(form.square(), j.square().sum((0, 1)))
+        torch.testing.assert_close(form.arrow(), (j[..., :-1] * j[..., -1:]).sum((0, 1)))
+        torch.testing.assert_close(form.sqnorm(), j.flatten(2).square().sum(2))
