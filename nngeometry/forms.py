@@ -345,7 +345,7 @@ class Outer(LayerJacobian):
         step = chunk_length(size, self.examples)
         moments = []
         for start in range(0, self.examples, step):
-            piece = self if step >= self.examples else self.narrow(start, min(start + step, self.examples))
+            piece = self.narrow(start, min(start + step, self.examples))  # what it expands goes with it
             if piece.moment is not None and not reduce:
                 moments.append(piece.moment(piece.inputs))
             else:

@@ -23,7 +23,7 @@ from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import chunk_length
+from .memory import chunk_length, work_array
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -46,6 +46,11 @@ class Observation:
     weight: float
     forms: dict[str, LayerJacobian]
 
+    @property
+    def large(self) -> bool:
+        """Whether to let go of it before the next one is made, which takes time: memory is given back and fetched."""
+        return sum(form.nbytes() for form in self.forms.values()) > work_array()
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -54,7 +59,7 @@ class _Call:
     site: Site
     inputs: Any
     versions: tuple[int, ...]
-    outputs: tuple[tuple[int, Tensor], ...]  # (leaf of the output, that leaf detached), for the differentiable ones
+    outputs: tuple[tuple[int, Tensor], ...]  # (leaf of the output, a stand-in of its shape), of the differentiable ones
     edges: tuple[GradientEdge, ...]
 
 
@@ -167,7 +172,7 @@ class Generator(Evaluator):
                 leaves = _differentiable(output)
                 inputs = _detached(_in_order(module, args, kwargs))
                 versions = tuple(t._version for t in _leaves(inputs) if isinstance(t, Tensor))
-                outputs = tuple((k, y.detach()) for k, y in leaves)
+                outputs = tuple((k, y.new_empty(()).expand(y.shape)) for k, y in leaves)
                 calls.append(_Call(site, inputs, versions, outputs, tuple(get_gradient_edge(y) for _, y in leaves)))
                 return output
 
@@ -338,9 +343,11 @@ class Generator(Evaluator):
         edges = [e for c in calls for e in c.edges]
         for start in range(0, cotangents.count, step):
             s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
-            grads = pull([f], edges, [s], plan.batched)
             counted = (len(f), weight) if start == 0 else (0, 0.0)
-            yield Observation(*counted, self._forms(calls, plan.layouts, grads, len(s), len(f)))
+            # Nothing here keeps the gradients, so that who receives them can let go of them.
+            yield Observation(
+                *counted, self._forms(calls, plan.layouts, pull([f], edges, [s], plan.batched), len(s), len(f))
+            )
 
     def _forms(
         self,

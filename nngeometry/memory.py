@@ -39,9 +39,14 @@ def budget() -> int:
     return _BUDGET.get()
 
 
+def work_array() -> int:
+    """How many bytes what is held for a while should have at most."""
+    return budget() // _WORK_FRACTION
+
+
 def chunk_length(bytes_per_item: int, items: int) -> int:
     """How many of ``items`` things of ``bytes_per_item`` bytes to process at once: at least one."""
-    fits = budget() // _WORK_FRACTION // max(1, bytes_per_item)
+    fits = work_array() // max(1, bytes_per_item)
     return max(1, min(items, fits))
 
 

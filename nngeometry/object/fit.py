@@ -112,6 +112,8 @@ def _run(
                     for layer in e.layers:
                         j = layer.packing.unpack(observation.forms[layer.name].total())
                         mean[layer.name] = mean[layer.name] + j if layer.name in mean else j
+            if observation.large:
+                del observation
         n = total if generator.mean else 1.0
         blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
     return blocks, {name: j / n for name, j in mean.items()} if generator.centred else None
@@ -159,7 +161,7 @@ def diag(layer: Layer) -> Estimator:
         (layer,),
         _flat([layer]),
         lambda js, n: (js[0].square(),),
-        lambda state, n: Diag(layer.packing.unpack(state[0] / n)),
+        lambda state, n: Diag(layer.packing.unpack(state[0].div_(n))),
         lambda block, mean: Diag((block.diag() - mean.square()).clamp(min=0)),
         by_example=True,
     )
@@ -180,7 +182,7 @@ def quasidiag(layer: Layer) -> Estimator:
         (layer,),
         layer.packing,
         lambda js, n: (js[0].square(), js[0].arrow()),
-        lambda state, n: QuasiDiag(state[0] / n, state[1] / n),
+        lambda state, n: QuasiDiag(state[0].div_(n), state[1].div_(n)),
         centre,
         by_example=True,
     )
@@ -245,9 +247,9 @@ def kron(layer: Layer, reduce: bool, thin: bool = False) -> Estimator:
         left, right, count = state
         if isinstance(right, Samples):
             rows = right.rows / count**0.5
-            return Kron(Dense(left / n), LowRank(rows, rows.new_ones(len(rows))))
-        a = right / max(count, 1)
-        return Kron(Dense(left / n), Diag(a) if a.ndim == 2 else Dense(a))
+            return Kron(Dense(left.div_(n)), LowRank(rows, rows.new_ones(len(rows))))
+        a = right.div_(max(count, 1))
+        return Kron(Dense(left.div_(n)), Diag(a) if a.ndim == 2 else Dense(a))
 
     def centre(block: Block, mean: Tensor) -> Block:
         raise NotImplementedError(
@@ -286,7 +288,7 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
         return (inside, js[0].sqnorm().sum()) if elsewhere else (inside,)
 
     def finish(state: State, n: float) -> Block:
-        l = state[0] / n
+        l = state[0].div_(n)
         missing = prod(basis.shape) - l.numel()
         rest = l.new_zeros(())
         if elsewhere and missing:

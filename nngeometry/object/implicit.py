@@ -67,8 +67,9 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
     with torch.no_grad():
         for observation in generator.stream(examples, by_example=True):
             total += observation.weight
-            for form in observation.forms.values():
-                trace += form.sqnorm().sum()
+            trace += sum(form.sqnorm().sum() for form in observation.forms.values())
+            if observation.large:
+                del observation
     return trace / total if generator.mean else trace
 
 
