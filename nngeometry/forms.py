@@ -222,7 +222,7 @@ class Outer(LayerJacobian):
 
     def square(self) -> Tensor:
         if self.positions == 1:
-            return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
+            return _outer_sum(self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
         out = self.g.new_zeros(self.shape)
         for _, k, rows, j in self._panels():
             out[k, rows] += j.square_().sum((0, 1))
@@ -230,7 +230,7 @@ class Outer(LayerJacobian):
 
     def total(self) -> Tensor:
         g = self.g[0] if self.cotangents == 1 else self.g.sum(0)
-        return torch.matmul(g.flatten(0, 1).permute(1, 2, 0), self.a.flatten(0, 1).transpose(0, 1))
+        return _outer_sum(g.flatten(0, 1), self.a.flatten(0, 1))
 
     def dot(self, V: Tensor) -> Tensor:
         return torch.einsum("cbtgo,kbtgo->kcb", self.g, torch.einsum("kgoi,btgi->kbtgo", V, self.a))
@@ -241,7 +241,7 @@ class Outer(LayerJacobian):
     def arrow(self) -> Tensor:
         if self.positions == 1:
             a = self.a[:, 0]
-            return torch.einsum("bgo,bgi->goi", self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
+            return _outer_sum(self.g[:, :, 0].square().sum(0), a[..., :-1] * a[..., -1:])
         groups, rows, cols = self.shape
         out = self.g.new_zeros(groups, rows, cols - 1)
         for _, k, r, j in self._panels():
@@ -760,6 +760,11 @@ def copy_transposed(x: Tensor, out: Tensor) -> None:
     for start in range(0, x.shape[-2], _PANEL // 2):
         rows = slice(start, start + _PANEL // 2)
         out[..., rows] = x[..., rows, :].mT
+
+
+def _outer_sum(g: Tensor, a: Tensor) -> Tensor:
+    """``(N, G, o), (N, G, i) -> (G, o, i)``: the sum over N of g a^T, for each group."""
+    return torch.bmm(g.permute(1, 2, 0), a.transpose(0, 1))
 
 
 def _total(pieces: Iterator[Tensor]) -> Tensor:
