@@ -1,12 +1,14 @@
 """Structures of a matrix on one set of coordinates, and their common linear algebra."""
 
-from .base import Block, Compression, Diag, Eye, Product, Regul, Spectral, Sum, add, matmul
+from .base import Block, Regul
+from .composite import Compression, Product, Sum, add, matmul
 from .dense import Dense
 from .direct import Direct, Part
 from .kron import Kron
 from .lowrank import LowRank
 from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
+from .spectral import Diag, Eye, Spectral
 
 __all__ = [
     "Block",

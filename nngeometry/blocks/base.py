@@ -16,12 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import cg, eigsh, funm, minres
+from ..linalg import cg, eigsh, minres
 from ..memory import require
 
 Map = Callable[[Tensor], Tensor]
-#: Entries of vectors that are rotated at a time, so that what comes between two bases stays in the cache.
-_PIECE = 2**20
 #: One number, or a positive one for each coordinate.
 Regul = float | Tensor
 
@@ -130,7 +128,7 @@ class Block(ABC):
 
     def apply(self, f: Map) -> Block:
         """f(M), with f applied to the eigenvalues."""
-        return Function(self, f) if self.by_products else self.eig().apply(f)
+        return _make("Function", self, f) if self.by_products else self.eig().apply(f)
 
     def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
@@ -188,7 +186,7 @@ class Block(ABC):
         return self._inv(regul)
 
     def _inv(self, regul: float) -> Block:
-        return Inverse(self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
+        return _make("Inverse", self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
 
     def logdet(self, regul: Regul = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
@@ -237,18 +235,18 @@ class Block(ABC):
 
     def restrict(self, s: slice) -> Block:
         """The diagonal sub-block of the flat coordinates s."""
-        return Compression(self, s.start, s.stop)
+        return _make("Compression", self, s.start, s.stop)
 
     def transpose(self) -> Block:
         return self
 
     def map_square(self) -> Block:
         """The matrix of squared entries, for the bases that need it."""
-        return Block.kinds["Dense"](self.to_dense().square(), self.shape)  # type: ignore[call-arg]
+        return _make("Dense", self.to_dense().square(), self.shape)
 
     def scale(self, c: float) -> Block:
         """c M."""
-        return Sum((self,), (c,))
+        return _make("Sum", (self,), (c,))
 
     def plus(self, other: Block) -> Block | None:
         """M + other if the sum has a closed form here, otherwise None."""
@@ -320,7 +318,12 @@ class Block(ABC):
             f"{operation}: the dense form of a {from_} of {self.numel} parameters",
             "work on fewer layers, use a representation with a closed form",
         )
-        return Block.kinds["Dense"](self.to_dense(), self.shape, self.symmetric)  # type: ignore[call-arg]
+        return _make("Dense", self.to_dense(), self.shape, self.symmetric)
+
+
+def _make(name: str, *arguments: Any) -> Any:
+    """A block of a structure that is built upon this file."""
+    return Block.kinds[name](*arguments)
 
 
 def check_invertible(l: Tensor, regul: float) -> None:
@@ -379,336 +382,6 @@ def _from_state(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True, eq=False)
-class Spectral(Block):
-    """``Q diag(l) Q^T + rest (1 - Q Q^T)`` with orthonormal columns Q: an eigendecomposition, possibly of a part of
-    the space.
-
-    EKFAC is one with Q a Kronecker product. basis: Q, a block from vectors of the shape of l; rest: the eigenvalue
-    outside its span.
-    """
-
-    basis: Block
-    l: Tensor
-    rest: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.basis.shape
-
-    @property
-    def _missing(self) -> int:
-        return self.numel - self.l.numel()
-
-    def describe(self) -> str:
-        return f"Spectral({self.basis.describe()})"
-
-    def mv(self, V: Tensor) -> Tensor:
-        if V.requires_grad or V.numel() <= max(_PIECE, self.numel):
-            return self._mv(V)
-        rows = V.reshape(-1, *self.shape)
-        out = torch.empty_like(rows)
-        step = max(1, _PIECE // self.numel)
-        for piece, into in zip(rows.split(step), out.split(step), strict=True):
-            into.copy_(self._mv(piece))
-        return out.view(V.shape)
-
-    def _mv(self, V: Tensor) -> Tensor:
-        transpose = self.basis.transpose()
-        inside = transpose.mv(V)
-        if not self._missing:
-            return self.basis.mv(self.l * inside)
-        outside = V - self.basis.mv(inside)
-        outside = outside - self.basis.mv(transpose.mv(outside))  # twice: rest may be far larger than l
-        return self.basis.mv(self.l * inside) + self.rest * outside
-
-    def to_dense(self) -> Tensor:
-        q = self.basis.to_dense()
-        dense = (q * (self.l - self.rest).flatten()) @ q.T if self._missing else (q * self.l.flatten()) @ q.T
-        if self._missing:
-            dense.diagonal().add_(self.rest)
-        return dense
-
-    def diag(self) -> Tensor:
-        squares = self.basis.map_square()
-        if not self._missing:
-            return squares.mv(self.l)
-        return squares.mv(self.l - self.rest) + self.rest
-
-    def eig(self) -> Spectral:
-        return self
-
-    def eigenvalues(self) -> Tensor:
-        return torch.cat([self.l.flatten(), self.rest.expand(self._missing)])
-
-    def top(self, k: int | None) -> tuple[Tensor, Tensor]:
-        l, index = self.l.flatten().sort(descending=True)
-        check_held(l, k, self.rest.expand(min(1, self._missing)))
-        return l[:k], self.columns(index[:k])
-
-    def columns(self, index: Tensor) -> Tensor:
-        """The eigenvectors of the flat indices of l: ``(k, *shape)``."""
-        one_hot = self.l.new_zeros(len(index), self.l.numel())
-        one_hot[torch.arange(len(index), device=index.device), index] = 1.0
-        return self.basis.mv(one_hot.view(-1, *self.l.shape))
-
-    def trace(self) -> Tensor:
-        return self.l.sum() + self._missing * self.rest
-
-    def _frobenius(self) -> Tensor:
-        return (self.l.square().sum() + self._missing * self.rest.square()).sqrt()
-
-    def apply(self, f: Map) -> Spectral:
-        return Spectral(self.basis, f(self.l), f(self.rest) if self._missing else self.rest)
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._inv(regul).mv(V)
-
-    def _inv(self, regul: float) -> Spectral:
-        check_invertible(self.eigenvalues(), regul)
-        return self.apply(lambda l: (l + regul).reciprocal())
-
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.pow(0.5).mv(noise)
-
-    def scale(self, c: float) -> Spectral:
-        return self.apply(lambda l: c * l)
-
-    def plus(self, other: Block) -> Block | None:
-        if isinstance(other, Eye):
-            return Spectral(self.basis, self.l + other.c, self.rest + other.c)
-        if isinstance(other, Spectral) and other.basis is self.basis:
-            return Spectral(self.basis, self.l + other.l, self.rest + other.rest)
-        return None
-
-
-@dataclass(frozen=True, eq=False)
-class Eye(Block):
-    """``c`` times the identity."""
-
-    c: Tensor
-    size: tuple[int, ...]
-
-    @classmethod
-    def like(cls, t: Tensor, size: tuple[int, ...]) -> Eye:
-        return cls(t.new_ones(()), size)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.size
-
-    def mv(self, V: Tensor) -> Tensor:
-        return self.c * V
-
-    on_columns = on_rows = mv
-
-    def to_dense(self) -> Tensor:
-        return self.c * torch.eye(self.numel, dtype=self.c.dtype, device=self.c.device)
-
-    def diag(self) -> Tensor:
-        return self.c.expand(self.size)
-
-    def eig(self) -> Spectral:
-        return Spectral(Eye.like(self.c, self.size), self.c.expand(self.size).clone(), self.c * 0)
-
-    def eigenvalues(self) -> Tensor:
-        return self.c.expand(self.numel)
-
-    def _frobenius(self) -> Tensor:
-        return self.c.abs() * self.numel**0.5
-
-    def apply(self, f: Map) -> Eye:
-        return Eye(f(self.c), self.size)
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._inv(regul).mv(V)
-
-    def _inv(self, regul: float) -> Eye:
-        check_invertible(self.c.reshape(1), regul)
-        return self.apply(lambda c: (c + regul).reciprocal())
-
-    def congruence(self, s: Tensor) -> Block:
-        return Diag(self.c * s.square())
-
-    def restrict(self, s: slice) -> Eye:
-        return Eye(self.c, (s.stop - s.start,))
-
-    def scale(self, c: float) -> Eye:
-        return Eye(c * self.c, self.size)
-
-    def plus(self, other: Block) -> Block | None:
-        return Eye(self.c + other.c, self.size) if isinstance(other, Eye) else other.plus(self)
-
-    def times(self, other: Block) -> Block | None:
-        return other.scale(float(self.c))
-
-    def map_square(self) -> Eye:
-        return Eye(self.c.square(), self.size)
-
-
-@dataclass(frozen=True, eq=False)
-class Diag(Block):
-    """A diagonal matrix: d, in the shape of a vector."""
-
-    d: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.d.shape)
-
-    def mv(self, V: Tensor) -> Tensor:
-        return self.d * V
-
-    def to_dense(self) -> Tensor:
-        return torch.diag(self.d.flatten())
-
-    def diag(self) -> Tensor:
-        return self.d
-
-    def eig(self) -> Spectral:
-        return Spectral(Eye.like(self.d, self.shape), self.d, self.d.new_zeros(()))
-
-    def eigenvalues(self) -> Tensor:
-        return self.d.flatten()
-
-    def _frobenius(self) -> Tensor:
-        return torch.linalg.vector_norm(self.d)
-
-    def apply(self, f: Map) -> Diag:
-        return Diag(f(self.d))
-
-    def pow(self, exponent: float) -> Block:
-        return _unrotated(super().pow(exponent))
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        check_invertible(self.d, regul)
-        return V / (self.d + regul)
-
-    def _inv(self, regul: float) -> Diag:
-        check_invertible(self.d, regul)
-        return Diag((self.d + regul).reciprocal())
-
-    def congruence(self, s: Tensor) -> Diag:
-        return Diag(s * self.d * s)
-
-    def restrict(self, s: slice) -> Diag:
-        return Diag(self.d[s])
-
-    def scale(self, c: float) -> Diag:
-        return Diag(c * self.d)
-
-    def plus(self, other: Block) -> Block | None:
-        return Diag(self.d + other.diag()) if isinstance(other, Diag | Eye) else None
-
-    def times(self, other: Block) -> Block | None:
-        return Diag(self.d * other.d) if isinstance(other, Diag) else None
-
-
-def _unrotated(block: Block) -> Block:
-    """A spectral block in the trivial basis as the diagonal matrix that it is."""
-    if isinstance(block, Spectral) and isinstance(block.basis, Eye):
-        return Diag(block.l)
-    return block
-
-
-@dataclass(frozen=True, eq=False)
-class Compression(Block):
-    """The diagonal sub-block ``start:stop`` of the flat coordinates of another block, by products with it."""
-
-    inner: Block
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start,)
-
-    def mv(self, V: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(V, (self.start, self.inner.numel - self.stop))
-        out = self.inner.mv(padded.reshape(*V.shape[:-1], *self.inner.shape))
-        return out.reshape(*V.shape[:-1], self.inner.numel)[..., self.start : self.stop]
-
-    def diag(self) -> Tensor:
-        return self.inner.diag().flatten()[self.start : self.stop]
-
-    @property
-    def symmetric(self) -> bool:
-        return self.inner.symmetric
-
-    @property
-    def by_products(self) -> bool:
-        return self.inner.by_products
-
-    @property
-    def definite(self) -> bool:
-        return self.inner.definite
-
-
-@dataclass(frozen=True, eq=False)
-class Iterated(Block):
-    """A function of a symmetric matrix known by its products, by an iteration for each product with it."""
-
-    inner: Block
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def by_products(self) -> bool:
-        return True
-
-    @abstractmethod
-    def _rows(self, V: Tensor) -> Tensor:
-        """``(k, p) -> (k, p)``."""
-
-    def mv(self, V: Tensor) -> Tensor:
-        return Adjointed.apply(self._rows, self._rows, V.reshape(-1, self.numel)).view(V.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Function(Iterated):
-    """f(M), by Lanczos."""
-
-    f: Map
-
-    def _rows(self, V: Tensor) -> Tensor:
-        return funm(self.inner._product, V, self.f)
-
-
-@dataclass(frozen=True, eq=False)
-class Inverse(Iterated):
-    """``(M + regul)^-1``, by one solve for each product."""
-
-    regul: float
-
-    @property
-    def definite(self) -> bool:
-        return self.inner.definite
-
-    def _rows(self, V: Tensor) -> Tensor:
-        return self.inner.iterate(V, self.regul)
-
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
-        if not isinstance(regul, Tensor) and regul == 0:
-            return self.inner.mv(V) + self.regul * V
-        return super().solve(V, regul)
-
-
-class Adjointed(torch.autograd.Function):
-    """``A V`` for a linear map given as a function, differentiable by its transpose, since A does not depend on V."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Map, backward: Map, V: Tensor) -> Tensor:
-        ctx.pair = forward, backward
-        return forward(V.detach())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        forward, backward = ctx.pair
-        return None, None, Adjointed.apply(backward, forward, grad)
-
-
 def _power(exponent: float) -> Map:
     """Lambda**exponent, NaN where it is undefined; rounding below zero counts as zero."""
 
@@ -719,115 +392,3 @@ def _power(exponent: float) -> Map:
         return torch.where(l < -100 * noise, torch.nan, l.clamp(min=0) ** exponent)
 
     return f
-
-
-@dataclass(frozen=True, eq=False)
-class Sum(Block):
-    """A linear combination of unlike blocks."""
-
-    terms: tuple[Block, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.terms[0].shape
-
-    @property
-    def by_products(self) -> bool:
-        return any(t.by_products for t in self.terms)
-
-    def describe(self) -> str:
-        return " + ".join(t.describe() for t in self.terms)
-
-    def mv(self, V: Tensor) -> Tensor:
-        return sum(w * t.mv(V) for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
-
-    def to_dense(self) -> Tensor:
-        return sum(w * t.to_dense() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
-
-    def diag(self) -> Tensor:
-        return sum(w * t.diag() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
-
-    def trace(self) -> Tensor:
-        return sum(w * t.trace() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
-
-    @property
-    def symmetric(self) -> bool:
-        return all(t.symmetric for t in self.terms)
-
-    def transpose(self) -> Block:
-        return Sum(tuple(t.transpose() for t in self.terms), self.weights)
-
-    def congruence(self, s: Tensor) -> Sum:
-        return Sum(tuple(t.congruence(s) for t in self.terms), self.weights)
-
-    def restrict(self, s: slice) -> Sum:
-        return Sum(tuple(t.restrict(s) for t in self.terms), self.weights)
-
-    def scale(self, c: float) -> Sum:
-        return Sum(self.terms, tuple(c * w for w in self.weights))
-
-
-@dataclass(frozen=True, eq=False)
-class Product(Block):
-    """``left right``: in general not symmetric, so it has no eigendecomposition here."""
-
-    left: Block
-    right: Block
-
-    @property
-    def symmetric(self) -> bool:
-        return False
-
-    @property
-    def by_products(self) -> bool:
-        return self.left.by_products or self.right.by_products
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.left.shape
-
-    def mv(self, V: Tensor) -> Tensor:
-        return self.left.mv(self.right.mv(V))
-
-    def to_dense(self) -> Tensor:
-        return self.left.mv(self.right.to_dense().T.reshape(-1, *self.shape)).reshape(-1, self.numel).T
-
-    def eig(self) -> Block:
-        raise NotImplementedError(
-            "a product of two matrices is not symmetric, so it has no eigendecomposition, and nothing that needs one: "
-            "use to_torch(), or work with the factors"
-        )
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        if regul == 0:
-            return self.right._solve(self.left._solve(V, 0.0), 0.0)
-        return super()._solve(V, regul)
-
-    def transpose(self) -> Block:
-        return Product(self.right.transpose(), self.left.transpose())
-
-
-def add(one: Block, other: Block, weight: float = 1.0) -> Block:
-    """``one + weight other``, in closed form where there is one."""
-    if one.shape != other.shape:
-        raise ValueError(f"cannot add blocks of shapes {one.shape} and {other.shape}")
-    scaled = other if weight == 1 else other.scale(weight)
-    closed = one.plus(scaled)
-    if closed is None:
-        closed = scaled.plus(one)
-    if closed is not None:
-        return closed
-    return Sum((*_terms(one)[0], *_terms(scaled)[0]), (*_terms(one)[1], *_terms(scaled)[1]))
-
-
-def _terms(block: Block) -> tuple[tuple[Block, ...], tuple[float, ...]]:
-    return (block.terms, block.weights) if isinstance(block, Sum) else ((block,), (1.0,))
-
-
-def matmul(one: Block, other: Block) -> Block:
-    """``one other``, in closed form where there is one."""
-    closed = one.times(other)
-    if closed is None and isinstance(other, Eye):
-        closed = one.scale(float(other.c))
-    return Product(one, other) if closed is None else closed

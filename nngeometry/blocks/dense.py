@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import Block, Diag, Eye, Map, Spectral, check_invertible
+from .base import Block, Map, check_invertible
+from .spectral import Diag, Eye, Spectral
 
 
 @dataclass(frozen=True, eq=False)

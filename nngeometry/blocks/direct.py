@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Map, Regul, Spectral, add, check_held, matmul
+from .base import Block, Map, Regul, check_held
+from .composite import add, matmul
+from .spectral import Spectral
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import Block, Eye, Spectral
+from .base import Block
+from .spectral import Eye, Spectral
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import Block, Spectral
+from .base import Block
 from .dense import Dense
+from .spectral import Spectral
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Adjointed, Block, Map
+from .base import Block, Map
+from .composite import Adjointed
 
 
 @dataclass(frozen=True, eq=False)

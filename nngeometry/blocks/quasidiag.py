@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..memory import require
-from .base import Block, Diag, Eye, Regul, Spectral, check_invertible
+from .base import Block, Regul, check_invertible
 from .dense import Dense
+from .spectral import Diag, Eye, Spectral
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,224 @@
+"""Blocks made of other blocks: their sums, products, sub-blocks, and functions of those known by products."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import funm
+from .base import Block, Map, Regul
+from .spectral import Eye
+
+
+@dataclass(frozen=True, eq=False)
+class Compression(Block):
+    """The diagonal sub-block ``start:stop`` of the flat coordinates of another block, by products with it."""
+
+    inner: Block
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start,)
+
+    def mv(self, V: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(V, (self.start, self.inner.numel - self.stop))
+        out = self.inner.mv(padded.reshape(*V.shape[:-1], *self.inner.shape))
+        return out.reshape(*V.shape[:-1], self.inner.numel)[..., self.start : self.stop]
+
+    def diag(self) -> Tensor:
+        return self.inner.diag().flatten()[self.start : self.stop]
+
+    @property
+    def symmetric(self) -> bool:
+        return self.inner.symmetric
+
+    @property
+    def by_products(self) -> bool:
+        return self.inner.by_products
+
+    @property
+    def definite(self) -> bool:
+        return self.inner.definite
+
+
+@dataclass(frozen=True, eq=False)
+class Iterated(Block):
+    """A function of a symmetric matrix known by its products, by an iteration for each product with it."""
+
+    inner: Block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def by_products(self) -> bool:
+        return True
+
+    @abstractmethod
+    def _rows(self, V: Tensor) -> Tensor:
+        """``(k, p) -> (k, p)``."""
+
+    def mv(self, V: Tensor) -> Tensor:
+        return Adjointed.apply(self._rows, self._rows, V.reshape(-1, self.numel)).view(V.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Function(Iterated):
+    """f(M), by Lanczos."""
+
+    f: Map
+
+    def _rows(self, V: Tensor) -> Tensor:
+        return funm(self.inner._product, V, self.f)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse(Iterated):
+    """``(M + regul)^-1``, by one solve for each product."""
+
+    regul: float
+
+    @property
+    def definite(self) -> bool:
+        return self.inner.definite
+
+    def _rows(self, V: Tensor) -> Tensor:
+        return self.inner.iterate(V, self.regul)
+
+    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
+        if not isinstance(regul, Tensor) and regul == 0:
+            return self.inner.mv(V) + self.regul * V
+        return super().solve(V, regul)
+
+
+class Adjointed(torch.autograd.Function):
+    """``A V`` for a linear map given as a function, differentiable by its transpose, since A does not depend on V."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Map, backward: Map, V: Tensor) -> Tensor:
+        ctx.pair = forward, backward
+        return forward(V.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        forward, backward = ctx.pair
+        return None, None, Adjointed.apply(backward, forward, grad)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Block):
+    """A linear combination of unlike blocks."""
+
+    terms: tuple[Block, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0].shape
+
+    @property
+    def by_products(self) -> bool:
+        return any(t.by_products for t in self.terms)
+
+    def describe(self) -> str:
+        return " + ".join(t.describe() for t in self.terms)
+
+    def mv(self, V: Tensor) -> Tensor:
+        return sum(w * t.mv(V) for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
+
+    def to_dense(self) -> Tensor:
+        return sum(w * t.to_dense() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
+
+    def diag(self) -> Tensor:
+        return sum(w * t.diag() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
+
+    def trace(self) -> Tensor:
+        return sum(w * t.trace() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
+
+    @property
+    def symmetric(self) -> bool:
+        return all(t.symmetric for t in self.terms)
+
+    def transpose(self) -> Block:
+        return Sum(tuple(t.transpose() for t in self.terms), self.weights)
+
+    def congruence(self, s: Tensor) -> Sum:
+        return Sum(tuple(t.congruence(s) for t in self.terms), self.weights)
+
+    def restrict(self, s: slice) -> Sum:
+        return Sum(tuple(t.restrict(s) for t in self.terms), self.weights)
+
+    def scale(self, c: float) -> Sum:
+        return Sum(self.terms, tuple(c * w for w in self.weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Block):
+    """``left right``: in general not symmetric, so it has no eigendecomposition here."""
+
+    left: Block
+    right: Block
+
+    @property
+    def symmetric(self) -> bool:
+        return False
+
+    @property
+    def by_products(self) -> bool:
+        return self.left.by_products or self.right.by_products
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.left.shape
+
+    def mv(self, V: Tensor) -> Tensor:
+        return self.left.mv(self.right.mv(V))
+
+    def to_dense(self) -> Tensor:
+        return self.left.mv(self.right.to_dense().T.reshape(-1, *self.shape)).reshape(-1, self.numel).T
+
+    def eig(self) -> Block:
+        raise NotImplementedError(
+            "a product of two matrices is not symmetric, so it has no eigendecomposition, and nothing that needs one: "
+            "use to_torch(), or work with the factors"
+        )
+
+    def _solve(self, V: Tensor, regul: float) -> Tensor:
+        if regul == 0:
+            return self.right._solve(self.left._solve(V, 0.0), 0.0)
+        return super()._solve(V, regul)
+
+    def transpose(self) -> Block:
+        return Product(self.right.transpose(), self.left.transpose())
+
+
+def add(one: Block, other: Block, weight: float = 1.0) -> Block:
+    """``one + weight other``, in closed form where there is one."""
+    if one.shape != other.shape:
+        raise ValueError(f"cannot add blocks of shapes {one.shape} and {other.shape}")
+    scaled = other if weight == 1 else other.scale(weight)
+    closed = one.plus(scaled)
+    if closed is None:
+        closed = scaled.plus(one)
+    if closed is not None:
+        return closed
+    return Sum((*_terms(one)[0], *_terms(scaled)[0]), (*_terms(one)[1], *_terms(scaled)[1]))
+
+
+def _terms(block: Block) -> tuple[tuple[Block, ...], tuple[float, ...]]:
+    return (block.terms, block.weights) if isinstance(block, Sum) else ((block,), (1.0,))
+
+
+def matmul(one: Block, other: Block) -> Block:
+    """``one other``, in closed form where there is one."""
+    closed = one.times(other)
+    if closed is None and isinstance(other, Eye):
+        closed = one.scale(float(other.c))
+    return Product(one, other) if closed is None else closed
