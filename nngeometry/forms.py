@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .memory import chunk_length, require
+from .memory import chunk_length, require, work_array
 
 Map = Callable[[Tensor], Tensor]
 
@@ -129,7 +129,7 @@ class LayerJacobian(ABC):
         return Dense(_examples_together(self.dense()))
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
-        """Add ``J[c, b] . J'[d, e]`` to out ``(B, C, B', C')`` in place."""
+        """Add ``J[c, b] . J'[d, e]`` to out ``(B, C, B', C')``, which can be viewed as a matrix, in place."""
         for c, b, one in self.tiles():
             j = one.dense().flatten(2)
             for d, e, two in other.tiles():
@@ -156,8 +156,17 @@ class LayerJacobian(ABC):
         return (piece.dense() for _, _, piece in self.tiles())
 
 
-#: Bytes of a Jacobian that are made at a time where it is only read once.
+#: Bytes of a Jacobian that are made at a time where it is only read once, so that it stays in the cache of a CPU.
 _PANEL_BYTES = 2**22
+
+
+def _panel_bytes(device: torch.device) -> int:
+    return min(_PANEL_BYTES, work_array()) if device.type == "cpu" else work_array()
+
+
+def _slices(n: int, step: int) -> Iterator[slice]:
+    """Cover ``0:n``."""
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 class Outer(LayerJacobian):
@@ -205,27 +214,29 @@ class Outer(LayerJacobian):
         g = self.g.reshape(self.cotangents, -1, ratio * self.g.shape[2], *self.g.shape[3:])
         return Outer(a, g)
 
-    def _panels(self) -> Iterator[tuple[slice, int, slice, Tensor]]:
-        """J in pieces that stay in the cache: of which examples, group and rows, and ``(b, C, r, cols)``."""
+    def _panels(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+        """J in pieces that stay in the cache: of which examples, groups and rows, and ``(b, G', C, r, cols)``."""
         groups, rows, cols = self.shape
-        fit = max(1, _PANEL_BYTES // (self.cotangents * cols * self.dtype.itemsize))  # rows of one example
-        r, b = min(rows, fit), max(1, fit // rows)
-        g = self.g.permute(3, 1, 0, 4, 2).contiguous()  # (G, B, C, rows, T)
-        for start in range(0, self.examples, b):
-            examples = slice(start, min(start + b, self.examples))
+        fit = _panel_bytes(self.device) // max(1, self.cotangents * cols * self.dtype.itemsize)  # rows of one example
+        r, k = max(1, min(rows, fit)), max(1, min(groups, fit // max(1, rows)))
+        patches = self.positions * groups * cols * self.dtype.itemsize
+        b = max(1, min(fit // max(1, rows * groups), chunk_length(patches, self.examples)))
+        g = self.g.permute(1, 3, 0, 4, 2).contiguous()  # (B, G, C, rows, T)
+        for examples in _slices(self.examples, b):
             a = self.narrow(examples.start, examples.stop, 0, 0).a.transpose(1, 2)
-            for k in range(groups):
-                for first in range(0, rows, r):
-                    part = g[k, examples, :, first : first + r]
-                    j = torch.bmm(part.flatten(1, 2), a[:, k])
-                    yield examples, k, slice(first, first + r), j.view(*part.shape[:3], cols)
+            for some in _slices(groups, k):
+                right = a[:, some].flatten(0, 1)
+                for part in _slices(rows, r):
+                    left = g[examples, some, :, part]
+                    j = torch.bmm(left.flatten(2, 3).flatten(0, 1), right)
+                    yield examples, some, part, j.view(*left.shape[:4], cols)
 
     def square(self) -> Tensor:
         if self.positions == 1:
             return _outer_sum(self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
         out = self.g.new_zeros(self.shape)
-        for _, k, rows, j in self._panels():
-            out[k, rows] += j.square_().sum((0, 1))
+        for _, groups, rows, j in self._panels():
+            out[groups, rows] += j.square_().sum((0, 2))
         return out
 
     def total(self) -> Tensor:
@@ -245,7 +256,7 @@ class Outer(LayerJacobian):
         groups, rows, cols = self.shape
         out = self.g.new_zeros(groups, rows, cols - 1)
         for _, k, r, j in self._panels():
-            out[k, r] += (j[..., :-1] * j[..., -1:]).sum((0, 1))
+            out[k, r] += (j[..., :-1] * j[..., -1:]).sum((0, 2))
         return out
 
     def sqnorm(self) -> Tensor:
@@ -256,7 +267,7 @@ class Outer(LayerJacobian):
         if t * (rows + cols) > rows * cols:
             norms = self.g.new_zeros(self.cotangents, self.examples)
             for b, _, _, j in self._panels():
-                norms[:, b] += j.square_().sum((2, 3)).T
+                norms[:, b] += j.square_().sum((1, 3, 4)).T
             return norms
         # |sum_t g_t a_t^T|^2 = sum_ts (g_t . g_s) (a_t . a_s): cheaper than J itself for short sequences.
         size = (self.cotangents + 1) * self.shape[0] * t * t * self.dtype.itemsize
@@ -691,7 +702,7 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
         inputs = same(slice(None)).view(examples, 1, others, 1).expand(examples, 1, others, d)
         out.view(examples, c, -1).addcmul_(outputs.view(examples, c, -1), inputs.reshape(examples, 1, -1))
         return
-    step = max(1, _PANEL_BYTES // (others * t * (s + d * o) * g.dtype.itemsize))  # it stays in the cache
+    step = max(1, _panel_bytes(g.device) // max(1, others * t * (s + d * o) * g.dtype.itemsize))
     columns = h.permute(1, 2, 3, 0).reshape(others, s, o * d)
     for start in range(0, examples, step):
         k = slice(start, min(start + step, examples))

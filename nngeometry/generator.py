@@ -35,21 +35,18 @@ Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 
 @dataclass(frozen=True)
 class Observation:
-    """The Jacobians of one chunk of cotangents of one minibatch.
+    """The Jacobians of one chunk of cotangents of one minibatch, or of some of its examples.
 
-    n: how many examples this chunk counts, which is those of the minibatch in its first chunk and zero afterwards,
-    so that sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what
-    it counts in the mean, likewise. forms: one for each layer, by name.
+    n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
+    sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
+    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. large:
+    whether it does not fit a work array, and should be let go of before the next one is made.
     """
 
     n: int
     weight: float
     forms: dict[str, LayerJacobian]
-
-    @property
-    def large(self) -> bool:
-        """Whether to let go of it before the next one is made, which takes time: memory is given back and fetched."""
-        return sum(form.nbytes() for form in self.forms.values()) > work_array()
+    large: bool
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,13 @@ class Plan:
     """What a probe of the model on a few examples told.
 
     layouts: of every call. names: the layers in the order of calls. batched: whether backward can be vectorised.
+    aligned: whether all tensors of a minibatch have a row for each example, so that it can be taken apart.
     """
 
     layouts: tuple[_Layout, ...]
     names: tuple[str, ...]
     batched: bool
+    aligned: bool
 
 
 class Generator(Evaluator):
@@ -132,7 +131,8 @@ class Generator(Evaluator):
         """The observations of a loader or of one minibatch, in order.
 
         by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
-        the cotangents.
+        the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
+        minibatch.
         """
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
@@ -204,16 +204,19 @@ class Generator(Evaluator):
         with unchanged(self.model):
             (f2, two), (f3, three) = (self._forward(sites, b, None) for b in few)
         with unchanged(self.model):
-            check_same(f2, f3[:2], "the output of the model for an example depends on the others, or is random", MIXES)
+            check_same(
+                f2, f3[:2], f3, "the output of the model for an example depends on the others, or is random", MIXES
+            )
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
             layouts = tuple(_layout(one, other) for one, other in zip(two, three, strict=True))
-            plan = Plan(layouts, tuple(c.site.name for c in two), batched=True)
+            aligned = all(t.ndim > 0 and len(t) == n for t in data.tensors_of(batch))
+            plan = Plan(layouts, tuple(c.site.name for c in two), batched=True, aligned=aligned)
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
             s = _generic_cotangent(f)
-            grads, batched = self._separate(f, calls, layouts, s)
+            grads, batched = self._check_separate(f, calls, layouts, s)
             plan = replace(plan, batched=batched)
             self._check_sum(f, calls, plan, s, grads)
         return plan
@@ -245,15 +248,15 @@ class Generator(Evaluator):
             raise ValueError(f"{problem} {remedy} ({error})") from error
         if f.shape != expected.shape:
             raise ValueError(f"{problem} {remedy}")
-        check_same(f, expected, problem, remedy)
+        check_same(f, expected, expected, problem, remedy)
         return f, calls
 
-    def _separate(
+    def _check_separate(
         self, f: Tensor, calls: Sequence[_Call], layouts: Sequence[_Layout], s: Tensor
     ) -> tuple[list[Tensor | None], bool]:
-        """The gradients of ``s . f`` at every output, and whether backward can be vectorised.
+        """Raise if the gradient of one example's output reaches another example.
 
-        They are taken for each example's output alone, and an error if one reaches another example.
+        Returns their sum, the gradients of ``s . f`` at every output, and whether backward can be vectorised.
         """
         edges = [e for c in calls for e in c.edges]
         if not edges or not f.requires_grad:
@@ -290,7 +293,8 @@ class Generator(Evaluator):
 
         grads: those of ``s . f`` at the outputs of the layers.
         """
-        found = self._forms(calls, plan.layouts, grads, 1, f.shape[0])  # first, for what it says of modified inputs
+        # First, for what it says of inputs that were modified, of which autograd says less.
+        found = self._forms(calls, plan.layouts, grads, 1, f.shape[0])
         parameters = self.layer_collection.parameters(self.model)
         with trainable(parameters):
             truth = torch.autograd.grad(f, parameters, s, allow_unused=True, materialize_grads=True)
@@ -323,31 +327,35 @@ class Generator(Evaluator):
         per_cotangent = sum(y.numel() * y.element_size() for y in (f, *(y for c in calls for _, y in c.outputs)))
         step = chunk_length(per_cotangent, cotangents.count) if plan.batched else 1
         n, count = len(f), cotangents.count
-        if not by_example or not plan.batched or step == count or n == 1:
+        parts = n // max(2, n * step // max(1, count))  # of two examples at least: a model may squeeze away one
+        apart = plan.batched and plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count) >= step
+        if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
             return
         del f, calls  # what a work array holds is made again, for a few examples at a time
-        size = max(1, n * step // count)
-        step = min(max(1, n * step // size), chunk_length(fixed.numel() * fixed.element_size(), count))
-        for start in range(0, n, size):
-            index = torch.arange(start, min(start + size, n))
+        for k in range(parts):
+            start, stop = k * n // parts, (k + 1) * n // parts
             with unchanged(self.model):
-                f, calls = self._forward(sites, data.take(batch, index), plan)
-            check_same(f, fixed[index], "the output of the model for an example depends on the others", MIXES)
-            mine = cotangents.of_examples(start, start + size)
-            yield from self._chunks(f, calls, mine, step, weight if start == 0 else 0.0, plan)
+                f, calls = self._forward(sites, data.take(batch, torch.arange(start, stop)), plan)
+            check_same(
+                f, fixed[start:stop], fixed, "the output of the model for an example depends on the others", MIXES
+            )
+            at_once = max(1, n * step // (stop - start))
+            yield from self._chunks(f, calls, cotangents.narrow(start, stop), at_once, 0.0 if k else weight, plan)
+            del f, calls
 
     def _chunks(
         self, f: Tensor, calls: Sequence[_Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
     ) -> Iterator[Observation]:
-        edges = [e for c in calls for e in c.edges]
         for start in range(0, cotangents.count, step):
             s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
-            counted = (len(f), weight) if start == 0 else (0, 0.0)
-            # Nothing here keeps the gradients, so that who receives them can let go of them.
-            yield Observation(
-                *counted, self._forms(calls, plan.layouts, pull([f], edges, [s], plan.batched), len(s), len(f))
-            )
+            # Nothing is kept here, so that who receives it can let go of it.
+            yield self._pulled(f, calls, s, plan, *((0, 0.0) if start else (len(f), weight)))
+
+    def _pulled(self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float) -> Observation:
+        grads = pull([f], [e for c in calls for e in c.edges], [s], plan.batched)
+        large = sum(g.numel() * g.element_size() for g in grads if g is not None) > work_array()
+        return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
     def _forms(
         self,
@@ -445,8 +453,9 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
-def check_same(f: Tensor, expected: Tensor, problem: str, remedy: str) -> None:
-    if bool((f - expected).abs().max() > _tolerance(f.dtype) * expected.abs().max()):
+def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
+    """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
+    if bool((f - expected).abs().max() > _tolerance(f.dtype) * scale.abs().max()):
         raise ValueError(f"{problem}. {remedy}")
 
 

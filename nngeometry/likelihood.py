@@ -32,8 +32,8 @@ class Cotangents:
         """All of them at once: s ``(C, B, *out)``."""
         return cls(s.shape[0], lambda start, stop: s[start:stop])
 
-    def of_examples(self, first: int, last: int) -> Cotangents:
-        """Those of some of the examples."""
+    def narrow(self, first: int, last: int) -> Cotangents:
+        """Those of the examples ``first:last``, cut out of those of all."""
         return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
 
 

@@ -40,7 +40,7 @@ def budget() -> int:
 
 
 def work_array() -> int:
-    """How many bytes what is held for a while should have at most."""
+    """How many bytes a temporary should have at most."""
     return budget() // _WORK_FRACTION
 
 

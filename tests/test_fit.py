@@ -351,6 +351,42 @@ def test_minibatches_that_are_split_see_the_same_draws(representation):
         assert oracle.relative(sum_of_squares, exact) < 1e-10
 
 
+class Squeezing(nn.Module):
+    """Loses the axis of examples where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 2), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3), keepdim=True).squeeze())
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_minibatches_are_split_into_several_examples(n):
+    """At least two each; an example whose output is nearly zero is no reason to complain."""
+    model = oracle.randomise(Squeezing())
+    x = torch.randn(n, 1, 4, 4)
+    with torch.no_grad():
+        model.head.bias -= model(x)[0] - 1e-12
+    whole = FIM(model, (x,), PMatDiag).to_torch()
+    with memory_budget(2**12):
+        assert oracle.relative(torch.diag(FIM(model, (x,), PMatDiag).get_diag()), whole) < 1e-10
+
+
+def test_a_minibatch_that_is_not_all_of_examples_is_not_split():
+    model, ((x, *_), _), _ = batches_of("convnet")
+    batch = {"x": x, "scale": torch.rand(2, 3)}
+
+    def function(batch):
+        return model(batch["x"]) * batch["scale"].sum(0)
+
+    whole = FIM(model, batch, PMatDiag, function=function)
+    with memory_budget(2**12):
+        found = FIM(model, batch, PMatDiag, function=function)
+    assert oracle.relative(found.to_torch(), whole.to_torch()) < 1e-10
+
+
 def test_loss_scale():
     """A loss c times as large gives matrices c**2 times as large."""
     model, (one, _), _ = batches_of("convnet")

@@ -177,8 +177,8 @@ def test_inner_products_of_forms(positions, groups):
                 torch.testing.assert_close(one.paired(other), (one.dense() * other.dense()).flatten(2).sum(2))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("panel", [2**22, 8 * 3 * 4 * 2 * 2, 1])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("panel", [2**22, 8 * 3 * 4 * 2 * 3 * 2, 8 * 3 * 4 * 2 * 2, 8 * 3 * 4, 1])
 def test_reductions_of_a_jacobian_in_panels(panel, groups, monkeypatch):
     """However few entries of J are made at a time, and however the patches come."""
     monkeypatch.setattr(forms, "_PANEL_BYTES", panel)

@@ -172,7 +172,7 @@ class Linear:
         self.maps.checked = True
         with torch.no_grad():
             alone = self.maps.outputs(data.take(batch, torch.arange(min(2, len(self.f)))))
-            check_same(alone, self.f[: len(alone)], "the output for one example depends on the others", MIXES)
+            check_same(alone, self.f[: len(alone)], self.f, "the output for one example depends on the others", MIXES)
         if any(custom(node) for node in nodes([self.f])):
             check_transpose(self.maps.parameters, self.f, self.u, self.pulled)
         return True
