@@ -20,6 +20,8 @@ from ..memory import budget
 from .layouts import Layout
 
 Forms = dict[str, LayerJacobian]
+#: From the name of a matrix and the examples of a tile to where its values ``(G, r, c)`` are made.
+Place = Callable[[str, slice, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,36 +192,27 @@ def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
     }
 
 
-def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor:
-    """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``."""
-    form = next(iter(one.forms.values()))
-    shape = layout.of_examples(one.examples, other.examples).shape
-    return _add_tile(one, other, layout, names, torch.zeros(shape, dtype=form.dtype, device=form.device))
-
-
-def _add_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor) -> Tensor:
+def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor | None = None) -> Tensor:
+    """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``; made in out."""
+    if out is None:
+        form = next(iter(one.forms.values()))
+        out = torch.empty(layout.of_examples(one.examples, other.examples).shape, dtype=form.dtype, device=form.device)
+    out.zero_()
     for name in names:
         layout.add(one.forms[name], other.forms[name], out)
     return out
 
 
-def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str]) -> Tensor:
+def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor) -> Tensor:
     """:func:`tile` of the two sides of the same examples under a symmetric matrix: symmetric to the bit, and made in
     panels of rows up to the diagonal, for little more than half of the products.
     """
     n = one.examples
-    shape = layout.of_examples(n, n).shape
-    step = max(-(-n // _PANELS), -(-_ROWS * n // shape[1]))
-    if step >= n:
-        whole = tile(one, other, layout, names)
-        return (whole + whole.mT) / 2
-    form = next(iter(one.forms.values()))
-    out = torch.empty(shape, dtype=form.dtype, device=form.device)
+    step = max(-(-n // _PANELS), -(-_ROWS * n // out.shape[1]))
     for start in range(0, n, step):
         stop = min(start + step, n)
         g, rows, cols = layout.where(slice(start, stop), slice(0, stop))
-        panel = out[g, rows, cols].zero_()
-        _add_tile(one.narrow(start, stop), other.narrow(0, stop), layout, names, panel)
+        tile(one.narrow(start, stop), other.narrow(0, stop), layout, names, out[g, rows, cols])
         square = out[g, rows, rows]
         out[g, rows, rows] = (square + square.mT) / 2
         before = slice(0, rows.start)
@@ -307,8 +300,11 @@ class Kernel:
     groups: dict[str, tuple[str, ...]]
     scale: float = 1.0
 
-    def tiles(self, done: Callable[[slice, slice], bool] = lambda b, e: False) -> Iterator[Tile]:
-        """Tiles that cover it (only those on and below the diagonal if it is symmetric), less those that are done."""
+    def tiles(self, place: Place, done: Callable[[slice, slice], bool] = lambda b, e: False) -> Iterator[Tile]:
+        """Tiles that cover it (only those on and below the diagonal if it is symmetric), less those that are done.
+
+        place: where each is made.
+        """
         other = self.left if self.right is None else self.right
         for i in range(len(self.left.runs)):
             rows: list[tuple[slice, Sides]] = []
@@ -322,24 +318,27 @@ class Kernel:
                 if wanted:
                     rows = rows or self.left.make(i)
                     cols = rows if self.right is None and i == j else other.make(j)
-                    yield from self._between(rows, cols, wanted)
+                    yield from self._between(rows, cols, wanted, place)
                     del cols  # before the next ones are made
 
     def _between(
-        self, rows: list[tuple[slice, Sides]], cols: list[tuple[slice, Sides]], wanted: set[tuple[int, int]]
+        self,
+        rows: list[tuple[slice, Sides]],
+        cols: list[tuple[slice, Sides]],
+        wanted: set[tuple[int, int]],
+        place: Place,
     ) -> Iterator[Tile]:
         for b, one in rows:
             for e, two in cols:
                 if (b.start, e.start) in wanted:
-                    yield Tile(b, e, self._values(one.left, two.right, self.right is None and b == e))
-
-    def _values(self, one: Slab, other: Slab, symmetric: bool) -> dict[str, Tensor]:
-        found = {}
-        with torch.no_grad():
-            for group, names in self.groups.items():
-                value = (symmetric_tile if symmetric else tile)(one, other, self.layout, names)
-                found[group] = value if self.scale == 1 else self.scale * value
-        return found
+                    make = symmetric_tile if self.right is None and b == e else tile
+                    outs = {group: place(group, b, e) for group in self.groups}
+                    with torch.no_grad():
+                        for group, out in outs.items():
+                            make(one.left, two.right, self.layout, self.groups[group], out)
+                            if self.scale != 1:
+                                out *= self.scale
+                    yield Tile(b, e, outs)
 
     def count(self) -> int:
         """How many tiles there are."""

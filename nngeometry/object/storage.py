@@ -30,20 +30,24 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         f"GramMatrix: the dense kernel {tuple(layout.seen)}",
         'use output="trace" or "diag", representation=FMatMemmap.at(path) or FMatImplicit',
     )
-    entries: dict[str, Tensor] = {}
-    for tile in data.progress(kernel.tiles(), verbose, "GramMatrix", kernel.count()):
-        for name, value in tile.values.items():
-            if value.shape == layout.shape:
-                entries[name] = value
-                continue
-            if name not in entries:
-                entries[name] = value.new_empty(layout.shape)
-            g, rows, cols = layout.where(tile.rows, tile.cols)
-            entries[name][g, rows, cols] = value
-            if kernel.right is None and tile.rows != tile.cols:
-                copy_transposed(value, entries[name][g, cols, rows])
+    entries = {name: _empty(kernel, layout) for name in kernel.groups}
+    tiles = kernel.tiles(lambda name, rows, cols: entries[name][layout.where(rows, cols)])
     symmetric = kernel.right is None
+    for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
+        if symmetric and tile.rows != tile.cols:
+            g, rows, cols = layout.where(tile.rows, tile.cols)
+            for name, value in tile.values.items():
+                copy_transposed(value, entries[name][g, cols, rows])
     return {name: FMatDense(dense_root(values, layout, symmetric), layout) for name, values in entries.items()}
+
+
+def _empty(kernel: Kernel, layout: Layout) -> Tensor:
+    return torch.empty(layout.shape, dtype=kernel.left.dtype, device=kernel.left.device)
+
+
+def _new(kernel: Kernel, name: str, rows: slice, cols: slice) -> Tensor:
+    """A tile of its own."""
+    return _empty(kernel, kernel.layout.of_examples(rows.stop - rows.start, cols.stop - cols.start))
 
 
 class FMatMemmap(FMat):
@@ -67,7 +71,8 @@ class FMatMemmap(FMat):
         log = _Log(path, _fingerprint(kernel))
         for file in files:
             file.create(keep=log.resumed)
-        for tile in data.progress(kernel.tiles(log.done), verbose, "GramMatrix", kernel.count()):
+        tiles = kernel.tiles(partial(_new, kernel), log.done)
+        for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
             where = kernel.layout.where(tile.rows, tile.cols)
             for name, value in tile.values.items():
                 by_name[name].write(where, value)
