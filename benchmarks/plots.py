@@ -71,6 +71,7 @@ def draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "nngeometry"
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     rows: list[Row] = report["summary"]
     names = list(dict.fromkeys(row["setting"].split("=")[0] for row in rows))
@@ -87,6 +88,11 @@ def draw(report: Report, path: Path) -> None:
                 ours = contender == "ours"
                 ax.loglog(*zip(*points, strict=True) if points else ((), ()), "o-" if ours else ".--", label=contender)
             ax.set(title=job, xlabel=name)
+            ax.set_xscale("log", base=2)
+            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(ticker.NullLocator())
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_formatter(ticker.ScalarFormatter())
         axes[0].set_ylabel("gradients")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
     figure.set_layout_engine("constrained")
