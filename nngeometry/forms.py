@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .memory import chunk_length, require, work_array
+from .memory import chunk_length, require, slices, work_array
 
 Map = Callable[[Tensor], Tensor]
 
@@ -47,18 +47,8 @@ class LayerJacobian(ABC):
 
     def tiles(self) -> Iterator[tuple[slice, slice, LayerJacobian]]:
         """Pieces over cotangents and examples whose dense Jacobian fits a work array, with where they are."""
-        size = prod(self.shape) * self.dtype.itemsize
-        c = chunk_length(size, self.cotangents)
-        b = chunk_length(size * c, self.examples) if c == self.cotangents else 1
-        for first in range(0, self.cotangents, c):
-            for start in range(0, self.examples, b):
-                examples = slice(start, min(start + b, self.examples))
-                cotangents = slice(first, min(first + c, self.cotangents))
-                yield (
-                    cotangents,
-                    examples,
-                    self.narrow(examples.start, examples.stop, cotangents.start, cotangents.stop),
-                )
+        for c, b in _tiling(prod(self.shape) * self.dtype.itemsize, self.cotangents, self.examples):
+            yield c, b, self.narrow(b.start, b.stop, c.start, c.stop)
 
     def square(self) -> Tensor:
         """Sum of J**2 over cotangents and examples: ``(*shape)``."""
@@ -156,17 +146,19 @@ class LayerJacobian(ABC):
         return (piece.dense() for _, _, piece in self.tiles())
 
 
+def _tiling(size: int, cotangents: int, examples: int) -> Iterator[tuple[slice, slice]]:
+    """Some cotangents and some examples at a time, such that as many things of ``size`` bytes fit a work array."""
+    c = chunk_length(size, cotangents)
+    b = chunk_length(size * c, examples) if c == cotangents else 1
+    return ((some, others) for some in slices(cotangents, c) for others in slices(examples, b))
+
+
 #: Bytes of a Jacobian that are made at a time where it is only read once, so that it stays in the cache of a CPU.
 _PANEL_BYTES = 2**22
 
 
 def _panel_bytes(device: torch.device) -> int:
     return min(_PANEL_BYTES, work_array()) if device.type == "cpu" else work_array()
-
-
-def _slices(n: int, step: int) -> Iterator[slice]:
-    """Cover ``0:n``."""
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 class Outer(LayerJacobian):
@@ -222,11 +214,11 @@ class Outer(LayerJacobian):
         patches = self.positions * groups * cols * self.dtype.itemsize
         b = max(1, min(fit // max(1, rows * groups), chunk_length(patches, self.examples)))
         g = self.g.permute(1, 3, 0, 4, 2).contiguous()  # (B, G, C, rows, T)
-        for examples in _slices(self.examples, b):
+        for examples in slices(self.examples, b):
             a = self.narrow(examples.start, examples.stop, 0, 0).a.transpose(1, 2)
-            for some in _slices(groups, k):
+            for some in slices(groups, k):
                 right = a[:, some].flatten(0, 1)
-                for part in _slices(rows, r):
+                for part in slices(rows, r):
                     left = g[examples, some, :, part]
                     j = torch.bmm(left.flatten(2, 3).flatten(0, 1), right)
                     yield examples, some, part, j.view(*left.shape[:4], cols)
@@ -273,8 +265,8 @@ class Outer(LayerJacobian):
         size = (self.cotangents + 1) * self.shape[0] * t * t * self.dtype.itemsize
         step = chunk_length(size, self.examples)
         out = []
-        for start in range(0, self.examples, step):
-            a, g = self.a[start : start + step], self.g[:, start : start + step]
+        for b in slices(self.examples, step):
+            a, g = self.a[b], self.g[:, b]
             aa = torch.einsum("btgi,bsgi->bgts", a, a)
             gg = torch.einsum("cbtgo,cbsgo->cbgts", g, g)
             out.append((gg * aa).sum((2, 3, 4)))
@@ -355,8 +347,8 @@ class Outer(LayerJacobian):
         size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
         step = chunk_length(size, self.examples)
         moments = []
-        for start in range(0, self.examples, step):
-            piece = self.narrow(start, min(start + step, self.examples))  # what it expands goes with it
+        for b in slices(self.examples, step):
+            piece = self.narrow(b.start, b.stop)  # what it expands goes with it
             if piece.moment is not None and not reduce:
                 moments.append(piece.moment(piece.inputs))
             else:
@@ -611,12 +603,9 @@ def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tens
     """
     one = forms[0]
     size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
-    c = chunk_length(size, one.cotangents)
-    b = chunk_length(size * c, one.examples) if c == one.cotangents else 1
-    for first in range(0, one.cotangents, c):
-        for start in range(0, one.examples, b):
-            piece = (start, min(start + b, one.examples), first, min(first + c, one.cotangents))
-            yield torch.cat([u(f.narrow(*piece).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
+    for c, b in _tiling(size, one.cotangents, one.examples):
+        piece = b.start, b.stop, c.start, c.stop
+        yield torch.cat([u(f.narrow(*piece).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
 
 
 def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
@@ -677,8 +666,8 @@ def _pair(one: Outer, other: Outer, same: bool) -> Tensor:
     step = chunk_length(size, one.examples)
     upper = torch.triu_indices(o1, o1, device=one.device).unbind() if same and g1 == 1 else None
     out = one.a.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2)
-    for start in range(0, one.examples, step):
-        f, h = one.narrow(start, start + step), other.narrow(start, start + step)
+    for b in slices(one.examples, step):
+        f, h = one.narrow(b.start, b.stop), other.narrow(b.start, b.stop)
         s = torch.einsum("cbgo,cbhp->ghbop", f.g[:, :, 0], h.g[:, :, 0])
         s = s.reshape(g1 * g2, -1, o1 * o2) if upper is None else s[..., upper[0], upper[1]].flatten(0, 1)
         x = torch.einsum("bgi,bhj->ghbij", f.a[:, 0], h.a[:, 0])
@@ -704,8 +693,7 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
         return
     step = max(1, _panel_bytes(g.device) // max(1, others * t * (s + d * o) * g.dtype.itemsize))
     columns = h.permute(1, 2, 3, 0).reshape(others, s, o * d)
-    for start in range(0, examples, step):
-        k = slice(start, min(start + step, examples))
+    for k in slices(examples, step):
         m = same(k)
         b = len(m)
         through = torch.bmm(m.permute(2, 0, 1, 3).reshape(others, b * t, s), columns)  # (E, b T, o D)
@@ -718,8 +706,7 @@ def _add_traced(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tens
     (_, examples, t, _), (_, others, s, _) = g.shape, h.shape
     step = chunk_length(2 * others * t * s * g.dtype.itemsize, examples)
     columns = h.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (E S, C o)
-    for start in range(0, examples, step):
-        k = slice(start, min(start + step, examples))
+    for k in slices(examples, step):
         m = same(k)
         outputs = g[:, k].permute(1, 2, 0, 3).flatten(2).flatten(0, 1) @ columns.T
         out[k] += (outputs.view(m.shape) * m).sum((1, 3))
@@ -768,8 +755,7 @@ def mirror(total: Tensor) -> Tensor:
 
 def copy_transposed(x: Tensor, out: Tensor) -> None:
     """Copy matrices ``(..., r, c)`` to out ``(..., c, r)``, in panels of rows that stay in the cache."""
-    for start in range(0, x.shape[-2], _PANEL // 2):
-        rows = slice(start, start + _PANEL // 2)
+    for rows in slices(x.shape[-2], _PANEL // 2):
         out[..., rows] = x[..., rows, :].mT
 
 

@@ -23,7 +23,7 @@ from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import chunk_length, work_array
+from .memory import chunk_length, slices, work_array
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -145,8 +145,8 @@ class Generator(Evaluator):
         cotangents = self.cotangents(f, batch, position)
         step = chunk_length(f.numel() * f.element_size(), cotangents.count)
         out = torch.zeros_like(f)
-        for start in range(0, cotangents.count, step):
-            s = cotangents.take(start, min(start + step, cotangents.count))
+        for c in slices(cotangents.count, step):
+            s = cotangents.take(c.start, c.stop)
             s = s.reshape(*s.shape[:2], -1)
             out += torch.einsum("cbk,cb->bk", s, torch.einsum("cbk,bk->cb", s, u.reshape(len(u), -1))).view_as(f)
         return out
@@ -347,10 +347,10 @@ class Generator(Evaluator):
     def _chunks(
         self, f: Tensor, calls: Sequence[_Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
     ) -> Iterator[Observation]:
-        for start in range(0, cotangents.count, step):
-            s = cotangents.take(start, min(start + step, cotangents.count)).to(f.dtype)
-            # Nothing is kept here, so that who receives it can let go of it.
-            yield self._pulled(f, calls, s, plan, *((0, 0.0) if start else (len(f), weight)))
+        for c in slices(cotangents.count, step):
+            s = cotangents.take(c.start, c.stop).to(f.dtype)
+            n, counted = (0, 0.0) if c.start else (len(f), weight)
+            yield self._pulled(f, calls, s, plan, n, counted)  # not kept here, so that who receives it can let go of it
 
     def _pulled(self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float) -> Observation:
         grads = pull([f], [e for c in calls for e in c.edges], [s], plan.batched)

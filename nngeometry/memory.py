@@ -50,6 +50,11 @@ def chunk_length(bytes_per_item: int, items: int) -> int:
     return max(1, min(items, fits))
 
 
+def slices(items: int, length: int) -> Iterator[slice]:
+    """Cover ``0:items`` by slices of that length, the last of which may be shorter."""
+    return (slice(start, min(start + length, items)) for start in range(0, items, length))
+
+
 def require(nbytes: int, what: str, remedy: str) -> None:
     """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
     if nbytes > budget():

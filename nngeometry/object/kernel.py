@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from ..forms import Gather, LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
-from ..memory import budget
+from ..memory import budget, require, slices
 from .layouts import Layout
 
 Forms = dict[str, LayerJacobian]
@@ -175,12 +175,30 @@ def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) 
 
 def write_rows(slab: Slab, layer_collection: LayerCollection, out: Tensor) -> None:
     """The Jacobian of a slab into out ``(C, B, P)``, in pieces that stay in the cache."""
-    slices = layer_collection.slices()
+    where = layer_collection.slices()
     for name, layer in layer_collection.layers.items():
         step = max(1, _PIECE // (slab.outputs * layer.numel()))
-        for start in range(0, slab.examples, step):
-            stop = min(start + step, slab.examples)
-            out[:, start:stop, slices[name]] = layer.packing.unpack(slab.forms[name].narrow(start, stop).dense())
+        for b in slices(slab.examples, step):
+            out[:, b, where[name]] = layer.packing.unpack(slab.forms[name].narrow(b.start, b.stop).dense())
+
+
+def stacked_rows(
+    found: Iterable[Slab], layer_collection: LayerCollection, examples: int, what: str, remedy: str
+) -> Tensor:
+    """The Jacobian of slabs, one after the other, ``(C, n, P)``. Raises ``MemoryError`` if that does not fit."""
+    start = 0
+    out: Tensor | None = None
+    for slab in found:
+        if out is None:
+            form = next(iter(slab.forms.values()))
+            shape = slab.outputs, examples, layer_collection.numel()
+            require(prod(shape) * form.dtype.itemsize, what, remedy)
+            out = torch.empty(shape, dtype=form.dtype, device=form.device)
+        with torch.no_grad():  # not around the loop: generators that are not finished share its mode
+            write_rows(slab, layer_collection, out[:, start : start + slab.examples])
+        start += slab.examples
+    assert out is not None
+    return out
 
 
 def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
@@ -195,8 +213,7 @@ def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
 def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor | None = None) -> Tensor:
     """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``; made in out."""
     if out is None:
-        form = next(iter(one.forms.values()))
-        out = torch.empty(layout.of_examples(one.examples, other.examples).shape, dtype=form.dtype, device=form.device)
+        out = layout.of_examples(one.examples, other.examples).empty(next(iter(one.forms.values())))
     out.zero_()
     for name in names:
         layout.add(one.forms[name], other.forms[name], out)
@@ -209,10 +226,9 @@ def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str],
     """
     n = one.examples
     step = max(-(-n // _PANELS), -(-_ROWS * n // out.shape[1]))
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        g, rows, cols = layout.where(slice(start, stop), slice(0, stop))
-        tile(one.narrow(start, stop), other.narrow(0, stop), layout, names, out[g, rows, cols])
+    for b in slices(n, step):
+        g, rows, cols = layout.where(b, slice(0, b.stop))
+        tile(one.narrow(b.start, b.stop), other.narrow(0, b.stop), layout, names, out[g, rows, cols])
         square = out[g, rows, rows]
         out[g, rows, rows] = (square + square.mT) / 2
         before = slice(0, rows.start)

@@ -78,6 +78,10 @@ class Layout(ABC):
         """The same for other numbers of examples."""
         return replace(self, examples=(n, m))
 
+    def empty(self, like: Any) -> Tensor:
+        """New matrices ``(G, r, c)`` of the dtype and on the device of something that has both."""
+        return torch.empty(self.shape, dtype=like.dtype, device=like.device)
+
     def check(self) -> None:
         """Raise unless this can be made of these outputs."""
         if self.outputs[0] != self.outputs[1]:

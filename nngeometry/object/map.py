@@ -16,7 +16,7 @@ from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, sides, slabs, tile, write_rows
+from .kernel import Slab, sides, slabs, stacked_rows, tile
 from .layouts import Full, positions
 from .products import jacobians
 from .vector import FlatArray, FVector, PVector, check_same_space
@@ -222,18 +222,9 @@ class PFMapDense(FlatArray, PFMap):
         """The Jacobian that a generator streams."""
         lc = generator.layer_collection
         batches = list(generator.minibatches(examples))
-        n, start = sum(map(data.count, batches)), 0
-        rows: Tensor | None = None
-        for slab in slabs(generator, batches):
-            if rows is None:
-                size = slab.outputs * n * lc.numel() * generator.dtype.itemsize
-                require(size, "a dense Jacobian", "use representation=PFMapFactored or PFMapImplicit")
-                form = next(iter(slab.forms.values()))
-                rows = torch.empty(slab.outputs, n, lc.numel(), dtype=form.dtype, device=form.device)
-            write_rows(slab, lc, rows[:, start : start + slab.examples])
-            start += slab.examples
-        assert rows is not None
-        return cls(lc, rows)
+        n = sum(map(data.count, batches))
+        remedy = "use representation=PFMapFactored or PFMapImplicit"
+        return cls(lc, stacked_rows(slabs(generator, batches), lc, n, "a dense Jacobian", remedy))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -316,15 +307,9 @@ class PFMapFactored(PFMap):
         return torch.cat([layer.packing.unpack(total[name]) for name, layer in layers.items()], -1)
 
     def to_dense(self) -> PFMapDense:
-        c, n, p = self.shape
-        require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
-        rows = torch.empty(c, n, p, dtype=self.dtype, device=self.device)
-        start = 0
-        with torch.no_grad():
-            for piece in self.pieces:
-                write_rows(piece, self.layer_collection, rows[:, start : start + piece.examples])
-                start += piece.examples
-        return PFMapDense(self.layer_collection, rows)
+        lc = self.layer_collection
+        rows = stacked_rows(self.pieces, lc, self.shape[1], f"the dense form of {self}", "use jvp and vjp")
+        return PFMapDense(lc, rows)
 
     def _inner(self, other: PFMap) -> Tensor:
         if not isinstance(other, PFMapFactored):

@@ -30,7 +30,7 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         f"GramMatrix: the dense kernel {tuple(layout.seen)}",
         'use output="trace" or "diag", representation=FMatMemmap.at(path) or FMatImplicit',
     )
-    entries = {name: _empty(kernel, layout) for name in kernel.groups}
+    entries = {name: layout.empty(kernel.left) for name in kernel.groups}
     tiles = kernel.tiles(lambda name, rows, cols: entries[name][layout.where(rows, cols)])
     symmetric = kernel.right is None
     for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
@@ -41,13 +41,9 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
     return {name: FMatDense(dense_root(values, layout, symmetric), layout) for name, values in entries.items()}
 
 
-def _empty(kernel: Kernel, layout: Layout) -> Tensor:
-    return torch.empty(layout.shape, dtype=kernel.left.dtype, device=kernel.left.device)
-
-
 def _new(kernel: Kernel, name: str, rows: slice, cols: slice) -> Tensor:
     """A tile of its own."""
-    return _empty(kernel, kernel.layout.of_examples(rows.stop - rows.start, cols.stop - cols.start))
+    return kernel.layout.of_examples(rows.stop - rows.start, cols.stop - cols.start).empty(kernel.left)
 
 
 class FMatMemmap(FMat):
