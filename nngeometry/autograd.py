@@ -10,23 +10,55 @@ import torch
 from torch import Tensor
 
 
-def pull(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor], batched: bool
-) -> list[Tensor | None]:
+class Pull:
     """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k, with the graph retained.
 
-    inputs: tensors or gradient edges. weights: ``(K, *output)`` each. batched: all k at once. Returns ``(K, *input)``
-    each, None for an input that the outputs do not depend on. Raises ``RuntimeError`` from an operation that has no
-    batching rule.
+    All k at once, until an operation turns out to have no batching rule, and one by one from then on.
+
+    >>> x = torch.ones(3, requires_grad=True)
+    >>> Pull()([2 * x], [x], [torch.eye(3)])
+    [tensor([[2., 0., 0.],
+            [0., 2., 0.],
+            [0., 0., 2.]])]
     """
-    k = len(weights[0])
-    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    if k == 1:
-        one = torch.autograd.grad(outputs, inputs, [w[0] for w in weights], **options)
-        return [None if g is None else g.unsqueeze(0) for g in one]
-    if not batched:
-        each = [torch.autograd.grad(outputs, inputs, list(one), **options) for one in zip(*weights, strict=True)]
-        return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
+
+    def __init__(self) -> None:
+        self._at_once = True
+
+    def __call__(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """inputs: tensors or gradient edges. weights: ``(K, *output)`` each.
+
+        Returns ``(K, *input)`` each, None for an input that the outputs do not depend on.
+        """
+        if len(weights[0]) == 1 or not self._at_once:
+            return _one_by_one(outputs, inputs, weights)
+        try:
+            return _at_once(outputs, inputs, weights)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            grads = _one_by_one(outputs, inputs, weights)
+        self._at_once = False
+        return grads
+
+
+def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(torch.autograd.grad(outputs, inputs, list(weights), is_grads_batched=True, **options))
+        return list(
+            torch.autograd.grad(
+                outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        )
+
+
+def _one_by_one(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    each = [
+        torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)
+        for one in zip(*weights, strict=True)
+    ]
+    if len(each) == 1:
+        return [None if g is None else g.unsqueeze(0) for g in each[0]]
+    return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]

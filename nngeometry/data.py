@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,12 @@ def count(batch: Batch) -> int:
     raise ValueError(f"a minibatch of type {type(batch).__name__} holds no tensor with an axis of examples")
 
 
+def aligned(batch: Batch) -> bool:
+    """Whether all tensors of a minibatch have a row for each example, so that it can be taken apart."""
+    n = count(batch)
+    return all(t.ndim > 0 and len(t) == n for t in tensors_of(batch))
+
+
 def take(batch: Batch, index: Tensor) -> Batch:
     """The examples ``index`` of a minibatch: every tensor as long as the batch is indexed, the rest is left alone."""
     n = count(batch)
@@ -119,6 +125,35 @@ def take(batch: Batch, index: Tensor) -> Batch:
         return t[index.to(t.device)] if t.ndim > 0 and t.shape[0] == n else t
 
     return map_tensors(one, batch)
+
+
+def joinable(one: Batch, other: Batch) -> bool:
+    """Whether two minibatches are of tensors alone, which can be laid end to end."""
+    if isinstance(one, Tensor):
+        return (
+            isinstance(other, Tensor)
+            and one.ndim > 0
+            and (one.shape[1:], one.dtype, one.device) == (other.shape[1:], other.dtype, other.device)
+        )
+    if type(one) is not type(other):
+        return False
+    if type(one) in (tuple, list):
+        return len(one) == len(other) and all(map(joinable, one, other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(joinable(one[key], other[key]) for key in one)
+    return False
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Minibatches laid end to end."""
+    one = batches[0]
+    if len(batches) == 1:
+        return one
+    if isinstance(one, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(one, Mapping):
+        return {key: join([batch[key] for batch in batches]) for key in one}
+    return type(one)(join(parts) for parts in zip(*batches, strict=True))
 
 
 def targets(batch: Batch) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ class Evaluator:
                 f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one "
                 "row for each example"
             )
-        if not bool(torch.isfinite(f).all()):
+        if not _finite(f):
             raise ValueError(
                 "the output of the model has NaN or infinite entries: check the parameters and the inputs of this "
                 "minibatch"
@@ -166,6 +167,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         for d, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, d)
+
+
+def _finite(f: Tensor) -> bool:
+    """Whether all entries are finite, which they are if their sum is (it may overflow where they are)."""
+    return math.isfinite(f.detach().sum()) or bool(torch.isfinite(f).all())
 
 
 def _check_one_of(what: str, found: set[Any], remedy: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import Any
@@ -16,14 +16,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from . import data, forms
-from .autograd import pull
+from .autograd import Pull
 from .evaluator import Evaluator, check_mode, trainable, unchanged
 from .forms import LayerJacobian, Outer
 from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import chunk_length, slices, work_array
+from .memory import Made, chunk_length, slices, work_array
+
+#: Bytes of the parameters of a model up to which its minibatches may be joined.
+_SMALL_MODEL = 2**21
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -55,7 +58,7 @@ class _Call:
 
     site: Site
     inputs: Any
-    versions: tuple[int, ...]
+    versions: list[int]
     outputs: tuple[tuple[int, Tensor], ...]  # (leaf of the output, a stand-in of its shape), of the differentiable ones
     edges: tuple[GradientEdge, ...]
 
@@ -72,13 +75,12 @@ class _Layout:
 class Plan:
     """What a probe of the model on a few examples told.
 
-    layouts: of every call. names: the layers in the order of calls. batched: whether backward can be vectorised.
-    aligned: whether all tensors of a minibatch have a row for each example, so that it can be taken apart.
+    layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
+    row for each example, so that it can be taken apart.
     """
 
     layouts: tuple[_Layout, ...]
     names: tuple[str, ...]
-    batched: bool
     aligned: bool
 
 
@@ -121,25 +123,62 @@ class Generator(Evaluator):
         self.curvature = self._curvature if curvature is None else curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
+        self._pull = Pull()
 
     def plan(self, batch: data.Batch) -> Plan:
         """What a look at the model on a few examples tells, which :meth:`stream` takes if it has been made before."""
         check_mode(self.model)
         return self.probe(self.layer_collection.sites(self.model), batch)
 
-    def stream(self, examples: Any, plan: Plan | None = None, by_example: bool = False) -> Iterator[Observation]:
+    def stream(
+        self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
+    ) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order.
 
         by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
         the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
-        minibatch.
+        minibatch. join: where a model and its minibatches are so small that most time would go into starting
+        operations, observe neighbouring minibatches as one; each has its own cotangents.
         """
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
-        for position, batch in enumerate(self.minibatches(examples)):
+        position = 0
+        for batches in self._joined(examples) if join else ([batch] for batch in self.minibatches(examples)):
             if plan is None:
-                plan = self.probe(sites, batch)
-            yield from self._observe(sites, batch, position, plan, by_example)
+                plan = self.probe(sites, batches[0])
+            yield from self._observe(sites, batches, position, plan, by_example)
+            position += len(batches)
+
+    def _joined(self, examples: Any) -> Iterator[list[data.Batch]]:
+        """Neighbouring minibatches that are observed as one."""
+        group: list[data.Batch] = []
+        held = 0
+        most: int | None = None
+        for batch in self.minibatches(examples):
+            n = data.count(batch)
+            if group:
+                most = self._at_once(group[0]) if most is None else most
+                if held + n > most or not (data.aligned(batch) and data.joinable(group[0], batch)):
+                    yield group
+                    group, held = [], 0
+            group.append(batch)
+            held += n
+        yield group
+
+    def _at_once(self, batch: data.Batch) -> int:
+        """How many examples may be observed as one minibatch: none unless the model is small.
+
+        What the model makes of them, for all cotangents, should take a quarter of a work array. All operations are
+        counted, those that are not recorded too: a head may be all that is differentiated of a model.
+        """
+        small = sum(p.numel() * p.element_size() for p in self.model.parameters()) <= _SMALL_MODEL
+        if not small or data.count(batch) < 2 or not data.aligned(batch):
+            return 0
+        few = data.take(batch, torch.arange(2))
+        with unchanged(self.model), torch.no_grad(), Made() as made:
+            f = self.outputs(few)
+        each = made.nbytes * (1 + self.cotangents(f, few, 0).count) // 2
+        return work_array() // (4 * max(1, each))
 
     def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
         cotangents = self.cotangents(f, batch, position)
@@ -171,9 +210,10 @@ class Generator(Evaluator):
                     output = pytree.tree_map_only(Tensor, lambda y: y.view_as(y) if y.requires_grad else y, output)
                 leaves = _differentiable(output)
                 inputs = _detached(_in_order(module, args, kwargs))
-                versions = tuple(t._version for t in _leaves(inputs) if isinstance(t, Tensor))
                 outputs = tuple((k, y.new_empty(()).expand(y.shape)) for k, y in leaves)
-                calls.append(_Call(site, inputs, versions, outputs, tuple(get_gradient_edge(y) for _, y in leaves)))
+                calls.append(
+                    _Call(site, inputs, _versions(inputs), outputs, tuple(get_gradient_edge(y) for _, y in leaves))
+                )
                 return output
 
             return hook
@@ -186,6 +226,12 @@ class Generator(Evaluator):
             stack.enter_context(trainable(_collected(sites)))
             stack.enter_context(torch.enable_grad())
             f = self.outputs_of(batch)
+        for call in calls:
+            if call.versions != _versions(call.inputs):
+                raise ValueError(
+                    f"layer {call.site.name!r}: its input was modified in place after the call, so its derivative is "
+                    "lost: replace the in-place operation (+=, relu_, ...) by one that makes a new tensor"
+                )
         if plan is not None and [c.site.name for c in calls] != list(plan.names):
             raise ValueError("the model calls its layers differently for different minibatches, which is not supported")
         return f, calls
@@ -211,14 +257,10 @@ class Generator(Evaluator):
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
             layouts = tuple(_layout(one, other) for one, other in zip(two, three, strict=True))
-            aligned = all(t.ndim > 0 and len(t) == n for t in data.tensors_of(batch))
-            plan = Plan(layouts, tuple(c.site.name for c in two), batched=True, aligned=aligned)
+            plan = Plan(layouts, tuple(c.site.name for c in two), data.aligned(batch))
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
-            s = _generic_cotangent(f)
-            grads, batched = self._check_separate(f, calls, layouts, s)
-            plan = replace(plan, batched=batched)
-            self._check_sum(f, calls, plan, s, grads)
+            self._check_derivatives(f, calls, plan)
         return plan
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
@@ -251,54 +293,39 @@ class Generator(Evaluator):
         check_same(f, expected, expected, problem, remedy)
         return f, calls
 
-    def _check_separate(
-        self, f: Tensor, calls: Sequence[_Call], layouts: Sequence[_Layout], s: Tensor
-    ) -> tuple[list[Tensor | None], bool]:
-        """Raise if the gradient of one example's output reaches another example.
+    def _check_derivatives(self, f: Tensor, calls: Sequence[_Call], plan: Plan) -> None:
+        """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
-        Returns their sum, the gradients of ``s . f`` at every output, and whether backward can be vectorised.
+        One cotangent is that of the first example alone, another that of all others. No gradient of the one may reach
+        an example of the other, and the forms of the others must add up to the gradient in the parameters.
         """
         edges = [e for c in calls for e in c.edges]
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
-        n = len(f)
-        alone = s.new_zeros(n, *s.shape)
-        for example in range(n):
-            alone[example, example] = s[example]
-        batched = True
-        try:
-            grads = pull([f], edges, [alone], batched=True)
-        except RuntimeError:
-            batched = False
-            grads = pull([f], edges, [alone], batched=False)
-        remaining = iter(grads)
-        for call, layout in zip(calls, layouts, strict=True):
-            for axis in layout.outputs:
-                g = next(remaining)
-                if g is None:
-                    continue
-                # An output without examples was expanded: its examples are first.
-                rows = _to_front(g, axis or 0, 1).unflatten(1, (n, -1))
-                if bool(rows.count_nonzero() > rows.diagonal().count_nonzero()):
-                    raise ValueError(
-                        f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
-                        f"derivatives are undefined. {MIXES}"
-                    )
-        return [None if g is None else g.sum(0, keepdim=True) for g in grads], batched
-
-    def _check_sum(
-        self, f: Tensor, calls: Sequence[_Call], plan: Plan, s: Tensor, grads: Sequence[Tensor | None]
-    ) -> None:
-        """Raise, naming the layer, unless the forms of all examples add up to what autograd says of the parameters.
-
-        grads: those of ``s . f`` at the outputs of the layers.
-        """
-        # First, for what it says of inputs that were modified, of which autograd says less.
-        found = self._forms(calls, plan.layouts, grads, 1, f.shape[0])
+        others = _generic_cotangent(f)
+        first = torch.zeros_like(others)
+        first[0] = others[0]
+        others[0] = 0.0
         parameters = self.layer_collection.parameters(self.model)
         with trainable(parameters):
-            truth = torch.autograd.grad(f, parameters, s, allow_unused=True, materialize_grads=True)
-        truth = tuple(g.to_dense() if g.is_sparse else g for g in truth)
+            of_first = torch.autograd.grad(f, edges, first, retain_graph=True, allow_unused=True)
+            every: list[Any] = [*edges, *parameters]
+            of_others = torch.autograd.grad(f, every, others, allow_unused=True)
+        grads, truth = of_others[: len(edges)], of_others[len(edges) :]
+        where = [(call, axis or 0) for call, layout in zip(calls, plan.layouts, strict=True) for axis in layout.outputs]
+        for (call, axis), g, h in zip(where, of_first, grads, strict=True):
+            n = len(f)
+            reached = g is not None and _by_example(g, axis, n)[1:].any()
+            if reached or (h is not None and _by_example(h, axis, n)[0].any()):
+                raise ValueError(
+                    f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
+                    f"derivatives are undefined. {MIXES}"
+                )
+        found = self._forms(calls, plan.layouts, [None if g is None else g.unsqueeze(0) for g in grads], 1, len(f))
+        self._check_sum(found, [_dense(g, p) for g, p in zip(truth, parameters, strict=True)], _tolerance(f.dtype))
+
+    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
+        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""
         norm = torch.linalg.vector_norm
         floor = 1e-3 * float(norm(torch.stack([norm(g, dtype=self.dtype) for g in truth])))
         remaining = iter(truth)
@@ -306,7 +333,7 @@ class Generator(Evaluator):
             expected = torch.cat([g.flatten() for g in islice(remaining, len(layer.params))]).to(self.dtype)
             with torch.no_grad():
                 wrong = layer.packing.unpack(found[name].total()) - expected
-            if float(norm(wrong)) > _tolerance(f.dtype) * max(float(norm(expected)), floor):
+            if float(norm(wrong)) > tolerance * max(float(norm(expected)), floor):
                 raise ValueError(
                     f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the "
                     "gradient of the "
@@ -317,18 +344,25 @@ class Generator(Evaluator):
                 )
 
     def _observe(
-        self, sites: Sequence[Site], batch: data.Batch, position: int, plan: Plan, by_example: bool
+        self, sites: Sequence[Site], batches: Sequence[data.Batch], position: int, plan: Plan, by_example: bool
     ) -> Iterator[Observation]:
+        batch = data.join(batches)
         with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
-        cotangents = self.cotangents(fixed, batch, position)
-        weight = self.weigh(fixed, batch)
+        own = list(zip(fixed.split([data.count(b) for b in batches]), batches, strict=True))
+        each = [self.cotangents(rows, b, position + k) for k, (rows, b) in enumerate(own)]
+        if len({c.count for c in each}) > 1:
+            for k, b in enumerate(batches):
+                yield from self._observe(sites, [b], position + k, plan, by_example)
+            return
+        cotangents = Cotangents.joined(each)
+        weight = sum(self.weigh(rows, b) for rows, b in own)
         per_cotangent = sum(y.numel() * y.element_size() for y in (f, *(y for c in calls for _, y in c.outputs)))
-        step = chunk_length(per_cotangent, cotangents.count) if plan.batched else 1
+        step = chunk_length(per_cotangent, cotangents.count)
         n, count = len(f), cotangents.count
         parts = n // max(2, n * step // max(1, count))  # of two examples at least: a model may squeeze away one
-        apart = plan.batched and plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count) >= step
+        apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count) >= step
         if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
             return
@@ -353,7 +387,7 @@ class Generator(Evaluator):
             yield self._pulled(f, calls, s, plan, n, counted)  # not kept here, so that who receives it can let go of it
 
     def _pulled(self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float) -> Observation:
-        grads = pull([f], [e for c in calls for e in c.edges], [s], plan.batched)
+        grads = self._pull([f], [e for c in calls for e in c.edges], [s])
         large = sum(g.numel() * g.element_size() for g in grads if g is not None) > work_array()
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
@@ -386,11 +420,6 @@ class Generator(Evaluator):
         site = call.site
         what = f"layer {site.name!r} ({type(site.module).__name__})"
         leaves = _leaves(call.inputs)
-        if call.versions != tuple(x._version for x in leaves if isinstance(x, Tensor)):
-            raise ValueError(
-                f"layer {site.name!r}: its input was modified in place after the call, so its derivative is lost: "
-                "replace the in-place operation (+=, relu_, ...) by one that makes a new tensor"
-            )
         if not call.outputs:
             raise ValueError(
                 f"{what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
@@ -448,6 +477,18 @@ def _generic_cotangent(f: Tensor) -> Tensor:
     return torch.cos(torch.arange(1, f.numel() + 1, dtype=f.dtype, device=f.device)).view(f.shape)
 
 
+def _by_example(g: Tensor, axis: int, examples: int) -> Tensor:
+    """``(examples, ...)``: an output without an axis of examples was expanded, and has them first."""
+    return _to_front(g, axis, 0).unflatten(0, (examples, -1))
+
+
+def _dense(g: Tensor | None, p: Tensor) -> Tensor:
+    """A gradient of p as a plain tensor."""
+    if g is None:
+        return torch.zeros_like(p)
+    return g.to_dense() if g.is_sparse else g
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     """What counts as equal up to rounding in a checked sum: far above it, far below any mistake."""
     return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
@@ -467,6 +508,11 @@ def _plain(inputs: tuple[Any, dict[str, Any]]) -> bool:
 
 def _leaves(inputs: tuple[Any, dict[str, Any]]) -> list[Any]:
     return list(inputs[0]) if _plain(inputs) else pytree.tree_leaves(inputs)
+
+
+def _versions(inputs: tuple[Any, dict[str, Any]]) -> list[int]:
+    """How often each tensor has been modified in place."""
+    return [t._version for t in _leaves(inputs) if isinstance(t, Tensor)]
 
 
 def _detached(inputs: tuple[Any, dict[str, Any]]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,13 @@ class Cotangents:
     def of(cls, s: Tensor) -> Cotangents:
         """All of them at once: s ``(C, B, *out)``."""
         return cls(s.shape[0], lambda start, stop: s[start:stop])
+
+    @classmethod
+    def joined(cls, several: Sequence[Cotangents]) -> Cotangents:
+        """Those of several minibatches, as many for each, laid end to end."""
+        if len(several) == 1:
+            return several[0]
+        return cls(several[0].count, lambda start, stop: torch.cat([c.take(start, stop) for c in several], 1))
 
     def narrow(self, first: int, last: int) -> Cotangents:
         """Those of the examples ``first:last``, cut out of those of all."""

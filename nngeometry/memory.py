@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _BUDGET: ContextVar[int] = ContextVar("nngeometry_memory_budget", default=2**30)
 
@@ -62,3 +66,18 @@ def require(nbytes: int, what: str, remedy: str) -> None:
             f"{what} would take {nbytes / 2**20:.0f} MiB, more than the memory budget of "
             f"{budget() / 2**20:.0f} MiB: {remedy}, or raise it with nngeometry.memory_budget(bytes)."
         )
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make inside of a ``with`` block, views of others not included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        values = out if isinstance(out, tuple | list) else (out,)
+        made = [v for v, returned in zip(values, func._schema.returns, strict=False) if returned.alias_info is None]
+        self.nbytes += sum(t.numel() * t.element_size() for t in made if isinstance(t, Tensor))
+        return out

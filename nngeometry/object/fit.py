@@ -101,7 +101,8 @@ def _run(
     mean: dict[str, Tensor] = {}
     total = 0.0
     with torch.no_grad():
-        for observation in generator.stream(examples, by_example=all(e.by_example for e in estimators)):
+        by_example = all(e.by_example for e in estimators)
+        for observation in generator.stream(examples, by_example=by_example, join=True):
             total += observation.weight
             for k, e in enumerate(estimators):
                 new = e.observe([observation.forms[layer.name] for layer in e.layers], observation.n)

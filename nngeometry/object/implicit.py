@@ -65,7 +65,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
     trace = torch.zeros((), dtype=generator.dtype, device=generator.device)
     total = 0.0
     with torch.no_grad():
-        for observation in generator.stream(examples, by_example=True):
+        for observation in generator.stream(examples, by_example=True, join=True):
             total += observation.weight
             trace += sum(form.sqnorm().sum() for form in observation.forms.values())
             if observation.large:
@@ -90,7 +90,7 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
     pieces = {name: torch.zeros((), dtype=generator.dtype, device=generator.device) for name in layers}
     total = 0.0
     with torch.no_grad():
-        for observation in generator.stream(examples):
+        for observation in generator.stream(examples, join=True):
             total += observation.weight
             for name, form in observation.forms.items():
                 pieces[name] = pieces[name] + layers[name].packing.unpack(form.total())

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
-from ..autograd import pull
+from ..autograd import Pull
 from ..derivatives import CheapDerivatives, Pulled, Value
 from ..evaluator import Evaluator, check_mode, unchanged
 from ..generator import MIXES, Generator, check_same
@@ -53,7 +53,7 @@ class Linearisations:
         self.names, parameters = zip(*[(name, p.detach().clone().requires_grad_()) for name, p in named], strict=True)
         self.parameters: list[Tensor] = list(parameters)
         self._kept: list[tuple[Any, float, int]] | None = None
-        self._batched = True
+        self._pull = Pull()
         self.checked = False
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
@@ -78,16 +78,8 @@ class Linearisations:
         return made, weight, saved_bytes(roots)
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """Vector-Jacobian products for every row of ``weights``, vectorised unless an operation has no batching
-        rule.
-        """
-        try:
-            grads = pull(outputs, inputs, weights, self._batched)
-        except RuntimeError:
-            if not self._batched:
-                raise
-            self._batched = False
-            grads = pull(outputs, inputs, weights, False)
+        """Vector-Jacobian products for every row of ``weights``, zero for an input that is not used."""
+        grads = self._pull(outputs, inputs, weights)
         k = len(weights[0])
         return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
