@@ -156,6 +156,27 @@ def join(batches: Sequence[Batch]) -> Batch:
     return type(one)(join(parts) for parts in zip(*batches, strict=True))
 
 
+def grouped(batches: Iterable[Batch], most: Callable[[Batch], int]) -> Iterator[tuple[int, list[Batch]]]:
+    """Neighbouring minibatches that can be laid end to end, each group with the position of its first.
+
+    most: from the first minibatch to how many examples a group of several may have.
+    """
+    group: list[Batch] = []
+    position = held = 0
+    limit: int | None = None
+    for batch in batches:
+        n = count(batch)
+        if group:
+            limit = most(group[0]) if limit is None else limit
+            if held + n > limit or not (aligned(batch) and joinable(group[0], batch)):
+                yield position, group
+                position += len(group)
+                group, held = [], 0
+        group.append(batch)
+        held += n
+    yield position, group
+
+
 def targets(batch: Batch) -> tuple[Any, ...]:
     """What a loss receives of a minibatch beside the output: the elements after the first, or the whole mapping."""
     return tuple(batch[1:]) if isinstance(batch, tuple | list) else (batch,)

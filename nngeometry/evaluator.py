@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from . import data
 from .layercollection import LayerCollection
+from .memory import Made, work_array
+
+#: Bytes of the parameters of a model up to which its minibatches may be joined.
+_SMALL_MODEL = 2**21
 
 
 class Evaluator:
@@ -101,6 +105,30 @@ class Evaluator:
             "e.g. function=lambda batch: model(**batch).logits"
         )
 
+    def joined(
+        self, examples: Any, copies: Callable[[Tensor, data.Batch], int]
+    ) -> Iterator[tuple[int, list[data.Batch]]]:
+        """The minibatches, each with its neighbours that may be looked at together with it, and the position of the
+        first.
+
+        These are several where a model is so small that most time would go into starting operations, and as many as
+        what the model makes of them takes a quarter of a work array. All operations are counted, those that are not
+        recorded too: a head may be all that is differentiated of a model. copies: from the output to how many times
+        of that is needed.
+        """
+
+        def most(batch: data.Batch) -> int:
+            room = work_array() // 4
+            small = _nbytes(self.model.parameters()) <= _SMALL_MODEL and _nbytes(data.tensors_of(batch)) <= room
+            if not small or data.count(batch) < 2 or not data.aligned(batch):
+                return 0
+            few = data.take(batch, torch.arange(2))
+            with unchanged(self.model), torch.no_grad(), Made() as made:
+                f = self.outputs(few)
+            return 2 * room // max(1, made.nbytes * copies(f, few))
+
+        return data.grouped(self.minibatches(examples), most)
+
 
 def check_mode(model: nn.Module) -> None:
     """Raise, naming the module, if the model is in a mode in which per-example derivatives are undefined."""
@@ -167,6 +195,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         for d, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, d)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _finite(f: Tensor) -> bool:

@@ -23,10 +23,7 @@ from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import Made, chunk_length, slices, work_array
-
-#: Bytes of the parameters of a model up to which its minibatches may be joined.
-_SMALL_MODEL = 2**21
+from .memory import chunk_length, slices, work_array
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -120,7 +117,7 @@ class Generator(Evaluator):
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
         self.cotangents = cotangents
         self.centred = centred
-        self.curvature = self._curvature if curvature is None else curvature
+        self._closed = curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
         self._pull = Pull()
@@ -142,43 +139,27 @@ class Generator(Evaluator):
         """
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
-        position = 0
-        for batches in self._joined(examples) if join else ([batch] for batch in self.minibatches(examples)):
+        one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
+        for position, batches in self.joined(examples, self._copies) if join else one_by_one:
             if plan is None:
                 plan = self.probe(sites, batches[0])
             yield from self._observe(sites, batches, position, plan, by_example)
-            position += len(batches)
 
-    def _joined(self, examples: Any) -> Iterator[list[data.Batch]]:
-        """Neighbouring minibatches that are observed as one."""
-        group: list[data.Batch] = []
-        held = 0
-        most: int | None = None
-        for batch in self.minibatches(examples):
-            n = data.count(batch)
-            if group:
-                most = self._at_once(group[0]) if most is None else most
-                if held + n > most or not (data.aligned(batch) and data.joinable(group[0], batch)):
-                    yield group
-                    group, held = [], 0
-            group.append(batch)
-            held += n
-        yield group
+    def _copies(self, f: Tensor, batch: data.Batch) -> int:
+        return 1 + self.cotangents(f, batch, 0).count
 
-    def _at_once(self, batch: data.Batch) -> int:
-        """How many examples may be observed as one minibatch: none unless the model is small.
+    def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
+        """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
+        if self._closed is not None:
+            batch, closed = data.join(batches), self._closed
+            return lambda u: closed(f, u, batch, position)
+        sizes = [data.count(b) for b in batches]
 
-        What the model makes of them, for all cotangents, should take a quarter of a work array. All operations are
-        counted, those that are not recorded too: a head may be all that is differentiated of a model.
-        """
-        small = sum(p.numel() * p.element_size() for p in self.model.parameters()) <= _SMALL_MODEL
-        if not small or data.count(batch) < 2 or not data.aligned(batch):
-            return 0
-        few = data.take(batch, torch.arange(2))
-        with unchanged(self.model), torch.no_grad(), Made() as made:
-            f = self.outputs(few)
-        each = made.nbytes * (1 + self.cotangents(f, few, 0).count) // 2
-        return work_array() // (4 * max(1, each))
+        def product(u: Tensor) -> Tensor:
+            pieces = zip(f.split(sizes), u.split(sizes), batches, strict=True)
+            return torch.cat([self._curvature(g, v, b, position + k) for k, (g, v, b) in enumerate(pieces)])
+
+        return product
 
     def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
         cotangents = self.cotangents(f, batch, position)

@@ -10,9 +10,11 @@ from torch import nn
 
 from nngeometry import (
     FIM,
+    GGN,
     EmpiricalFisher,
     FIM_MonteCarlo,
     Gaussian,
+    Generator,
     GradientCovariance,
     LayerCollection,
     PMatBlockDiag,
@@ -29,6 +31,7 @@ from nngeometry import (
     PVector,
     memory_budget,
 )
+from nngeometry.likelihood import Cotangents
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
@@ -385,6 +388,89 @@ def test_a_minibatch_that_is_not_all_of_examples_is_not_split():
     with memory_budget(2**12):
         found = FIM(model, batch, PMatDiag, function=function)
     assert oracle.relative(found.to_torch(), whole.to_torch()) < 1e-10
+
+
+class Watching(nn.Module):
+    """Notes how many examples it is called on; much is made of each on the way if ``width`` is large."""
+
+    def __init__(self, width=1):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.width = width
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        with torch.no_grad():
+            scale = x.new_ones(len(x), self.width).mean(1, keepdim=True)
+        return self.head(x * scale).tanh()
+
+
+def watched(loader, width=1, **options):
+    """The numbers of examples that a matrix calls its model on, less those that it makes of a few examples."""
+    model = oracle.randomise(Watching(width))
+    FIM(model, loader, PMatDiag, **options)
+    return [n for n in model.seen if n > 3]
+
+
+MATRICES = {
+    "fim": lambda *a: FIM(*a),
+    "mc": lambda *a: FIM_MonteCarlo(*a, trials=2, generator=torch.Generator().manual_seed(0)),
+    "empirical": lambda *a: EmpiricalFisher(*a),
+    "covariance": lambda *a: GradientCovariance(*a),
+    "ggn": lambda *a: GGN(*a, nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))),
+}
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatImplicit])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_small_minibatches_are_observed_together(matrix, representation):
+    """Which changes no number, nor which labels are drawn."""
+    if (matrix, representation) == ("covariance", PMatKFAC):
+        pytest.skip("has no Kronecker factors")
+    model = oracle.randomise(Watching())
+    batches = [(torch.randn(n, 3), torch.randint(2, (n,))) for n in (5, 4, 6)]
+    v = PVector.from_model(model).detach()
+    joined = MATRICES[matrix](model, batches, representation).mv(v).to_torch()
+    assert 15 in model.seen
+    model.seen.clear()
+    with memory_budget(2**10):
+        apart = MATRICES[matrix](model, batches, representation).mv(v).to_torch()
+    assert 15 not in model.seen
+    assert oracle.relative(joined, apart) < 1e-12
+
+
+def test_what_is_not_observed_together():
+    def batches(*shapes, dtype=None):
+        return [(torch.randn(n, 3, dtype=dtype), torch.randint(2, (n,))) for n in shapes]
+
+    assert watched(batches(5, 4, 6)) == [15]
+    assert watched(batches(5, 4, 6), width=2**20) == [5, 4, 6]  # much is made of each example, out of sight of autograd
+    assert watched([(x, y, 1.0) for x, y in batches(5, 4)]) == [5, 4]
+    assert watched([(x, y, torch.tensor(2.0)) for x, y in batches(5, 4)]) == [5, 4]
+    assert watched([(x, y.view(shape)) for (x, y), shape in zip(batches(4, 4), [(4, 1), (4,)], strict=True)]) == [4, 4]
+    assert watched([[x, y] if len(x) == 4 else (x, y) for x, y in batches(5, 4, 6, 7)]) == [5, 4, 13]
+    named = [{"x": x, "y": y} for x, y in batches(5, 4)]
+    model = oracle.randomise(Watching())
+    FIM(model, named, PMatDiag, function=lambda batch: model(batch["x"]))
+    assert 9 in model.seen
+    model.seen.clear()
+    FIM(model, [named[0], {"x": named[1]["x"]}], PMatDiag, function=lambda batch: model(batch["x"]))
+    assert 9 not in model.seen
+
+
+def test_minibatches_with_unlike_cotangents_are_observed_apart():
+    model = oracle.randomise(Watching())
+    batches = [(torch.randn(n, 3),) for n in (4, 5)]
+
+    def cotangents(f, batch, position):
+        return Cotangents.of(torch.ones(len(batch[0]) - 2, *f.shape, dtype=f.dtype))
+
+    lc = LayerCollection.from_model(model)
+    generator = Generator(model, lc, cotangents)
+    found = PMatDense(layer_collection=lc, generator=generator, examples=batches).to_torch()
+    each = [PMatDense(layer_collection=lc, generator=generator, examples=[b]).to_torch() for b in batches]
+    assert oracle.relative(found, (4 * each[0] + 5 * each[1]) / 9) < 1e-12
 
 
 def test_loss_scale():

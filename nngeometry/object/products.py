@@ -28,12 +28,15 @@ from ..memory import budget, chunk_length
 
 #: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
 Product = Callable[[Tensor], Tensor]
-#: From the parameters (leaves of autograd), a minibatch and its position to the linear map of it, what it counts in
-#: the mean, and the tensors from which autograd will start.
-Linearise = Callable[[list[Tensor], data.Batch, int], tuple[Any, float, Sequence[Tensor]]]
+#: From the parameters (leaves of autograd), neighbouring minibatches and the position of the first to the linear map of
+#: them, what they count in the mean, and the tensors from which autograd will start.
+Linearise = Callable[[list[Tensor], list[data.Batch], int], tuple[Any, float, Sequence[Tensor]]]
 
 #: From a minibatch to the sum of its losses and what a mean counts it as.
 Total = Callable[[data.Batch], tuple[Tensor, float]]
+
+#: How many times what the model makes is kept, to differentiate it twice.
+_COPIES = 4
 
 
 class Linearisations:
@@ -62,19 +65,19 @@ class Linearisations:
         return iter(self._kept) if self._kept is not None else self._linearised()
 
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
-        """Every minibatch linearised; all are kept if together they fit."""
+        """All minibatches linearised; all are kept if together they fit."""
         keep: list[tuple[Any, float, int]] | None = []
-        for position, batch in enumerate(self.evaluator.minibatches(self.examples)):
-            made = self._prepare(position, batch)
+        for position, batches in self.evaluator.joined(self.examples, lambda f, batch: _COPIES):
+            made = self._prepare(position, batches)
             if keep is not None:
                 keep.append(made)
                 keep = keep if sum(held for *_, held in keep) <= budget() else None
             yield made
         self._kept = keep
 
-    def _prepare(self, position: int, batch: data.Batch) -> tuple[Any, float, int]:
+    def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
         with unchanged(self.evaluator.model), torch.enable_grad(), differentiable_attention():
-            made, weight, roots = self.linearise(self.parameters, batch, position)
+            made, weight, roots = self.linearise(self.parameters, batches, position)
         return made, weight, saved_bytes(roots)
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -173,16 +176,20 @@ class Linear:
 def gauss_newton(generator: Generator, examples: Any) -> Products:
     """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
 
-    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        linear = Linear(products, batch)
+    def linearise(
+        params: list[Tensor], batches: list[data.Batch], position: int
+    ) -> tuple[Product, float, Sequence[Tensor]]:
+        linear = Linear(products, batch := data.join(batches))
         fixed = linear.f.detach()
+        rows = fixed.split([data.count(b) for b in batches])
         if linear.check(batch):
-            generator.cotangents(fixed, batch, position)  # for the checks in there
+            generator.cotangents(rows[0], batches[0], position)  # for the checks in there
+        curvature = generator.curvature(fixed, batches, position)
 
         def product(V: Tensor) -> Tensor:
-            return linear.vjp(torch.stack([generator.curvature(fixed, one, batch, position) for one in linear.jvp(V)]))
+            return linear.vjp(torch.stack([curvature(one) for one in linear.jvp(V)]))
 
-        return product, generator.weigh(fixed, batch), linear.roots
+        return product, sum(map(generator.weigh, rows, batches)), linear.roots
 
     products = Products(generator, examples, linearise, generator.mean)
     return products
@@ -191,8 +198,10 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
 def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
     """The Jacobian of every minibatch, as a :class:`Linear`."""
 
-    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Linear, float, Sequence[Tensor]]:
-        linear = Linear(maps, batch)
+    def linearise(
+        params: list[Tensor], batches: list[data.Batch], position: int
+    ) -> tuple[Linear, float, Sequence[Tensor]]:
+        linear = Linear(maps, batch := data.join(batches))
         linear.check(batch)
         return linear, len(linear.f), linear.roots
 
@@ -223,8 +232,10 @@ def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence
 def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Products:
     """Products with the Hessian of a loss: the derivative of its gradient along a vector."""
 
-    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        value, weight = products.evaluate(total, batch)
+    def linearise(
+        params: list[Tensor], batches: list[data.Batch], position: int
+    ) -> tuple[Product, float, Sequence[Tensor]]:
+        value, weight = products.evaluate(total, data.join(batches))
         check_second_derivatives(value)
         curved = _differentiable(_gradient(value, params, None))
 
@@ -250,7 +261,10 @@ def finite_difference(
     vector's largest entry.
     """
 
-    def linearise(params: list[Tensor], batch: data.Batch, position: int) -> tuple[Product, float, Sequence[Tensor]]:
+    def linearise(
+        params: list[Tensor], batches: list[data.Batch], position: int
+    ) -> tuple[Product, float, Sequence[Tensor]]:
+        batch = data.join(batches)
         with torch.no_grad():
             _, weight = products.evaluate(total, batch)
 
