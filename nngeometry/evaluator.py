@@ -167,7 +167,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Put buffers and random state back as they were, and raise if the model had changed them."""
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(b, b._version, b.clone()) for _, own in buffers for b in own.values() if b is not None]
-    devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
+    devices = set()
+    if torch.cuda.is_initialized():
+        devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
     try:
         yield

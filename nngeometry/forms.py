@@ -273,8 +273,11 @@ class Outer(LayerJacobian):
         return torch.cat(out, 1)
 
     def rotate(self, left: Map | None, right: Map | None) -> Outer:
-        a = self.a if right is None else right(self.a)
-        g = self.g if left is None else left(self.g)
+        a, g = self.a, self.g if left is None else left(self.g)
+        if right is not None:
+            a = right(a.flatten(0, 1)).unflatten(
+                0, a.shape[:2]
+            )  # one large product, whatever the order of patches in memory
         return Outer(a, g)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Outer:

@@ -270,11 +270,10 @@ def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
             f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
             'return the unreduced loss (reduction="none")'
         )
-    if f.shape[0] > 1 and values.requires_grad:
-        probe = f.detach().requires_grad_()
-        with torch.enable_grad():
-            first = loss(probe, *targets)[0].sum()
-            (reached,) = torch.autograd.grad(first, probe, allow_unused=True, materialize_grads=True)
+    if f.shape[0] > 1 and f.requires_grad and values.requires_grad:
+        (reached,) = torch.autograd.grad(
+            values[0].sum(), f, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         if bool(reached[1:].nan_to_num().count_nonzero()):
             raise ValueError(
                 "loss: the value of the first example depends on the outputs of others (an average over the batch, or "

@@ -59,8 +59,7 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def expand(x: Tensor) -> Tensor:
-        x = F.pad(x, pads, mode=mode)
-        return _with_one(_patches(x, module.kernel_size, module.stride, module.dilation, module.groups), module.bias)
+        return _patches(F.pad(x, pads, mode=mode), module, module.stride)
 
     cols = module.weight[0].numel() + (module.bias is not None)
     return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads))
@@ -101,31 +100,29 @@ def conv_transpose(module: Any, gy: Tensor, x: Tensor) -> Outer:
         for size, target, k, d, p in zip(sizes, out, module.kernel_size, module.dilation, module.padding, strict=True):
             before = d * (k - 1) - p
             pads = [before, target + d * (k - 1) - size - before, *pads]
-        ones = (1,) * len(sizes)
-        a = _patches(F.pad(spread, pads), module.kernel_size, ones, module.dilation, module.groups, flip=True)
-        return _with_one(a, module.bias)
+        return _patches(F.pad(spread, pads), module, (1,) * len(sizes), flip=True)
 
     cols = module.weight[:, 0].numel() // module.groups + (module.bias is not None)
     return Outer(x, _positions(gy, module.groups), expand, cols)
 
 
-def _patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    flip: bool = False,
-) -> Tensor:
-    """The windows that a convolution sees: ``(B, C, *in) -> (B, T, G, C / G * prod(kernel))``."""
-    d = len(kernel)
-    for axis, (k, s, dil) in enumerate(zip(kernel, stride, dilation, strict=True)):
+def _patches(x: Tensor, module: Any, stride: tuple[int, ...], flip: bool = False) -> Tensor:
+    """The windows that a convolution sees and a one for its bias: ``(B, C, *in) -> (B, T, G, cols)``.
+
+    They lie positions last in memory, as they do in the input, so that whole rows of it are copied.
+    """
+    d, groups = len(stride), module.groups
+    for axis, (k, s, dil) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
         x = x.unfold(2 + axis, dil * (k - 1) + 1, s)[..., ::dil]
     if flip:
         x = x.flip(tuple(range(2 + d, 2 + 2 * d)))
-    x = x.unflatten(1, (groups, -1))  # (B, G, C / G, *out, *kernel)
-    x = x.permute(0, *range(3, 3 + d), 1, 2, *range(3 + d, 3 + 2 * d))
-    return x.reshape(x.shape[0], prod(x.shape[1 : 1 + d]), groups, -1)
+    x = x.permute(0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d)).unflatten(1, (groups, -1))
+    sizes, out = x.shape[2 : 3 + d], x.shape[3 + d :]  # (B, G, C / G, *kernel, *out)
+    cols = prod(sizes)
+    patches = x.new_empty(len(x), groups, cols + (module.bias is not None), *out)
+    patches[:, :, :cols].unflatten(2, sizes).copy_(x)
+    patches[:, :, cols:] = 1.0
+    return patches.flatten(3).permute(0, 3, 1, 2)
 
 
 def _positions(gy: Tensor, groups: int) -> Tensor:
