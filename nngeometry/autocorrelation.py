@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from itertools import product
 from math import prod
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+#: Positions, of one axis: from the first to behind the last.
+Interval = tuple[int, int]
+
+#: Bytes of the moment that are filled at a time, so that they stay in the cache: its blocks are interleaved.
+_PANEL_BYTES = 2**22
 
 
 def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, int]], bias: bool) -> Tensor:
@@ -17,54 +22,83 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
     x: ``(B, C, *in)``. padding: zeros before and after, for each axis. bias: whether a has a last entry of one. Returns
     ``(C prod(kernel) + bias,) * 2``, the kernel being the faster index.
 
-    The products of pixels d and d' of a patch depend on the offset d' - d alone, up to borders: there is one product of
-    images for each offset and, to move from one d to the next, one of the strip that enters and one of that which
-    leaves.
+    Pixels d and d' of a patch differ by an offset o = d' - d, and their products are those of all pixels of the image
+    that differ by o, less those that d does not reach or d' does not, near borders. So there is one large product for
+    each offset, and small ones at borders.
     """
     n, channels = len(kernel), x.shape[1]
-    image = F.pad(x, [p for pair in reversed(padding) for p in pair]).movedim(1, -1).contiguous()
-    out = [m - k + 1 for m, k in zip(image.shape[1:-1], kernel, strict=True)]
-
-    def window(start: Sequence[int], size: Sequence[int]) -> Tensor:
-        where = tuple(slice(s, s + m) for s, m in zip(start, size, strict=True))
-        return image[(slice(None), *where)].reshape(-1, channels)
-
-    def products(start: Sequence[int], size: Sequence[int], offset: Sequence[int]) -> Tensor:
-        moved = [s + o for s, o in zip(start, offset, strict=True)]
-        return window(start, size).T @ window(moved, size)
-
-    def is_zero(axis: int, position: int) -> bool:
-        before = padding[axis][0]
-        return not before <= position < before + x.shape[2 + axis]
-
-    size = channels * prod(kernel)
-    moment = x.new_zeros(size + bias, size + bias)
-    blocks = moment[:size, :size].view(channels, prod(kernel), channels, prod(kernel))
-    index = {d: k for k, d in enumerate(product(*map(range, kernel)))}
+    sizes = x.shape[2:]
+    reach = [m + a + b - k + 1 for m, (a, b), k in zip(sizes, padding, kernel, strict=True)]
+    pixels = list(product(*map(range, kernel)))
+    number = {d: k for k, d in enumerate(pixels)}
+    # Examples next to last, and zeros behind every row, so that an offset along it is one in memory.
+    image = F.pad(x, (0, kernel[-1] - 1)).permute(*range(2, n + 1), 0, n + 1, 1).contiguous()
+    found: dict[tuple[int, int], Tensor] = {}
     for offset in product(*(range(1 - k, k) for k in kernel)):
         if offset < (0,) * n:
             continue  # by symmetry
-        low = [max(0, -o) for o in offset]
-        found: dict[tuple[int, ...], Tensor] = {}
-        for d in product(*(range(a, k - max(0, o)) for a, k, o in zip(low, kernel, offset, strict=True))):
-            axis = next((k for k in range(n) if d[k] > low[k]), None)
-            if axis is None:
-                found[d] = products(d, out, offset)
-            else:
-                before = tuple(s - (k == axis) for k, s in enumerate(d))
-                value = found[before]
-                strip = [1 if k == axis else m for k, m in enumerate(out)]
-                for position, sign in ((before[axis] + out[axis], 1), (before[axis], -1)):
-                    if not (is_zero(axis, position) or is_zero(axis, position + offset[axis])):
-                        start = [position if k == axis else s for k, s in enumerate(before)]
-                        value = value + sign * products(start, strip, offset)
-                found[d] = value
-            i, j = index[d], index[tuple(s + o for s, o in zip(d, offset, strict=True))]
-            blocks[:, i, :, j] = found[d]
-            blocks[:, j, :, i] = found[d].T
+        products = _Products(image, offset, sizes)
+        for d in product(*(range(max(0, -o), k - max(0, o)) for k, o in zip(kernel, offset, strict=True))):
+            starts = [s - before for s, (before, _) in zip(d, padding, strict=True)]
+            reached = [(s, s + m) for s, m in zip(starts, reach, strict=True)]
+            other = tuple(s + o for s, o in zip(d, offset, strict=True))
+            found[number[d], number[other]] = products.inside(reached)
+    size = channels * len(pixels)
+    moment = x.new_empty(size + bias, size + bias)
+    blocks = moment[:size, :size].view(channels, len(pixels), channels, len(pixels))
+    step = max(1, _PANEL_BYTES // (size * len(pixels) * x.element_size()))
+    for start in range(0, channels, step):
+        some = slice(start, start + step)
+        for i, j in product(range(len(pixels)), repeat=2):
+            blocks[some, i, :, j] = found[i, j][some] if i <= j else found[j, i][:, some].T
     if bias:
-        sums = torch.stack([window(d, out).sum(0) for d in index], 1).flatten()
-        moment[-1, :-1] = sums
-        moment[:-1, -1] = sums
-        moment[-1, -1] = len(x) * prod(out)
+        for d in pixels:
+            where = [
+                slice(max(0, s - before), max(0, s - before + m))
+                for s, (before, _), m in zip(d, padding, reach, strict=True)
+            ]
+            sums = x[(slice(None), slice(None), *where)].sum((0, *range(2, n + 2)))
+            moment[-1, number[d] : size : len(pixels)] = sums
+            moment[number[d] : size : len(pixels), -1] = sums
+        moment[-1, -1] = len(x) * prod(reach)
     return moment
+
+
+class _Products:
+    """Sums of ``x(q) x(q + offset)^T`` over pixels q of an image and over examples.
+
+    image: ``(*in[:-1], B, in[-1] + zeros, C)``. sizes: in.
+    """
+
+    def __init__(self, image: Tensor, offset: tuple[int, ...], sizes: Sequence[int]) -> None:
+        self.image = image
+        self.offset = offset
+        self.all: list[Interval] = [(max(0, -o), max(0, -o, min(m, m - o))) for m, o in zip(sizes, offset, strict=True)]
+        self.known: dict[tuple[Interval, ...], Tensor] = {}
+
+    def inside(self, reached: Sequence[Interval]) -> Tensor:
+        """Over the pixels of a box, ``(C, C)``: those of all, less those outside along any axis."""
+        choices: list[list[tuple[int, Interval]]] = []
+        for (low, high), (start, stop) in zip(self.all, reached, strict=True):
+            outside = ((low, min(high, start)), (max(low, stop), high))
+            choices.append([(1, (low, high)), *((-1, (a, b)) for a, b in outside if a < b)])
+        first, *others = product(*choices)
+        total = self.over(tuple(where for _, where in first))
+        for terms in others:
+            total = total.add(self.over(tuple(where for _, where in terms)), alpha=prod(sign for sign, _ in terms))
+        return total
+
+    def over(self, box: tuple[Interval, ...]) -> Tensor:
+        """Over the pixels of a box, all of which have a partner; each box once."""
+        if box not in self.known:
+            *lead, (a, b) = box
+            *shifts, o = self.offset
+            one = self.image[tuple(slice(*s) for s in lead)]
+            other = self.image[tuple(slice(s + k, e + k) for (s, e), k in zip(lead, shifts, strict=True))]
+            if (a, b) == self.all[-1]:  # whole rows, which need no copy: those who have no partner meet zeros
+                one, other = one.flatten(0, -2), other.flatten(0, -2)
+                one, other = (one[: len(one) - o], other[o:]) if o >= 0 else (one[-o:], other[:o])
+            else:
+                one, other = one[..., a:b, :].flatten(0, -2), other[..., a + o : b + o, :].flatten(0, -2)
+            self.known[box] = one.T @ other
+        return self.known[box]

@@ -336,6 +336,8 @@ class Outer(LayerJacobian):
     def left_factor(self, reduce: bool) -> Tensor:
         """Sum of g g^T over cotangents and examples (and positions, or of their sum): ``(G, rows, rows)``."""
         g = self.g.sum(2, keepdim=True) if reduce else self.g
+        if g.stride(2) == 1 and g.shape[2] >= g.shape[4]:  # as convolutions leave it: positions last in memory
+            return _moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
         return second_moment(g.flatten(0, 2))
 
     def right_samples(self) -> Tensor | None:
@@ -347,17 +349,15 @@ class Outer(LayerJacobian):
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
         """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""
+        count = self.examples * (1 if reduce else self.positions)
+        if self.moment is not None and not reduce:
+            return self.moment(self.inputs), count
         size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
-        step = chunk_length(size, self.examples)
         moments = []
-        for b in slices(self.examples, step):
-            piece = self.narrow(b.start, b.stop)  # what it expands goes with it
-            if piece.moment is not None and not reduce:
-                moments.append(piece.moment(piece.inputs))
-            else:
-                a = piece.a.mean(1, keepdim=True) if reduce else piece.a
-                moments.append(second_moment(a.flatten(0, 1)))
-        return _total(iter(moments)), self.examples * (1 if reduce else self.positions)
+        for b in slices(self.examples, chunk_length(size, self.examples)):
+            a = self.narrow(b.start, b.stop).a  # what it expands goes with it
+            moments.append(second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1)))
+        return _total(iter(moments)), count
 
 
 class Gather(LayerJacobian):
@@ -732,6 +732,15 @@ def second_moment(x: Tensor) -> Tensor:
         x = x.squeeze(1)
         return (x.T @ x if d <= _PANEL else mirror(add_gram(x.new_zeros(d, d), x))).unsqueeze(0)
     return torch.einsum("ngi,ngj->gij", x, x)
+
+
+def _moment_of_columns(x: Tensor) -> Tensor:
+    """``(N, G, d, t) -> (G, d, d)``: the sum over N and t of x x^T, for each group."""
+    _, groups, d, _ = x.shape
+    total = x.new_zeros(groups, d, d)
+    for some in slices(len(x), max(1, _panel_bytes(x.device) // (groups * d * d * x.dtype.itemsize))):
+        total += (x[some] @ x[some].mT).sum(0)
+    return total
 
 
 #: Columns at a time in which a symmetric product is made: large enough for GEMM to run at speed.

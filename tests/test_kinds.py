@@ -6,9 +6,11 @@ import oracle
 import pytest
 import torch
 from models import CASES
+from torch import nn
 
 from nngeometry import Gaussian, Generator, LayerCollection, forms, memory_budget
 from nngeometry.autocorrelation import patch_moment
+from nngeometry.kinds import affine
 from nngeometry.likelihood import Cotangents
 
 
@@ -136,6 +138,8 @@ def test_symmetric_products(d):
         ((2, 2, 9), (4,), [(1, 2)]),
         ((2, 2, 3, 4, 4), (2, 3, 2), [(1, 0), (1, 1), (0, 1)]),
         ((2, 1, 8, 8), (3, 3), [(3, 3), (2, 4)]),
+        ((2, 2, 2, 3), (5, 4), [(2, 2), (3, 3)]),
+        ((2, 2, 1, 1), (3, 3), [(1, 1), (1, 1)]),
     ],
 )
 def test_moments_of_patches(shape, kernel, padding, bias):
@@ -148,6 +152,20 @@ def test_moments_of_patches(shape, kernel, padding, bias):
     a = torch.nn.functional.pad(a, (0, int(bias)), value=1.0)
     found = patch_moment(x, kernel, padding, bias)
     assert torch.linalg.norm(found - a.T @ a) < 1e-13 * torch.linalg.norm(found)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+def test_large_layers_take_the_moment_without_patches(padding, bias, monkeypatch):
+    monkeypatch.setattr(affine, "_LARGE_PRODUCT", 0)
+    layer = nn.Conv2d(2, 3, (3, 2), padding=padding, bias=bias)
+    x = torch.randn(4, 2, 5, 6)
+    form = affine.conv(layer, layer(x).detach().unsqueeze(0), x)
+    assert form.moment is not None
+    moment, count = form.right_factor(False)
+    a = form.a.flatten(0, 1)
+    assert count == len(a)
+    torch.testing.assert_close(moment[0], a[:, 0].T @ a[:, 0])
 
 
 @pytest.mark.parametrize("positions", [(1, 1), (3, 2)])

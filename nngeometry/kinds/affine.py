@@ -65,6 +65,10 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
     return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads))
 
 
+#: Multiplications from which many small products are faster than making the patches and one product of them.
+_LARGE_PRODUCT = 10**9
+
+
 def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tensor] | None:
     """The second moment of patches by autocorrelation, where it is that and that saves work."""
     n = x.ndim - 2
@@ -76,6 +80,8 @@ def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tenso
     if max(module.kernel_size) == 1 or min(sizes) < 2:
         return None
     bias = module.bias is not None
+    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < _LARGE_PRODUCT:
+        return None
     return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
 
 
