@@ -340,12 +340,14 @@ class Outer(LayerJacobian):
             return _moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
         return second_moment(g.flatten(0, 2))
 
-    def right_samples(self) -> Tensor | None:
-        """The a of all examples and positions, ``(N, cols)``, if there is one group and they are fewer than half of
-        the columns.
+    def right_samples(self, reduce: bool) -> Tensor | None:
+        """The a of all examples and positions (or their means over positions), ``(N, cols)``, if there is one group and
+        they are fewer than half of the columns.
         """
         groups, _, cols = self.shape
-        return None if groups > 1 or 2 * self.examples * self.positions > cols else self.a[:, :, 0].flatten(0, 1)
+        if groups > 1 or 2 * self.examples * (1 if reduce else self.positions) > cols:
+            return None
+        return (self.a.mean(1) if reduce else self.a.flatten(0, 1))[:, 0]
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
         """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""

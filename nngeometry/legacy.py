@@ -234,6 +234,8 @@ def _factor(block: Block) -> Tensor | None:
     """
     if isinstance(block, Dense):
         return _ungrouped(block.data)
+    if isinstance(block, LowRank):
+        return block.to_dense()
     return _ungrouped(block.d) if isinstance(block, Diag) else None
 
 

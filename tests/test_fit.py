@@ -540,6 +540,26 @@ def test_float32_and_bfloat16():
         assert oracle.relative(F.to_torch().double(), expected) < 0.1
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_kfac_of_few_inputs_holds_them(sharing):
+    model = oracle.randomise(nn.Sequential(nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)))
+    few = [(torch.randn(1, 4, 4, 4),), (torch.randn(1, 4, 4, 4),)]
+    many = [(torch.randn(40, 4, 4, 4),)]
+    F, G, both = (
+        FIM(model, loader, PMatKFAC, "regression", sharing=sharing).block("0") for loader in (few, many, few + many)
+    )
+    factors = [matrix.root.parts[0].block for matrix in (F, G, both)]
+    assert len(factors[0].right.rows) == (8 if sharing == "expand" else 2)
+    a, b, c = (factor.right.to_dense() for factor in factors)
+    assert oracle.relative(c, (2 * a + 40 * b) / 42) < TOLERANCE
+    close = {F: F.to_torch(), G: G.to_torch()}
+    for one in (F, G):
+        for other in (F, G):
+            product = one @ other
+            assert type(product.root.parts[0].block) is type(factors[0])
+            assert oracle.relative(product.to_torch(), close[one] @ close[other]) < TOLERANCE
+
+
 def test_ekfac_of_few_inputs_has_a_thin_basis():
     """Exact where the inputs do not span their space: what is outside has no second moment, nor is it decomposed."""
     model = oracle.randomise(nn.Sequential(nn.Conv2d(4, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .base import Block
+from .dense import Dense
+from .lowrank import LowRank
 from .spectral import Eye, Spectral
 
 
@@ -95,11 +97,19 @@ class Kron(Block):
     def times(self, other: Block) -> Block | None:
         if not isinstance(other, Kron):
             return None
-        left, right = self.left.times(other.left), self.right.times(other.right)
+        left, right = self.left.times(other.left), _times(self.right, other.right)
         return None if left is None or right is None else Kron(left, right)
 
     def map_square(self) -> Kron:
         return Kron(self.left.map_square(), self.right.map_square())
+
+
+def _times(one: Block, other: Block) -> Block | None:
+    """The product of two factors, which are small enough to be made dense."""
+    found = one.times(other)
+    if found is None and (isinstance(one, LowRank) or isinstance(other, LowRank)):
+        return Dense(one.to_dense().unsqueeze(0)).times(Dense(other.to_dense().unsqueeze(0)))
+    return found
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -223,10 +223,10 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     return dense([layer])
 
 
-def kron(layer: Layer, reduce: bool, thin: bool = False) -> Estimator:
+def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
     """KFAC: ``G (x) A``, the second moments of output gradients and of inputs.
 
-    thin: A may be of low rank, where the inputs are few.
+    thin: A is held by the inputs themselves, where they are few.
     """
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
@@ -238,7 +238,7 @@ def kron(layer: Layer, reduce: bool, thin: bool = False) -> Estimator:
                 "has not: build it with LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
-        samples = j.right_samples() if n and thin and isinstance(j, forms.Outer) else None
+        samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
         if samples is not None:
             return left, Samples(samples), len(samples)
         right, count = j.right_factor(reduce) if n else (0, 0)

@@ -74,9 +74,9 @@ class PMatKFAC(PMat):
     """A Kronecker product ``G (x) A`` for each layer, weight and bias together (Martens and Grosse 2015, 1503.05671).
 
     sharing: how positions (tokens, pixels) that share a weight are treated, "expand" or "reduce" (Eschenhagen et
-    al. 2023, 2311.00636). The groups of a convolution have a product each. A layer without Kronecker form
-    (normalisation, attention, bare parameters, ...) has its exact dense block, if it fits the memory budget;
-    ``repr`` shows which.
+    al. 2023, 2311.00636). The groups of a convolution have a product each. A of few inputs, fewer than half of its
+    columns, is held by these. A layer without Kronecker form (normalisation, attention, bare parameters, ...) has its
+    exact dense block, if it fits the memory budget; ``repr`` shows which.
     """
 
     @classmethod
