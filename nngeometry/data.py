@@ -23,15 +23,13 @@ def is_minibatch(examples: Any) -> bool:
     if not isinstance(examples[0], Tensor):
         raise ValueError(
             "the data are a tuple or list of tensors and other things, so it is not clear whether that is one "
-            "minibatch "
-            "or several: pass a list of minibatches, [batch]"
+            "minibatch or several: pass a list of minibatches, [batch]"
         )
     lengths = {len(e) for e in examples if isinstance(e, Tensor) and e.ndim > 0}
     if len(lengths) > 1:
         raise ValueError(
             f"a tuple or list of tensors is one minibatch, but these have {', '.join(map(str, sorted(lengths)))} "
-            "examples: "
-            "pass minibatches as tuples, [(x,), ...]"
+            "examples: pass minibatches as tuples, [(x,), ...]"
         )
     return True
 

@@ -136,16 +136,14 @@ def check_mode(model: nn.Module) -> None:
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so "
-                "per-example derivatives "
-                "are undefined: call model.eval() (and keep track_running_stats=True)"
+                f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so per-example "
+                "derivatives are undefined: call model.eval() (and keep track_running_stats=True)"
             )
         rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
         if module.training and isinstance(rate, float) and rate > 0:
             raise ValueError(
-                f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative "
-                "is random: "
-                "call model.eval()"
+                f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative is "
+                "random: call model.eval()"
             )
 
 

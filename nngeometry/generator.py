@@ -316,12 +316,10 @@ class Generator(Evaluator):
                 wrong = layer.packing.unpack(found[name].total()) - expected
             if float(norm(wrong)) > tolerance * max(float(norm(expected)), floor):
                 raise ValueError(
-                    f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the "
-                    "gradient of the "
-                    "model. Its parameters also act outside of its forward (used by another module, a cached or stored "
-                    "tensor), or what it returns for one example alone differs. Leave it out with "
-                    "LayerCollection.exclude, "
-                    "or declare the module that uses them all with nngeometry.whole"
+                    f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient of "
+                    "the model. Its parameters also act outside of its forward (used by another module, a cached or "
+                    "stored tensor), or what it returns for one example alone differs. Leave it out with "
+                    "LayerCollection.exclude, or declare the module that uses them all with nngeometry.whole"
                 )
 
     def _observe(
@@ -403,9 +401,8 @@ class Generator(Evaluator):
         leaves = _leaves(call.inputs)
         if not call.outputs:
             raise ValueError(
-                f"{what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
-                "returns its own "
-                "class of output, or a detached one): leave it out with LayerCollection.exclude"
+                f"{what} returned no tensor that can be differentiated (a {type(site.module).__name__} that returns "
+                "its own class of output, or a detached one): leave it out with LayerCollection.exclude"
             )
         outputs = [y for _, y in call.outputs]
         lengths = {
@@ -447,9 +444,8 @@ class Generator(Evaluator):
 
 
 MIXES = (
-    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by "
-    "example) or is "
-    "random: use model.eval(), or feed one example at a time"
+    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
+    "is random: use model.eval(), or feed one example at a time"
 )
 
 
@@ -530,18 +526,16 @@ def _layout(two: _Call, three: _Call) -> _Layout:
         if a.ndim == b.ndim and len(changed) == 1 and a.shape[changed[0]] * 3 == b.shape[changed[0]] * 2:
             return changed[0]
         raise ValueError(
-            f"layer {two.site.name!r}: a tensor of shape {tuple(a.shape)} for two examples and {tuple(b.shape)} "
-            "for three has no axis "
-            "that is that of examples"
+            f"layer {two.site.name!r}: a tensor of shape {tuple(a.shape)} for two examples and {tuple(b.shape)} for "
+            "three has no axis that is that of examples"
         )
 
     inputs = zip(_leaves(two.inputs), _leaves(three.inputs), strict=True)
     outputs = tuple(axis(a, b) for (_, a), (_, b) in zip(two.outputs, three.outputs, strict=True))
     if len(outputs) != 1 and None in outputs:
         raise NotImplementedError(
-            f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis "
-            "of examples: "
-            "leave it out with LayerCollection.exclude"
+            f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis of "
+            "examples: leave it out with LayerCollection.exclude"
         )
     return _Layout(tuple(axis(a, b) for a, b in inputs), outputs)
 

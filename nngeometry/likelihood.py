@@ -278,7 +278,6 @@ def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
             raise ValueError(
                 "loss: the value of the first example depends on the outputs of others (an average over the batch, or "
                 f"outputs {tuple(f.shape)} broadcast against targets of another shape): return one value for each "
-                "example, "
-                "of its own output"
+                "example, of its own output"
             )
     return values

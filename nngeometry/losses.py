@@ -162,9 +162,8 @@ class _Callable:
         noise = l.shape[1] * torch.finfo(l.dtype).eps * l.abs().amax()
         if bool((l < -10 * noise).any()):
             raise ValueError(
-                f"loss: its Hessian with respect to the output has a negative eigenvalue ({float(l.min()):.3g}), "
-                "so the "
-                "Gauss-Newton matrix is not positive semidefinite: use Hessian, or a convex loss"
+                f"loss: its Hessian with respect to the output has a negative eigenvalue ({float(l.min()):.3g}), so "
+                "the Gauss-Newton matrix is not positive semidefinite: use Hessian, or a convex loss"
             )
         s = q * l.clamp(min=0).sqrt().unsqueeze(1)  # (B, K, c)
         return Cotangents.of(s.movedim(2, 0).reshape(-1, *f.shape))

@@ -78,9 +78,8 @@ def test_public_names_are_documented_with_an_example_or_a_sentence():
 
 def test_the_import_takes_no_optional_dependency():
     code = (
-        "import sys, nngeometry; "
-        "print([m for m in ('matplotlib', 'tqdm', 'transformers', 'sklearn', 'curvlinops', 'scipy') if m in "
-        "sys.modules])"
+        "import sys, nngeometry; print([m for m in ('matplotlib', 'tqdm', 'transformers', 'sklearn', 'curvlinops', "
+        "'scipy') if m in sys.modules])"
     )
     without = (
         "import sys\nfor m in ('matplotlib','tqdm','transformers','sklearn'): sys.modules[m] = None\n"

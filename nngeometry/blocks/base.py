@@ -308,9 +308,8 @@ class Block(ABC):
         """As a dense matrix, if it fits the memory budget and takes no products."""
         if self.by_products:
             raise NotImplementedError(
-                f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an "
-                "estimator of "
-                "nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"
+                f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an estimator "
+                "of nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"
             )
         from_ = type(self).__name__
         require(

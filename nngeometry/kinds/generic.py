@@ -79,9 +79,8 @@ def generic(
             reason = str(error).strip().splitlines()[0]
             raise NotImplementedError(
                 f"layer {name!r} ({type(module).__name__}) does not run on one example alone ({reason}), so its "
-                "per-example "
-                "Jacobian is unknown: leave it out with LayerCollection.exclude, or register its Jacobian with "
-                "nngeometry.kind"
+                "per-example Jacobian is unknown: leave it out with LayerCollection.exclude, or register its Jacobian "
+                "with nngeometry.kind"
             ) from error
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
@@ -96,9 +95,8 @@ def generic(
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
             warnings.warn(
-                f"layer {name!r} ({type(module).__name__}) cannot be vectorised over examples ({reason}): its "
-                "Jacobian is "
-                "computed one example and one output at a time. nngeometry.kind registers a faster one",
+                f"layer {name!r} ({type(module).__name__}) cannot be vectorised over examples ({reason}): its Jacobian "
+                "is computed one example and one output at a time. nngeometry.kind registers a faster one",
                 RuntimeWarning,
                 stacklevel=2,
             )

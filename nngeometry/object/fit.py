@@ -234,8 +234,7 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f"layer {layer.name!r}: the layer collection says that it has Kronecker factors, but the module of "
-                "this model "
-                "has not: build it with LayerCollection.from_model(model)"
+                "this model has not: build it with LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
@@ -254,9 +253,8 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
 
     def centre(block: Block, mean: Tensor) -> Block:
         raise NotImplementedError(
-            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its "
-            "exact diagonal in "
-            "the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
+            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its exact "
+            "diagonal in the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
         )
 
     return Estimator((layer,), layer.packing, observe, finish, centre)

@@ -342,9 +342,8 @@ def check_second_derivatives(value: Tensor) -> None:
     for node in nodes([value]):
         if node.name() in WRONG_SECOND_DERIVATIVE:
             raise NotImplementedError(
-                f"the second derivative of {WRONG_SECOND_DERIVATIVE[node.name()]} is wrong in torch: use GGN, "
-                "remove the "
-                "normalisation, or pass products=FiniteDifference()"
+                f"the second derivative of {WRONG_SECOND_DERIVATIVE[node.name()]} is wrong in torch: use GGN, remove "
+                "the normalisation, or pass products=FiniteDifference()"
             )
 
 
