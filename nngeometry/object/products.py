@@ -42,9 +42,9 @@ _COPIES = 4
 class Linearisations:
     """Every minibatch made a linear map at the parameters as they are now.
 
-    evaluator: the model. linearise: how minibatches give their map. From the second product on (from the first, if it
-    is one minibatch), linearisations are kept if what autograd saved for them fits the memory budget, so that a product
-    costs no forward pass; otherwise the data are read and linearised again whenever they are iterated.
+    evaluator: the model. linearise: how a minibatch gives its map. If what autograd saved for them fits the memory
+    budget, all minibatches are linearised once and kept, so that a product costs no forward pass; otherwise the data
+    are read and linearised again whenever they are iterated.
     """
 
     def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise) -> None:
@@ -57,7 +57,6 @@ class Linearisations:
         self.parameters: list[Tensor] = list(parameters)
         self._kept: list[tuple[Any, float, int]] | None = None
         self._pull = Pull()
-        self._again = False
         self.checked = False
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
@@ -66,21 +65,14 @@ class Linearisations:
         return iter(self._kept) if self._kept is not None else self._linearised()
 
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
-        """All minibatches linearised; they are kept if together they fit.
-
-        Of the first pass only a single one is kept: one product needs no more than one at a time.
-        """
-        again, self._again = self._again, True
+        """All minibatches linearised; all are kept if together they fit."""
         keep: list[tuple[Any, float, int]] | None = []
         for position, batches in self.evaluator.joined(self.examples, lambda f, batch: _COPIES):
-            if keep and not again:
-                keep = None
             made = self._prepare(position, batches)
             if keep is not None:
                 keep.append(made)
                 keep = keep if sum(held for *_, held in keep) <= budget() else None
             yield made
-            del made
         self._kept = keep
 
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
@@ -121,7 +113,6 @@ class Products(Linearisations):
             for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
                 into += product(rows)
             total += weight
-            del product  # before the next one is made
         if not self.mean:
             return out.to(self.evaluator.dtype)
         return out.div_(total).to(self.evaluator.dtype)
