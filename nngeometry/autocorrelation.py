@@ -9,6 +9,8 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
+from .memory import slices
+
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
 
@@ -33,30 +35,29 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
     number = {d: k for k, d in enumerate(pixels)}
     # Examples next to last, and zeros behind every row, so that an offset along it is one in memory.
     image = F.pad(x, (0, kernel[-1] - 1)).permute(*range(2, n + 1), 0, n + 1, 1).contiguous()
+
+    def reached(d: Sequence[int]) -> list[Interval]:
+        """What pixel d of a patch meets, which may be outside of the image."""
+        return [(s - before, s - before + m) for s, (before, _), m in zip(d, padding, reach, strict=True)]
+
     found: dict[tuple[int, int], Tensor] = {}
     for offset in product(*(range(1 - k, k) for k in kernel)):
         if offset < (0,) * n:
             continue  # by symmetry
         products = _Products(image, offset, sizes)
         for d in product(*(range(max(0, -o), k - max(0, o)) for k, o in zip(kernel, offset, strict=True))):
-            starts = [s - before for s, (before, _) in zip(d, padding, strict=True)]
-            reached = [(s, s + m) for s, m in zip(starts, reach, strict=True)]
             other = tuple(s + o for s, o in zip(d, offset, strict=True))
-            found[number[d], number[other]] = products.inside(reached)
+            found[number[d], number[other]] = products.inside(reached(d))
     size = channels * len(pixels)
     moment = x.new_empty(size + bias, size + bias)
     blocks = moment[:size, :size].view(channels, len(pixels), channels, len(pixels))
     step = max(1, _PANEL_BYTES // (size * len(pixels) * x.element_size()))
-    for start in range(0, channels, step):
-        some = slice(start, start + step)
+    for some in slices(channels, step):
         for i, j in product(range(len(pixels)), repeat=2):
             blocks[some, i, :, j] = found[i, j][some] if i <= j else found[j, i][:, some].T
     if bias:
         for d in pixels:
-            where = [
-                slice(max(0, s - before), max(0, s - before + m))
-                for s, (before, _), m in zip(d, padding, reach, strict=True)
-            ]
+            where = [slice(max(0, start), max(0, stop)) for start, stop in reached(d)]
             sums = x[(slice(None), slice(None), *where)].sum((0, *range(2, n + 2)))
             moment[-1, number[d] : size : len(pixels)] = sums
             moment[number[d] : size : len(pixels), -1] = sums

@@ -175,6 +175,11 @@ def grouped(batches: Iterable[Batch], most: Callable[[Batch], int]) -> Iterator[
     yield position, group
 
 
+def split(rows: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
+    """What belongs to each of some minibatches that were laid end to end."""
+    return rows.split([count(batch) for batch in batches])
+
+
 def targets(batch: Batch) -> tuple[Any, ...]:
     """What a loss receives of a minibatch beside the output: the elements after the first, or the whole mapping."""
     return tuple(batch[1:]) if isinstance(batch, tuple | list) else (batch,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import data
 from .layercollection import LayerCollection
-from .memory import Made, work_array
+from .memory import Made, nbytes_of, work_array
 
 #: Bytes of the parameters of a model up to which its minibatches may be joined.
 _SMALL_MODEL = 2**21
@@ -119,7 +119,7 @@ class Evaluator:
 
         def most(batch: data.Batch) -> int:
             room = work_array() // 4
-            small = _nbytes(self.model.parameters()) <= _SMALL_MODEL and _nbytes(data.tensors_of(batch)) <= room
+            small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
             if not small or data.count(batch) < 2 or not data.aligned(batch):
                 return 0
             few = data.take(batch, torch.arange(2))
@@ -195,10 +195,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(states[0])
         for d, state in zip(devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, d)
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _finite(f: Tensor) -> bool:

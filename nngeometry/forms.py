@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .memory import chunk_length, require, slices, work_array
+from .memory import chunk_length, nbytes_of, require, slices, work_array
 
 Map = Callable[[Tensor], Tensor]
 
@@ -275,9 +275,8 @@ class Outer(LayerJacobian):
     def rotate(self, left: Map | None, right: Map | None) -> Outer:
         a, g = self.a, self.g if left is None else left(self.g)
         if right is not None:
-            a = right(a.flatten(0, 1)).unflatten(
-                0, a.shape[:2]
-            )  # one large product, whatever the order of patches in memory
+            # One large product, whatever the order of patches in memory.
+            a = right(a.flatten(0, 1)).unflatten(0, a.shape[:2])
         return Outer(a, g)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Outer:
@@ -292,7 +291,7 @@ class Outer(LayerJacobian):
 
     def nbytes(self) -> int:
         a = self.a if self.expand is None or "a" in vars(self) else self.inputs
-        return _nbytes(a, self.g)
+        return nbytes_of([a, self.g])
 
     def dense_is_cheaper(self, examples: int) -> bool:
         """By the multiplications for each pair of examples; the ones with positions run at a fifth of the speed."""
@@ -444,7 +443,7 @@ class Gather(LayerJacobian):
         return Gather(self.ids, fn(self.g), self.size)
 
     def nbytes(self) -> int:
-        return _nbytes(self.ids, self.g)
+        return nbytes_of([self.ids, self.g])
 
     def dense_is_cheaper(self, examples: int) -> bool:
         return False
@@ -496,7 +495,7 @@ class Dense(LayerJacobian):
         return Dense(fn(self.j))
 
     def nbytes(self) -> int:
-        return _nbytes(self.j)
+        return nbytes_of([self.j])
 
     def tape(self, examples: int) -> Dense:
         return self
@@ -723,10 +722,6 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return product.view(*x.shape[:-1], *y.shape[:-1])
 
 
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def second_moment(x: Tensor) -> Tensor:
     """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
     if x.shape[1] == 1:
@@ -752,18 +747,16 @@ _PANEL = 512
 def add_gram(total: Tensor, x: Tensor) -> Tensor:
     """Add ``x^T x`` to the lower triangle of ``total`` in place: half the work of the whole product."""
     d = x.shape[1]
-    for start in range(0, d, _PANEL):
-        stop = min(start + _PANEL, d)
-        total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+    for rows in slices(d, _PANEL):
+        total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
     return total
 
 
 def mirror(total: Tensor) -> Tensor:
     """Copy the lower triangle, in panels, to the upper one in place."""
     d = total.shape[0]
-    for start in range(0, d, _PANEL):
-        stop = min(start + _PANEL, d)
-        total[:start, start:stop] = total[start:stop, :start].T
+    for rows in slices(d, _PANEL):
+        total[: rows.start, rows] = total[rows, : rows.start].T
     return total
 
 

@@ -23,7 +23,7 @@ from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import chunk_length, slices, work_array
+from .memory import chunk_length, nbytes_of, slices, work_array
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -153,10 +153,9 @@ class Generator(Evaluator):
         if self._closed is not None:
             batch, closed = data.join(batches), self._closed
             return lambda u: closed(f, u, batch, position)
-        sizes = [data.count(b) for b in batches]
 
         def product(u: Tensor) -> Tensor:
-            pieces = zip(f.split(sizes), u.split(sizes), batches, strict=True)
+            pieces = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
             return torch.cat([self._curvature(g, v, b, position + k) for k, (g, v, b) in enumerate(pieces)])
 
         return product
@@ -294,15 +293,15 @@ class Generator(Evaluator):
             of_others = torch.autograd.grad(f, every, others, allow_unused=True)
         grads, truth = of_others[: len(edges)], of_others[len(edges) :]
         where = [(call, axis or 0) for call, layout in zip(calls, plan.layouts, strict=True) for axis in layout.outputs]
+        n = len(f)
         for (call, axis), g, h in zip(where, of_first, grads, strict=True):
-            n = len(f)
             reached = g is not None and _by_example(g, axis, n)[1:].any()
             if reached or (h is not None and _by_example(h, axis, n)[0].any()):
                 raise ValueError(
                     f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
                     f"derivatives are undefined. {MIXES}"
                 )
-        found = self._forms(calls, plan.layouts, [None if g is None else g.unsqueeze(0) for g in grads], 1, len(f))
+        found = self._forms(calls, plan.layouts, [None if g is None else g.unsqueeze(0) for g in grads], 1, n)
         self._check_sum(found, [_dense(g, p) for g, p in zip(truth, parameters, strict=True)], _tolerance(f.dtype))
 
     def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
@@ -329,7 +328,7 @@ class Generator(Evaluator):
         with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
-        own = list(zip(fixed.split([data.count(b) for b in batches]), batches, strict=True))
+        own = list(zip(data.split(fixed, batches), batches, strict=True))
         each = [self.cotangents(rows, b, position + k) for k, (rows, b) in enumerate(own)]
         if len({c.count for c in each}) > 1:
             for k, b in enumerate(batches):
@@ -337,7 +336,7 @@ class Generator(Evaluator):
             return
         cotangents = Cotangents.joined(each)
         weight = sum(self.weigh(rows, b) for rows, b in own)
-        per_cotangent = sum(y.numel() * y.element_size() for y in (f, *(y for c in calls for _, y in c.outputs)))
+        per_cotangent = nbytes_of([f, *(y for c in calls for _, y in c.outputs)])
         step = chunk_length(per_cotangent, cotangents.count)
         n, count = len(f), cotangents.count
         parts = n // max(2, n * step // max(1, count))  # of two examples at least: a model may squeeze away one
@@ -367,7 +366,7 @@ class Generator(Evaluator):
 
     def _pulled(self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float) -> Observation:
         grads = self._pull([f], [e for c in calls for e in c.edges], [s])
-        large = sum(g.numel() * g.element_size() for g in grads if g is not None) > work_array()
+        large = nbytes_of(g for g in grads if g is not None) > work_array()
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
     def _forms(

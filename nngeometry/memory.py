@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -59,6 +59,11 @@ def slices(items: int, length: int) -> Iterator[slice]:
     return (slice(start, min(start + length, items)) for start in range(0, items, length))
 
 
+def nbytes_of(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the entries of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def require(nbytes: int, what: str, remedy: str) -> None:
     """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
     if nbytes > budget():
@@ -79,5 +84,5 @@ class Made(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         values = out if isinstance(out, tuple | list) else (out,)
         made = [v for v, returned in zip(values, func._schema.returns, strict=False) if returned.alias_info is None]
-        self.nbytes += sum(t.numel() * t.element_size() for t in made if isinstance(t, Tensor))
+        self.nbytes += nbytes_of(t for t in made if isinstance(t, Tensor))
         return out

@@ -181,7 +181,7 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
     ) -> tuple[Product, float, Sequence[Tensor]]:
         linear = Linear(products, batch := data.join(batches))
         fixed = linear.f.detach()
-        rows = fixed.split([data.count(b) for b in batches])
+        rows = data.split(fixed, batches)
         if linear.check(batch):
             generator.cotangents(rows[0], batches[0], position)  # for the checks in there
         curvature = generator.curvature(fixed, batches, position)
