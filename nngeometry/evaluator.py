@@ -105,29 +105,37 @@ class Evaluator:
             "e.g. function=lambda batch: model(**batch).logits"
         )
 
-    def joined(
-        self, examples: Any, copies: Callable[[Tensor, data.Batch], int]
-    ) -> Iterator[tuple[int, list[data.Batch]]]:
+    def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
         """The minibatches, each with its neighbours that may be looked at together with it, and the position of the
         first.
 
         These are several where a model is so small that most time would go into starting operations, and as many as
-        what the model makes of them takes a quarter of a work array. All operations are counted, those that are not
-        recorded too: a head may be all that is differentiated of a model. copies: from the output to how many times
-        of that is needed.
+        what is made of them takes a quarter of a work array. made_of_two: from a minibatch to the bytes that are made
+        of two of its examples.
         """
 
         def most(batch: data.Batch) -> int:
-            room = work_array() // 4
-            small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
-            if not small or data.count(batch) < 2 or not data.aligned(batch):
-                return 0
-            few = data.take(batch, torch.arange(2))
-            with unchanged(self.model), torch.no_grad(), Made() as made:
-                f = self.outputs(few)
-            return 2 * room // max(1, made.nbytes * copies(f, few))
+            return work_array() // 2 // max(1, made_of_two(batch)) if self.may_join(batch) else 0
 
         return data.grouped(self.minibatches(examples), most)
+
+    def may_join(self, batch: data.Batch) -> bool:
+        """Whether a model and a minibatch are so small that others may be looked at together with it."""
+        small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL
+        return (
+            small
+            and data.count(batch) > 1
+            and data.aligned(batch)
+            and nbytes_of(data.tensors_of(batch)) <= work_array() // 4
+        )
+
+    def made_of_two(self, batch: data.Batch) -> int:
+        """The bytes that the model makes of two examples, of operations that are not recorded too: a head may be all
+        that is differentiated.
+        """
+        with unchanged(self.model), torch.no_grad(), Made() as made:
+            self.outputs(data.take(batch, torch.arange(2)))
+        return made.nbytes
 
 
 def check_mode(model: nn.Module) -> None:

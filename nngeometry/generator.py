@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -23,12 +23,14 @@ from .kinds import Packing
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import chunk_length, nbytes_of, slices, work_array
+from .memory import Made, chunk_length, nbytes_of, slices, work_array
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
 #: from a seed and the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
+#: The same of neighbouring minibatches laid end to end, from the position of the first.
+SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 
@@ -73,12 +75,16 @@ class Plan:
     """What a probe of the model on a few examples told.
 
     layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
-    row for each example, so that it can be taken apart.
+    row for each example, so that it can be taken apart. pair: two examples. output: what the model returned for them.
+    made: the bytes of all that it made of them.
     """
 
     layouts: tuple[_Layout, ...]
     names: tuple[str, ...]
     aligned: bool
+    pair: data.Batch
+    output: Tensor
+    made: int
 
 
 class Generator(Evaluator):
@@ -88,6 +94,7 @@ class Generator(Evaluator):
     ``(B, *out)``, the minibatch and its position to the s_c. centred: matrices are of ``J - mean J`` instead of J.
     curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to
     what it counts in a mean, by default its number of examples. mean: whether matrices are divided by the sum of that.
+    together: the cotangents of minibatches laid end to end, if there is a faster way than one minibatch at a time.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
@@ -113,6 +120,7 @@ class Generator(Evaluator):
         curvature: Curvature | None = None,
         weigh: Callable[[Tensor, data.Batch], float] | None = None,
         mean: bool = True,
+        together: SeveralCotangents | None = None,
     ) -> None:
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
         self.cotangents = cotangents
@@ -120,6 +128,7 @@ class Generator(Evaluator):
         self._closed = curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
+        self._together = together
         self._pull = Pull()
 
     def plan(self, batch: data.Batch) -> Plan:
@@ -139,14 +148,25 @@ class Generator(Evaluator):
         """
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
+
+        def made_of_two(batch: data.Batch) -> int:
+            nonlocal plan
+            plan = self.probe(sites, batch) if plan is None else plan
+            return plan.made * (1 + self.cotangents(plan.output, plan.pair, 0).count)
+
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
-        for position, batches in self.joined(examples, self._copies) if join else one_by_one:
+        for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
             if plan is None:
                 plan = self.probe(sites, batches[0])
             yield from self._observe(sites, batches, position, plan, by_example)
 
-    def _copies(self, f: Tensor, batch: data.Batch) -> int:
-        return 1 + self.cotangents(f, batch, 0).count
+    def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
+        """The cotangents of minibatches laid end to end, None if their numbers differ."""
+        if self._together is not None:
+            return self._together(f, batches, position)
+        own = zip(data.split(f, batches), batches, strict=True)
+        each = [self.cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
+        return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
         """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
@@ -155,13 +175,16 @@ class Generator(Evaluator):
             return lambda u: closed(f, u, batch, position)
 
         def product(u: Tensor) -> Tensor:
-            pieces = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
-            return torch.cat([self._curvature(g, v, b, position + k) for k, (g, v, b) in enumerate(pieces)])
+            cotangents = self._joint(f, batches, position)
+            if cotangents is not None:
+                return self._curvature(f, u, cotangents)
+            own = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
+            each = [(g, v, self.cotangents(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
+            return torch.cat([self._curvature(g, v, c) for g, v, c in each])
 
         return product
 
-    def _curvature(self, f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
-        cotangents = self.cotangents(f, batch, position)
+    def _curvature(self, f: Tensor, u: Tensor, cotangents: Cotangents) -> Tensor:
         step = chunk_length(f.numel() * f.element_size(), cotangents.count)
         out = torch.zeros_like(f)
         for c in slices(cotangents.count, step):
@@ -228,7 +251,9 @@ class Generator(Evaluator):
             raise ValueError("a minibatch has no example")
         few = [data.take(batch, torch.arange(m) % n) for m in (2, 3)]
         with unchanged(self.model):
-            (f2, two), (f3, three) = (self._forward(sites, b, None) for b in few)
+            with Made() if self.may_join(batch) else nullcontext() as made:
+                f2, two = self._forward(sites, few[0], None)
+            f3, three = self._forward(sites, few[1], None)
         with unchanged(self.model):
             check_same(
                 f2, f3[:2], f3, "the output of the model for an example depends on the others, or is random", MIXES
@@ -237,7 +262,14 @@ class Generator(Evaluator):
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
             layouts = tuple(_layout(one, other) for one, other in zip(two, three, strict=True))
-            plan = Plan(layouts, tuple(c.site.name for c in two), data.aligned(batch))
+            plan = Plan(
+                layouts,
+                tuple(c.site.name for c in two),
+                data.aligned(batch),
+                few[0],
+                f2.detach(),
+                0 if made is None else made.nbytes,
+            )
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
             self._check_derivatives(f, calls, plan)
@@ -312,8 +344,8 @@ class Generator(Evaluator):
         for name, layer in self.layer_collection.layers.items():
             expected = torch.cat([g.flatten() for g in islice(remaining, len(layer.params))]).to(self.dtype)
             with torch.no_grad():
-                wrong = layer.packing.unpack(found[name].total()) - expected
-            if float(norm(wrong)) > tolerance * max(float(norm(expected)), floor):
+                wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
+            if wrong > tolerance * floor and wrong > tolerance * float(norm(expected)):
                 raise ValueError(
                     f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient of "
                     "the model. Its parameters also act outside of its forward (used by another module, a cached or "
@@ -328,14 +360,12 @@ class Generator(Evaluator):
         with unchanged(self.model):
             f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
-        own = list(zip(data.split(fixed, batches), batches, strict=True))
-        each = [self.cotangents(rows, b, position + k) for k, (rows, b) in enumerate(own)]
-        if len({c.count for c in each}) > 1:
+        cotangents = self._joint(fixed, batches, position)
+        if cotangents is None:
             for k, b in enumerate(batches):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
             return
-        cotangents = Cotangents.joined(each)
-        weight = sum(self.weigh(rows, b) for rows, b in own)
+        weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = nbytes_of([f, *(y for c in calls for _, y in c.outputs)])
         step = chunk_length(per_cotangent, cotangents.count)
         n, count = len(f), cotangents.count
@@ -440,6 +470,11 @@ class Generator(Evaluator):
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
+
+
+def at_once(cotangents: CotangentFunction) -> SeveralCotangents:
+    """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
+    return lambda f, batches, position: cotangents(f, data.join(batches), position)
 
 
 MIXES = (

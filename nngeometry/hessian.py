@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import data
 from .blocks import Operator
 from .evaluator import Evaluator
-from .generator import Generator
+from .generator import Generator, at_once
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, Loss
 from .losses import output_loss
@@ -78,6 +78,7 @@ def GGN(
         curvature=curvature,
         weigh=lambda f, batch: known.weight(f, *data.targets(batch)),
         mean=known.mean,
+        together=at_once(cotangents),
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 

@@ -71,6 +71,10 @@ class Likelihood(ABC):
     def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
         """Scores of ``trials`` draws of y from p(y | f), divided by sqrt(trials)."""
 
+    def samples(self, several: Sequence[Tensor], trials: int, generators: Sequence[torch.Generator]) -> Cotangents:
+        """:meth:`sample` of each of several outputs from a generator of its own, laid end to end."""
+        return Cotangents.joined([self.sample(f, trials, g) for f, g in zip(several, generators, strict=True)])
+
     @abstractmethod
     def hvp(self, f: Tensor, u: Tensor) -> Tensor:
         """``H u``, in the shape of f."""
@@ -210,10 +214,18 @@ class Categorical(Likelihood):
         return Cotangents(positions * (k - 1), take)
 
     def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
+        return self.samples([f], trials, [generator])
+
+    def samples(
+        self, several: Sequence[Tensor], trials: int, generators: Sequence[torch.Generator | None]
+    ) -> Cotangents:
+        f = several[0] if len(several) == 1 else torch.cat(list(several))
         rows = self._rows(f)
         p = rows.softmax(-1)
         cdf = p.double().cumsum(-1)
-        u = torch.rand(*rows.shape[:2], trials, dtype=cdf.dtype, device=f.device, generator=generator)
+        shapes = [(len(one), rows.shape[1], trials) for one in several]
+        each = zip(shapes, generators, strict=True)
+        u = torch.cat([torch.rand(s, dtype=cdf.dtype, device=f.device, generator=g) for s, g in each])
         y = torch.searchsorted(cdf, u * cdf[..., -1:], right=True).movedim(-1, 0)  # never a class of probability zero
         score = nn.functional.one_hot(y, rows.shape[-1]) - p
         return Cotangents.of(self._unrows(score / trials**0.5, f))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import data
-from .generator import CotangentFunction, Curvature, Generator
+from .generator import CotangentFunction, Curvature, Generator, SeveralCotangents, at_once
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, Likelihood, Loss, likelihood_of, loss_gradient
 from .object.pmat import PMat
@@ -103,12 +103,25 @@ def FIM_MonteCarlo(
     likelihood = likelihood_of(variant)
     seed = int(torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device))
 
+    def together(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
+        draws = [torch.Generator(f.device).manual_seed(seed + position + k) for k in range(len(batches))]
+        return likelihood.samples(data.split(f, batches), trials, draws)
+
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        draws = torch.Generator(f.device).manual_seed(seed + position)
-        return likelihood.sample(f, trials, draws)
+        return together(f, [batch], position)
 
     return _matrix(
-        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
+        cotangents,
+        model,
+        loader,
+        representation,
+        n_output,
+        function,
+        layer_collection,
+        device,
+        verbose,
+        options,
+        together=together,
     )
 
 
@@ -202,6 +215,7 @@ def _matrix(
     options: dict[str, Any],
     centred: bool = False,
     curvature: Curvature | None = None,
+    together: SeveralCotangents | None = None,
 ) -> PMat:
     if not callable(representation):
         raise TypeError(
@@ -209,13 +223,22 @@ def _matrix(
         )
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
-    def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+    several = at_once(cotangents) if together is None else together
+
+    def check(f: Tensor) -> None:
         if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
             raise ValueError(
                 f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
                 "example: leave n_output out"
             )
+
+    def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        check(f)
         return cotangents(f, batch, position)
+
+    def checked_together(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
+        check(f)
+        return several(f, batches, position)
 
     generator = Generator(
         model,
@@ -226,5 +249,6 @@ def _matrix(
         verbose=verbose,
         centred=centred,
         curvature=curvature,
+        together=checked_together,
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)

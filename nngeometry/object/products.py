@@ -67,7 +67,8 @@ class Linearisations:
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit."""
         keep: list[tuple[Any, float, int]] | None = []
-        for position, batches in self.evaluator.joined(self.examples, lambda f, batch: _COPIES):
+        evaluator = self.evaluator
+        for position, batches in evaluator.joined(self.examples, lambda b: _COPIES * evaluator.made_of_two(b)):
             made = self._prepare(position, batches)
             if keep is not None:
                 keep.append(made)
