@@ -254,6 +254,19 @@ def test_products_are_kept_or_made_again():
             calls.clear()
             again.mv(v)
         assert len(calls) == len(batches)
+        with memory_budget(2**18):  # too little to look at minibatches together, enough to keep them
+            several, found = matrix(model, batches, PMatImplicit), []
+            for _ in range(3):
+                calls.clear()
+                torch.testing.assert_close(several.mv(v).to_torch(), first)
+                found.append(len(calls))
+            repeated = matrix(model, batches, PMatImplicit)
+            repeated.to_scipy().matvec(v.to_torch().numpy())
+            calls.clear()
+            repeated.mv(v)
+        assert min(found[:2]) >= len(batches)  # a single product keeps nothing
+        assert found[2] == 0
+        assert not calls  # who repeats products has the first one kept
     handle.remove()
 
 

@@ -98,7 +98,9 @@ def _gram(task: Task) -> Callable[[], FMatDense]:
 
 def _product_again(task: Task) -> Callable[[], PVector]:
     matrix = _maker(task)(PMatImplicit)
-    return partial(matrix.mv, PVector(matrix.layer_collection, task.vectors()))
+    v = PVector(matrix.layer_collection, task.vectors())
+    matrix.mv(v)
+    return partial(matrix.mv, v)
 
 
 def _first_solve(task: Task) -> Callable[[], PVector]:

@@ -20,9 +20,9 @@ class PMatImplicit(PMat):
     """``M v`` by automatic differentiation: free of the number of outputs and of P**2.
 
     Holds the model and the data, which it reads again for every product, and a copy of the parameters as they are
-    now: it stays the matrix at these when the model moves on. While what autograd needs fits the memory budget, the
-    forward pass is kept from one product to the next. Trace and diagonal are exact, from the stream of Jacobians;
-    solve is by conjugate gradients.
+    now: it stays the matrix at these when the model moves on. Once products are repeated, the forward pass is kept
+    from one to the next while what autograd needs fits the memory budget. Trace and diagonal are exact, from the
+    stream of Jacobians; solve is by conjugate gradients.
     """
 
     @classmethod

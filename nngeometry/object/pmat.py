@@ -16,6 +16,7 @@ from ..layercollection import Layer, LayerCollection
 from . import fit
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
+from .products import single_product
 from .regul import Relative
 from .vector import FlatArray, PVector, check_same_space
 
@@ -91,22 +92,25 @@ class PMat(VectorSpace):
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
             check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
             return v.through(self.root)
-        flat = self._of(v)
-        return v._like(self.root.mv(flat))
+        return v._like(self._mv(self._of(v)))
+
+    def _mv(self, flat: Tensor) -> Tensor:
+        with single_product():
+            return self.root.mv(flat)
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
         """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
         to it.
         """
         flat = self._of(v)
-        return self._per_layer(flat * self.root.mv(flat), per_layer)
+        return self._per_layer(flat * self._mv(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag".
         Differentiable in the map.
         """
         j = self._of(pfmap)
-        forms = (j * self.root.mv(j)).sum(-1)
+        forms = (j * self._mv(j)).sum(-1)
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
         return forms.sum() if reduction == "sum" else forms

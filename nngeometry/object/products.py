@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -39,6 +41,20 @@ Total = Callable[[data.Batch], tuple[Tensor, float]]
 _COPIES = 4
 
 
+#: Whether the product at hand may be the only one.
+_SINGLE: ContextVar[bool] = ContextVar("nngeometry_single_product", default=False)
+
+
+@contextmanager
+def single_product() -> Iterator[None]:
+    """Inside, the first product of a matrix over several minibatches keeps nothing for a second one, which does."""
+    token = _SINGLE.set(True)
+    try:
+        yield
+    finally:
+        _SINGLE.reset(token)
+
+
 class Linearisations:
     """Every minibatch made a linear map at the parameters as they are now.
 
@@ -57,6 +73,7 @@ class Linearisations:
         self.parameters: list[Tensor] = list(parameters)
         self._kept: list[tuple[Any, float, int]] | None = None
         self._pull = Pull()
+        self._used = False
         self.checked = False
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
@@ -65,15 +82,19 @@ class Linearisations:
         return iter(self._kept) if self._kept is not None else self._linearised()
 
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
-        """All minibatches linearised; all are kept if together they fit."""
-        keep: list[tuple[Any, float, int]] | None = []
+        """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
-        for position, batches in evaluator.joined(self.examples, lambda b: _COPIES * evaluator.made_of_two(b)):
+        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.made_of_two(b))
+        head = list(islice(groups, 2))
+        once, self._used = _SINGLE.get() and not self._used, True
+        keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
+        for position, batches in chain(head, groups):
             made = self._prepare(position, batches)
             if keep is not None:
                 keep.append(made)
                 keep = keep if sum(held for *_, held in keep) <= budget() else None
             yield made
+            del made
         self._kept = keep
 
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
@@ -114,6 +135,7 @@ class Products(Linearisations):
             for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
                 into += product(rows)
             total += weight
+            del product  # the graph of a minibatch that is not kept, before the next one is made
         if not self.mean:
             return out.to(self.evaluator.dtype)
         return out.div_(total).to(self.evaluator.dtype)
