@@ -19,6 +19,8 @@ from torch import Tensor
 from .memory import chunk_length, nbytes_of, require, slices, work_array
 
 Map = Callable[[Tensor], Tensor]
+#: Columns of a packed Jacobian, each with the view of flat ones where they go.
+Places = Sequence[tuple[slice, Tensor]]
 
 
 class LayerJacobian(ABC):
@@ -44,6 +46,12 @@ class LayerJacobian(ABC):
     @abstractmethod
     def fold(self, ratio: int) -> LayerJacobian:
         """Sum every ``ratio`` consecutive examples into one (windows of an image, beams, ...)."""
+
+    def write(self, places: Places) -> None:
+        """Put :meth:`dense` where it belongs in a larger array."""
+        j = self.dense()
+        for columns, place in places:
+            place.copy_(j[..., columns].reshape(place.shape))
 
     def tiles(self) -> Iterator[tuple[slice, slice, LayerJacobian]]:
         """Pieces over cotangents and examples whose dense Jacobian fits a work array, with where they are."""
@@ -194,6 +202,14 @@ class Outer(LayerJacobian):
 
     def dense(self) -> Tensor:
         return torch.einsum("cbtgo,btgi->cbgoi", self.g, self.a)
+
+    def write(self, places: Places) -> None:
+        lead = self.cotangents, self.examples, *self.shape[:-1]
+        if self.positions > 1 or any(place.shape[:-1] != lead for _, place in places):
+            return super().write(places)
+        for columns, place in places:
+            torch.mul(self.g[:, :, 0].unsqueeze(-1), self.a[:, 0, :, None, columns], out=place)
+        return None
 
     def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Outer:
         g = self.g[first:last, start:stop]
@@ -600,23 +616,36 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     return Dense(torch.cat([f.dense() for f in forms]))
 
 
-def rows(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Iterator[Tensor]:
-    """Rows of the Jacobian of several layers side by side, ``unpack[k]`` taking form k to flat parameters.
+def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]], out: Tensor) -> None:
+    """The Jacobian of several layers side by side, into ``(C, B, P)``, in pieces that stay in the cache.
 
-    Yields ``(c, b, P)``, some cotangents and examples at a time such that a piece fits a work array.
+    places: for each layer from its flat parameters to where the columns of its form go.
+    """
+    sizes = [prod(f.shape) for f in forms]
+    for form, of, own in zip(forms, places, out.split(sizes, -1), strict=True):
+        size = form.cotangents * prod(form.shape) * form.dtype.itemsize
+        for b in slices(form.examples, max(1, _panel_bytes(form.device) // size)):
+            form.narrow(b.start, b.stop).write(of(own[:, b]))
+
+
+def rows(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]]) -> Iterator[Tensor]:
+    """:func:`write_rows` into new arrays ``(c, b, P)``, some cotangents and examples at a time such that each fits a
+    work array.
     """
     one = forms[0]
-    size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
-    for c, b in _tiling(size, one.cotangents, one.examples):
-        piece = b.start, b.stop, c.start, c.stop
-        yield torch.cat([u(f.narrow(*piece).dense()) for f, u in zip(forms, unpack, strict=True)], -1)
+    p = sum(prod(f.shape) for f in forms)
+    for c, b in _tiling(2 * p * one.dtype.itemsize, one.cotangents, one.examples):
+        some = [f.narrow(b.start, b.stop, c.start, c.stop) for f in forms]
+        out = torch.empty(some[0].cotangents, some[0].examples, p, dtype=one.dtype, device=one.device)
+        write_rows(some, places, out)
+        yield out
 
 
-def gram(forms: Sequence[LayerJacobian], unpack: Sequence[Map]) -> Tensor:
+def gram(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]]) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
     p = sum(prod(f.shape) for f in forms)
     total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
-    for piece in rows(forms, unpack):
+    for piece in rows(forms, places):
         add_gram(total, piece.flatten(0, 1))
     return mirror(total)
 

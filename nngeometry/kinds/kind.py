@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..forms import LayerJacobian
+from ..forms import LayerJacobian, Places
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,20 @@ class Packing:
         if not self.bias:
             return weight
         return torch.cat([weight, m[..., -1].reshape(*lead, -1)], -1)
+
+    def places(self, v: Tensor) -> Places:
+        """Where the columns of what :meth:`unpack` takes are in what it returns, ``(..., p)``: views of that."""
+        if self.view is None:
+            return [(slice(None), v)]
+        lead, n = v.shape[:-1], v.ndim - 1
+        size = prod(self.view)
+        if list(self.perm) == sorted(self.perm):
+            weight = v[..., :size].view(*lead, *self.shape[:-1], -1)
+        else:
+            weight = v[..., :size].view(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
+        if not self.bias:
+            return [(slice(None), weight)]
+        return [(slice(-1), weight), (slice(-1, None), v[..., size:].view(*lead, *self.shape[:-1], 1))]
 
 
 #: ``(module, gy, *inputs) -> form``, see :func:`kind`.

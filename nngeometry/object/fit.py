@@ -137,14 +137,15 @@ def _flat(layers: Sequence[Layer]) -> Packing:
 
 def dense(layers: Sequence[Layer]) -> Estimator:
     """The exact dense block of one or several layers, cross terms included."""
-    unpack = [layer.packing.unpack for layer in layers]
+    places = [layer.packing.places for layer in layers]
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         contraction = forms.Contraction.of(js)
-        return (forms.gram(js, unpack) if contraction is None else contraction,)
+        return (forms.gram(js, places) if contraction is None else contraction,)
 
     def finish(state: State, n: float) -> Block:
         (total,) = state
+        unpack = [layer.packing.unpack for layer in layers]
         return Dense((total.matrix(unpack) if isinstance(total, forms.Contraction) else total).div_(n))
 
     return Estimator(
@@ -191,7 +192,7 @@ def quasidiag(layer: Layer) -> Estimator:
 
 def lowrank(layers: Sequence[Layer]) -> Estimator:
     """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n."""
-    unpack = [layer.packing.unpack for layer in layers]
+    places = [layer.packing.places for layer in layers]
 
     def finish(state: State, n: float) -> Block:
         rows = torch.cat(state[0])
@@ -204,7 +205,7 @@ def lowrank(layers: Sequence[Layer]) -> Estimator:
     return Estimator(
         tuple(layers),
         _flat(layers),
-        lambda js, n: ([j.flatten(0, 1) for j in forms.rows(js, unpack)],),
+        lambda js, n: ([j.flatten(0, 1) for j in forms.rows(js, places)],),
         finish,
         centre,
     )

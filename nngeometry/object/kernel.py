@@ -170,16 +170,15 @@ def _mapped(part: Part, layers: dict[str, Layer], found: Forms) -> Forms:
 
 def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) -> Tensor:
     """The Jacobian of layers side by side: ``(C, B, P)``."""
-    return torch.cat([layer.packing.unpack(found[name].dense()) for name, layer in layers.items()], -1)
+    one = next(iter(found.values()))
+    p = sum(layer.numel() for layer in layers.values())
+    out = torch.empty(one.cotangents, one.examples, p, dtype=one.dtype, device=one.device)
+    _write(found, layers, out)
+    return out
 
 
-def write_rows(slab: Slab, layer_collection: LayerCollection, out: Tensor) -> None:
-    """The Jacobian of a slab into out ``(C, B, P)``, in pieces that stay in the cache."""
-    where = layer_collection.slices()
-    for name, layer in layer_collection.layers.items():
-        step = max(1, _PIECE // (slab.outputs * layer.numel()))
-        for b in slices(slab.examples, step):
-            out[:, b, where[name]] = layer.packing.unpack(slab.forms[name].narrow(b.start, b.stop).dense())
+def _write(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer], out: Tensor) -> None:
+    forms.write_rows([found[name] for name in layers], [layer.packing.places for layer in layers.values()], out)
 
 
 def stacked_rows(
@@ -195,7 +194,7 @@ def stacked_rows(
             require(prod(shape) * form.dtype.itemsize, what, remedy)
             out = torch.empty(shape, dtype=form.dtype, device=form.device)
         with torch.no_grad():  # not around the loop: generators that are not finished share its mode
-            write_rows(slab, layer_collection, out[:, start : start + slab.examples])
+            _write(slab.forms, layer_collection.layers, out[:, start : start + slab.examples])
         start += slab.examples
     assert out is not None
     return out

@@ -92,7 +92,8 @@ class PMat(VectorSpace):
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
             check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
             return v.through(self.root)
-        return v._like(self._mv(self._of(v)))
+        flat = self._of(v)
+        return v._like(self._mv(flat))
 
     def _mv(self, flat: Tensor) -> Tensor:
         with single_product():
