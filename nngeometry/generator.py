@@ -242,21 +242,24 @@ class Generator(Evaluator):
     def probe(self, sites: Sequence[Site], batch: data.Batch) -> Plan:
         """Find where the examples are in every tensor, and check that the derivative of each is what the forms say.
 
-        The model is run on two and on three examples: the axis whose length changes is that of examples. Then a
-        cotangent for one example alone must not reach the others, which would mean that the model mixes examples; and
-        the forms of a cotangent for all of them must add up to the gradient of the model.
+        The model is run on two examples, and on three in another order: the axis whose length changes is that of
+        examples, and an output that changes has others mixed into it. Then :meth:`_check_derivatives`.
         """
         n = data.count(batch)
         if n == 0:
             raise ValueError("a minibatch has no example")
-        few = [data.take(batch, torch.arange(m) % n) for m in (2, 3)]
+        few = [data.take(batch, torch.tensor(index) % n) for index in ([1, 0], [0, 1, 2])]
         with unchanged(self.model):
             with Made() if self.may_join(batch) else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
             f3, three = self._forward(sites, few[1], None)
         with unchanged(self.model):
             check_same(
-                f2, f3[:2], f3, "the output of the model for an example depends on the others, or is random", MIXES
+                f2,
+                f3[[1, 0]],
+                f3,
+                "the output of the model for an example depends on the others, or is random",
+                MIXES,
             )
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
@@ -308,33 +311,32 @@ class Generator(Evaluator):
     def _check_derivatives(self, f: Tensor, calls: Sequence[_Call], plan: Plan) -> None:
         """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
-        One cotangent is that of the first example alone, another that of all others. No gradient of the one may reach
-        an example of the other, and the forms of the others must add up to the gradient in the parameters.
+        The cotangent is of one example, between others: its gradient may reach none of these, and its forms must add
+        up to the gradient in the parameters.
         """
         edges = [e for c in calls for e in c.edges]
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
-        others = _generic_cotangent(f)
-        first = torch.zeros_like(others)
-        first[0] = others[0]
-        others[0] = 0.0
+        cotangent = _generic_cotangent(f)
+        cotangent[[0, 2]] = 0.0
         parameters = self.layer_collection.parameters(self.model)
         with trainable(parameters):
-            of_first = torch.autograd.grad(f, edges, first, retain_graph=True, allow_unused=True)
             every: list[Any] = [*edges, *parameters]
-            of_others = torch.autograd.grad(f, every, others, allow_unused=True)
-        grads, truth = of_others[: len(edges)], of_others[len(edges) :]
+            found = torch.autograd.grad(f, every, cotangent, allow_unused=True)
+        grads, truth = found[: len(edges)], found[len(edges) :]
         where = [(call, axis or 0) for call, layout in zip(calls, plan.layouts, strict=True) for axis in layout.outputs]
-        n = len(f)
-        for (call, axis), g, h in zip(where, of_first, grads, strict=True):
-            reached = g is not None and _by_example(g, axis, n)[1:].any()
-            if reached or (h is not None and _by_example(h, axis, n)[0].any()):
+        for (call, axis), g in zip(where, grads, strict=True):
+            if g is not None and _by_example(g, axis, len(f))[[0, 2]].any():
                 raise ValueError(
                     f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
                     f"derivatives are undefined. {MIXES}"
                 )
-        found = self._forms(calls, plan.layouts, [None if g is None else g.unsqueeze(0) for g in grads], 1, n)
-        self._check_sum(found, [_dense(g, p) for g, p in zip(truth, parameters, strict=True)], _tolerance(f.dtype))
+        of_one = [None if g is None else g.unsqueeze(0) for g in grads]
+        self._check_sum(
+            self._forms(calls, plan.layouts, of_one, 1, len(f)),
+            [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
+            _tolerance(f.dtype),
+        )
 
     def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
         """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""

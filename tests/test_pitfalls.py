@@ -596,6 +596,39 @@ class OwnScale(nn.Module):
         return torch.sin(x * self.w)
 
 
+#: What of other examples is added to an example, before a layer.
+MIXTURES = {
+    "mean": lambda h: h.mean(0),
+    "first": lambda h: h[0],
+    "last": lambda h: h[-1],
+    "one before": lambda h: h.roll(1, 0),
+    "one behind": lambda h: h.roll(-1, 0),
+    "all before": lambda h: h.cumsum(0) - h,
+    "all behind": lambda h: h.flip(0).cumsum(0).flip(0) - h,
+    "opposite": lambda h: h.flip(0),
+    "attention": lambda h: torch.softmax(h @ h.T, 1) @ h,
+    "causal attention": lambda h: torch.softmax((h @ h.T).tril(), 1) @ h,
+    "one value": lambda h: nn.functional.pad(h[-1:, :1], (0, 2, 0, len(h) - 1)),  # of the last in the first
+    "neighbours in pairs": lambda h: h.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) if len(h) % 2 == 0 else 0 * h,
+}
+
+
+@pytest.mark.parametrize("much", [1.0, 1e-2])
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("representation", [PMatDiag, PMatKFAC, PMatImplicit])
+def test_models_that_mix_examples_are_refused(mixture, much, representation):
+    one, two = oracle.randomise(nn.Linear(3, 3)), oracle.randomise(nn.Linear(3, 2))
+    model = nn.Sequential(one, two)
+
+    def function(x):
+        h = torch.tanh(one(x))
+        return two(h + much * MIXTURES[mixture](h))
+
+    batches = [(torch.randn(6, 3),), (torch.randn(6, 3),)]
+    with pytest.raises(ValueError, match="depends on the others"):
+        FIM(model, batches, representation, function=function).mv(PVector.from_model(model).detach())
+
+
 def test_losses_that_mix_examples_are_refused():
     model, x = mlp(3)
     y = torch.randn(3, 3)
