@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from counts import count
 from report import Row, Run, merged, rst_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
@@ -25,7 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.results:
         report = merged([json.loads(path.read_text()) for path in args.results])
-        write(args.page, "table", f"{origin(report)}\n\n{rst_table(report['summary'], list(report['contenders']))}")
+        table = rst_table(report["summary"], list(report["contenders"]), count)
+        write(args.page, "table", f"{origin(report)}\n\n{table}")
     if args.sweep:
         report = json.loads(args.sweep.read_text())
         draw(report, args.page.parent / PICTURE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -68,16 +69,29 @@ def cost_table(rows: list[Row], contenders: list[str]) -> str:
     return _aligned(lines)
 
 
-def rst_table(rows: list[Row], contenders: list[str]) -> str:
-    """Cost in gradients, how many times cheaper ours is than the best peer, and the memory of both."""
+def rst_table(rows: list[Row], contenders: list[str], count: Callable[[str, str], float | None]) -> str:
+    """Cost in gradients, how many times cheaper ours is than the best peer, the count of its multiplications, and the
+    memory of both.
+    """
     peers = [name for name in contenders if name != "ours"]
-    lines = [["setting", "job", *contenders, "best/ours", "MiB ours", "MiB leanest peer"]]
+    lines = [["setting", "job", *contenders, "best/ours", "count", "MiB ours", "MiB leanest peer"]]
     for row in rows:
         costs = [_cell(row, name, "gradients") for name in contenders]
         best = _number(1 / max(row["ratios"].values())) if row["ratios"] else "-"
+        counted = count(row["setting"], row["job"])
         held = [found["memory"] for p in peers if (found := row["contenders"].get(p))]
         leanest = _number(min(held) / 2**20) if held else "-"
-        lines.append([row["setting"], row["job"], *costs, best, _cell(row, "ours", "memory", 2**20), leanest])
+        lines.append(
+            [
+                row["setting"],
+                row["job"],
+                *costs,
+                best,
+                "-" if counted is None else _number(counted),
+                _cell(row, "ours", "memory", 2**20),
+                leanest,
+            ]
+        )
     head, *body = _aligned(lines).splitlines()
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rule = "  ".join("=" * width for width in widths)

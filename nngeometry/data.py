@@ -91,6 +91,8 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """The tensors of a minibatch, in order."""
+    if type(batch) in (tuple, list) and all(isinstance(t, Tensor) for t in batch):
+        return list(batch)
     found: list[Tensor] = []
 
     def note(t: Tensor) -> Tensor:

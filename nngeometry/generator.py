@@ -76,7 +76,7 @@ class Plan:
 
     layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
     row for each example, so that it can be taken apart. pair: two examples. output: what the model returned for them.
-    made: the bytes of all that it made of them.
+    made: the bytes of all that it made of them, None if they were not counted.
     """
 
     layouts: tuple[_Layout, ...]
@@ -84,7 +84,7 @@ class Plan:
     aligned: bool
     pair: data.Batch
     output: Tensor
-    made: int
+    made: int | None
 
 
 class Generator(Evaluator):
@@ -151,7 +151,9 @@ class Generator(Evaluator):
 
         def made_of_two(batch: data.Batch) -> int:
             nonlocal plan
-            plan = self.probe(sites, batch) if plan is None else plan
+            if plan is None or plan.made is None:
+                plan = self.probe(sites, batch, measure=True)
+            assert plan.made is not None
             return plan.made * (1 + self.cotangents(plan.output, plan.pair, 0).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
@@ -239,18 +241,20 @@ class Generator(Evaluator):
             raise ValueError("the model calls its layers differently for different minibatches, which is not supported")
         return f, calls
 
-    def probe(self, sites: Sequence[Site], batch: data.Batch) -> Plan:
+    def probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
         """Find where the examples are in every tensor, and check that the derivative of each is what the forms say.
 
         The model is run on two examples, and on three in another order: the axis whose length changes is that of
         examples, and an output that changes has others mixed into it. Then :meth:`_check_derivatives`.
+
+        measure: whether to count what the model makes.
         """
         n = data.count(batch)
         if n == 0:
             raise ValueError("a minibatch has no example")
         few = [data.take(batch, torch.tensor(index) % n) for index in ([1, 0], [0, 1, 2])]
         with unchanged(self.model):
-            with Made() if self.may_join(batch) else nullcontext() as made:
+            with Made() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
             f3, three = self._forward(sites, few[1], None)
         with unchanged(self.model):
@@ -271,7 +275,7 @@ class Generator(Evaluator):
                 data.aligned(batch),
                 few[0],
                 f2.detach(),
-                0 if made is None else made.nbytes,
+                None if made is None else made.nbytes,
             )
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)

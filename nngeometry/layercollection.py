@@ -188,13 +188,11 @@ class LayerCollection:
 
         Raises ``ValueError`` if the model does not have them.
         """
+        named = dict(model.named_parameters(remove_duplicate=False))
         for layer in self.layers.values():
             for pname, shape in layer.params:
                 full = f"{layer.name}.{pname}" if layer.name else pname
-                try:
-                    p = model.get_parameter(full)
-                except AttributeError:
-                    p = None
+                p = named.get(full)
                 if p is None or tuple(p.shape) != shape:
                     found = "no such parameter" if p is None else f"shape {tuple(p.shape)}"
                     raise ValueError(
