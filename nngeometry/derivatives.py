@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +20,31 @@ Maybe = Tensor | None
 class CheapDerivatives(TorchFunctionMode):
     """Inside of it, convolutions, linear layers, batch normalisations with fixed statistics and ReLUs are recorded such
     that the map from a cotangent u to ``J^T u`` can be recorded for nothing, and differentiated at the cost of a
-    product with J. torch's second derivatives compute twice as many convolutions.
+    product with J. torch's second derivatives compute twice as many convolutions. A gradient can be recorded too, of
+    which the values in parameters, a third of its cost, are not computed.
 
-    Use :meth:`at_zero` while that map is recorded.
+    Use :meth:`at_zero` or :meth:`without_values` while that is recorded.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recording = False
+        self.record: Record | None = None
+
+    def at_zero(self) -> AbstractContextManager[None]:
+        """While ``J^T u`` is recorded for u = 0: values (zeros) are not computed."""
+        return self._recording(_record_at_zero)
+
+    def without_values(self) -> AbstractContextManager[None]:
+        """While a gradient in leaves of autograd is recorded of which only the derivative is wanted: it is zeros."""
+        return self._recording(_record_without_values)
 
     @contextmanager
-    def at_zero(self) -> Iterator[None]:
-        """While ``J^T u`` is recorded for u = 0: values (zeros) are not computed."""
-        self.recording = True
+    def _recording(self, record: Record) -> Iterator[None]:
+        self.record = record
         try:
             yield
         finally:
-            self.recording = False
+            self.record = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -73,6 +81,24 @@ class Operation(ABC):
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         """The transpose: what a cotangent of the output gives for the wanted inputs."""
 
+    def bend(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        """The derivative of ``sum tangents * pull(cotangent, saved)`` in what is saved: here of an operation that is
+        linear in its first and in its second input, plus a third.
+        """
+        (dx, dw, _), (x, w, b) = tangents, saved
+        return (
+            self.pull(cotangent, (x, dw, b), (True, False, False))[0] if wanted[0] and dw is not None else None,
+            self.pull(cotangent, (dx, w, b), (False, True, False))[1] if wanted[1] and dx is not None else None,
+            None,
+        )
+
+
+#: From an operation, what it saved, which inputs are wanted and a cotangent to what :meth:`Operation.pull` gives for
+#: them, recorded.
+Record = Callable[[Operation, Sequence[Any], Sequence[bool], Tensor], Sequence[Maybe]]
+
 
 class Value(torch.autograd.Function):
     """The value of an operation; its backward is :meth:`Operation.pull`."""
@@ -91,9 +117,8 @@ class Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Maybe, ...]:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if ctx.mode.recording:
-            at = [None if t is None else t.detach() for t in saved]
-            return None, None, *Pulled.apply(ctx.operation, at, wanted, cotangent)
+        if ctx.mode.record is not None:
+            return None, None, *ctx.mode.record(ctx.operation, saved, wanted, cotangent)
         return None, None, *ctx.operation.pull(cotangent, saved, wanted)
 
 
@@ -114,6 +139,47 @@ class Pulled(torch.autograd.Function):
         if all(t is None for t in tangents):
             return None, None, None, None
         return None, None, None, ctx.operation.push(tangents, ctx.at, ctx.shape)
+
+
+def _record_at_zero(
+    operation: Operation, saved: Sequence[Any], wanted: Sequence[bool], cotangent: Tensor
+) -> Sequence[Maybe]:
+    at = [None if t is None else t.detach() for t in saved]
+    found: Sequence[Maybe] = Pulled.apply(operation, at, wanted, cotangent)
+    return found
+
+
+class Bent(torch.autograd.Function):
+    """``J^T u`` of an operation, with zeros for the inputs whose values are not needed, and its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operation: Operation, wanted: Sequence[bool], needed: Sequence[bool], cotangent: Tensor, *saved: Any
+    ) -> tuple[Maybe, ...]:
+        ctx.operation = operation
+        ctx.save_for_backward(cotangent, *saved)
+        ctx.set_materialize_grads(False)
+        found = operation.pull(cotangent, saved, needed) if any(needed) else [None] * len(saved)
+        zero = cotangent.new_zeros(())
+        every = zip(found, saved, wanted, needed, strict=True)
+        return tuple(value if n else zero.expand(t.shape) if w else None for value, t, w, n in every)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Maybe) -> tuple[Maybe, ...]:
+        cotangent, *saved = ctx.saved_tensors
+        _, _, _, upstream, *wanted = ctx.needs_input_grad
+        if all(t is None for t in tangents):
+            return None, None, None, None, *[None] * len(saved)
+        pushed = ctx.operation.push(tangents, saved, cotangent.shape) if upstream else None
+        return None, None, None, pushed, *ctx.operation.bend(tangents, cotangent, saved, wanted)
+
+
+def _record_without_values(
+    operation: Operation, saved: Sequence[Any], wanted: Sequence[bool], cotangent: Tensor
+) -> Sequence[Maybe]:
+    needed = [w and not t.is_leaf for t, w in zip(saved, wanted, strict=True)]
+    found: Sequence[Maybe] = Bent.apply(operation, wanted, needed, cotangent, *saved)
+    return found
 
 
 def _sum(terms: Sequence[Maybe]) -> Tensor:
@@ -217,10 +283,10 @@ class Affine(Operation):
 
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         x, w, _ = saved
-        rows = cotangent.flatten(0, -2)
+        rows = cotangent.reshape(-1, cotangent.shape[-1])
         return (
             cotangent @ w if wanted[0] else None,
-            rows.mT @ x.flatten(0, -2) if wanted[1] else None,
+            rows.mT @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
         )
 
@@ -273,6 +339,13 @@ class FixedNorm(Operation):
             cotangent, x, w, self.mean, self.var, None, None, False, self.eps, list(wanted)
         )
 
+    def bend(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        dx, *others = tangents
+        centred = None if dx is None else dx + _over_channels(self.mean.to(dx.dtype), dx.ndim)  # which pull subtracts
+        return super().bend((centred, *others), cotangent, saved, wanted)
+
 
 # Rectification
 
@@ -298,6 +371,11 @@ class Rectify(Operation):
 
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         return (torch.ops.aten.threshold_backward(cotangent, saved[0], 0),)
+
+    def bend(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        return (None,)
 
 
 #: From a function of torch to what makes of its arguments an operation and its inputs, or None if it is not one.

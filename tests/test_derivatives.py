@@ -77,6 +77,34 @@ def test_products_equal_those_of_torch(name, batched):
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("batched", [False, True])
+def test_hessians_equal_those_of_torch(name, batched):
+    module, shape = KINDS[name]
+    module = module.double()
+    first = torch.randn(shape, dtype=torch.float64)
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    leaves = [scale, *module.parameters()]
+    vs = [torch.randn(4, *p.shape, dtype=torch.float64) for p in leaves]
+
+    def products(operations, recording):
+        with operations:
+            h = torch.tanh(scale * first)
+            f = module(h).square().sum() + module(h.cos()).sin().sum() + sum((p**3).sum() for p in leaves)
+        with recording:
+            gradient = torch.autograd.grad(f, leaves, create_graph=True)
+        if batched:
+            return torch.autograd.grad(gradient, leaves, vs, is_grads_batched=True, retain_graph=True)
+        rows = [torch.autograd.grad(gradient, leaves, [v[k] for v in vs], retain_graph=True) for k in range(4)]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    operations = CheapDerivatives()
+    ours = products(operations, operations.without_values())
+    theirs = products(torch.enable_grad(), torch.enable_grad())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_second_derivatives_outside_of_recording(name):
     module, shape = KINDS[name]
     module = module.double()

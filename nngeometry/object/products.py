@@ -261,9 +261,12 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
     def linearise(
         params: list[Tensor], batches: list[data.Batch], position: int
     ) -> tuple[Product, float, Sequence[Tensor]]:
-        value, weight = products.evaluate(total, data.join(batches))
+        derivatives = CheapDerivatives()
+        with derivatives:
+            value, weight = products.evaluate(total, data.join(batches))
         check_second_derivatives(value)
-        curved = _differentiable(_gradient(value, params, None))
+        with derivatives.without_values():
+            curved = _differentiable(_gradient(value, params, None))
 
         def product(V: Tensor) -> Tensor:
             if not curved:
