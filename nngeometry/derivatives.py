@@ -49,11 +49,18 @@ class CheapDerivatives(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recognise = _OPERATIONS.get(func)
-        if recognise is not None and not torch.is_autocast_enabled(_device(args, kwargs)):
+        if recognise is not None and not _hooked() and not torch.is_autocast_enabled(_device(args, kwargs)):
             operation = recognise(*args, **kwargs)
             if operation is not None:
                 return Value.apply(self, *operation)
         return func(*args, **kwargs)
+
+
+def _hooked() -> bool:
+    """Whether what is saved for backward goes through hooks, as inside of activation checkpoints: they run operations
+    again, outside of any mode, and want the same tensors saved.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _device(args: Sequence[Any], kwargs: dict[str, Any]) -> str:

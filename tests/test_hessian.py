@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import CASES
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nngeometry import (
     FIM,
@@ -233,6 +234,32 @@ def test_rank_of_the_gauss_newton_matrix():
     model, _ = minibatches("mlp", LOSSES["ce"][0])
     G = GGN(model, (torch.randn(6, 3), labels(6)), PMatDense).to_torch()
     assert int(torch.linalg.matrix_rank(G)) == 6 * (3 - 1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 3), nn.Linear(3 * 4, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = checkpoint(self.inner, x, use_reentrant=False) if self.checkpointed else self.inner(x)
+        return self.head(x.flatten(1))
+
+    def inner(self, x):
+        return torch.relu(self.second(x)).sin()
+
+
+@pytest.mark.parametrize("matrix", [Hessian, GGN])
+def test_products_of_models_with_activation_checkpoints(matrix):
+    model, plain = oracle.randomise(Checkpointed(True)), Checkpointed(False).double()
+    plain.load_state_dict(model.state_dict())
+    batches = [(torch.randn(4, 1, 6, 6), torch.randint(3, (4,))) for _ in range(2)]
+    ours, expected = (matrix(m, batches, PMatImplicit) for m in (model, plain))
+    v = random_pvector(ours.layer_collection)
+    for _ in range(3):  # made, kept, used again
+        assert oracle.relative(ours.mv(v).to_torch(), expected.mv(v).to_torch()) < 1e-12
 
 
 def test_products_are_kept_or_made_again():
