@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from settings import PROBES, SETTINGS, STEPS, Task
+from settings import PROBES, SETTINGS, STEPS
 from torch import nn
 
 
@@ -130,8 +130,7 @@ def count(setting: str, job: str) -> float | None:
     """
     if setting not in SETTINGS or job not in COUNTS:
         return None
-    subset = SETTINGS[setting].subsets.get(job)
-    work = _work(setting, job if subset else "")
+    work = _work(setting, job if job in SETTINGS[setting].subsets else "")
     return COUNTS[job](work) / work.gradient
 
 
@@ -143,14 +142,10 @@ def _work(setting: str, job: str) -> Work:
         layer.register_forward_hook(lambda *call: found.append(_product(*call, not found)))
         for layer in task.layers.values()
     ]
-    task.model(task.batches[0][0][:1])
+    output = task.model(task.batches[0][0][:1])
     for handle in handles:
         handle.remove()
-    return Work(found, task.examples, task.positions * (_classes(task) - 1))
-
-
-def _classes(task: Task) -> int:
-    return task.model(task.batches[0][0][:1]).shape[1]
+    return Work(found, task.examples, task.positions * (output.shape[1] - 1))
 
 
 def _product(layer: nn.Module, inputs: tuple[Any, ...], output: Any, first: bool) -> Product:

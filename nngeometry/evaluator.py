@@ -115,19 +115,13 @@ class Evaluator:
         """
 
         def most(batch: data.Batch) -> int:
-            return work_array() // 2 // max(1, made_of_two(batch)) if self.may_join(batch) else 0
+            room = work_array() // 4
+            small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
+            if not small or data.count(batch) < 2 or not data.aligned(batch):
+                return 0
+            return 2 * room // max(1, made_of_two(batch))
 
         return data.grouped(self.minibatches(examples), most)
-
-    def may_join(self, batch: data.Batch) -> bool:
-        """Whether a model and a minibatch are so small that others may be looked at together with it."""
-        small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL
-        return (
-            small
-            and data.count(batch) > 1
-            and data.aligned(batch)
-            and nbytes_of(data.tensors_of(batch)) <= work_array() // 4
-        )
 
     def made_of_two(self, batch: data.Batch) -> int:
         """The bytes that the model makes of two examples, of operations that are not recorded too: a head may be all

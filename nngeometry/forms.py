@@ -21,6 +21,8 @@ from .memory import chunk_length, nbytes_of, require, slices, work_array
 Map = Callable[[Tensor], Tensor]
 #: Columns of a packed Jacobian, each with the view of flat ones where they go.
 Places = Sequence[tuple[slice, Tensor]]
+#: From flat parameters of a layer ``(..., p)`` to where the columns of its form go.
+Placing = Callable[[Tensor], Places]
 
 
 class LayerJacobian(ABC):
@@ -620,11 +622,8 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     return Dense(torch.cat([f.dense() for f in forms]))
 
 
-def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]], out: Tensor) -> None:
-    """The Jacobian of several layers side by side, into ``(C, B, P)``, in pieces that stay in the cache.
-
-    places: for each layer from its flat parameters to where the columns of its form go.
-    """
+def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing], out: Tensor) -> None:
+    """The Jacobian of several layers side by side, into ``(C, B, P)``, in pieces that stay in the cache."""
     sizes = [prod(f.shape) for f in forms]
     for form, of, own in zip(forms, places, out.split(sizes, -1), strict=True):
         size = form.cotangents * prod(form.shape) * form.dtype.itemsize
@@ -632,20 +631,24 @@ def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor
             form.narrow(b.start, b.stop).write(of(own[:, b]))
 
 
-def rows(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]]) -> Iterator[Tensor]:
-    """:func:`write_rows` into new arrays ``(c, b, P)``, some cotangents and examples at a time such that each fits a
-    work array.
-    """
+def dense_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Tensor:
+    """:func:`write_rows` into a new array."""
     one = forms[0]
     p = sum(prod(f.shape) for f in forms)
-    for c, b in _tiling(2 * p * one.dtype.itemsize, one.cotangents, one.examples):
-        some = [f.narrow(b.start, b.stop, c.start, c.stop) for f in forms]
-        out = torch.empty(some[0].cotangents, some[0].examples, p, dtype=one.dtype, device=one.device)
-        write_rows(some, places, out)
-        yield out
+    out = torch.empty(one.cotangents, one.examples, p, dtype=one.dtype, device=one.device)
+    write_rows(forms, places, out)
+    return out
 
 
-def gram(forms: Sequence[LayerJacobian], places: Sequence[Callable[[Tensor], Places]]) -> Tensor:
+def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[Tensor]:
+    """:func:`dense_rows`, ``(c, b, P)``, of some cotangents and examples at a time such that each fits a work array."""
+    one = forms[0]
+    size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
+    for c, b in _tiling(size, one.cotangents, one.examples):
+        yield dense_rows([f.narrow(b.start, b.stop, c.start, c.stop) for f in forms], places)
+
+
+def gram(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
     p = sum(prod(f.shape) for f in forms)
     total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)

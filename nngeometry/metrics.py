@@ -59,7 +59,7 @@ def FIM(
         return likelihood.hvp(f, u)
 
     return _matrix(
-        lambda f, batch, position: likelihood.sqrt(f),
+        at_once(lambda f, batch, position: likelihood.sqrt(f)),
         model,
         loader,
         representation,
@@ -103,25 +103,12 @@ def FIM_MonteCarlo(
     likelihood = likelihood_of(variant)
     seed = int(torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device))
 
-    def together(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
+    def cotangents(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
         draws = [torch.Generator(f.device).manual_seed(seed + position + k) for k in range(len(batches))]
         return likelihood.samples(data.split(f, batches), trials, draws)
 
-    def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        return together(f, [batch], position)
-
     return _matrix(
-        cotangents,
-        model,
-        loader,
-        representation,
-        n_output,
-        function,
-        layer_collection,
-        device,
-        verbose,
-        options,
-        together=together,
+        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
     )
 
 
@@ -149,7 +136,7 @@ def EmpiricalFisher(
     >>> model = nn.Linear(4, 3)
     >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = gradients_of(nn.CrossEntropyLoss() if loss is None else loss)
+    cotangents = at_once(gradients_of(nn.CrossEntropyLoss() if loss is None else loss))
     return _matrix(
         cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
     )
@@ -177,7 +164,7 @@ def GradientCovariance(
     >>> model = nn.Linear(4, 3)
     >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = gradients_of(nn.CrossEntropyLoss() if loss is None else loss)
+    cotangents = at_once(gradients_of(nn.CrossEntropyLoss() if loss is None else loss))
     return _matrix(
         cotangents,
         model,
@@ -203,7 +190,7 @@ def gradients_of(loss: Loss) -> CotangentFunction:
 
 
 def _matrix(
-    cotangents: CotangentFunction,
+    cotangents: SeveralCotangents,
     model: nn.Module,
     loader: Any,
     representation: Representation,
@@ -215,7 +202,6 @@ def _matrix(
     options: dict[str, Any],
     centred: bool = False,
     curvature: Curvature | None = None,
-    together: SeveralCotangents | None = None,
 ) -> PMat:
     if not callable(representation):
         raise TypeError(
@@ -223,32 +209,23 @@ def _matrix(
         )
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
-    several = at_once(cotangents) if together is None else together
-
-    def check(f: Tensor) -> None:
+    def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
         if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
             raise ValueError(
                 f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
                 "example: leave n_output out"
             )
-
-    def checked(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        check(f)
-        return cotangents(f, batch, position)
-
-    def checked_together(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
-        check(f)
-        return several(f, batches, position)
+        return cotangents(f, batches, position)
 
     generator = Generator(
         model,
         lc,
-        checked,
+        lambda f, batch, position: checked(f, [batch], position),
         function=function,
         device=device,
         verbose=verbose,
         centred=centred,
         curvature=curvature,
-        together=checked_together,
+        together=checked,
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)

@@ -44,13 +44,18 @@ class Packing:
         """The weight viewed as ``view``, permuted by ``perm``, as ``(*rows, cols)`` plus a column for the bias."""
         return cls((*rows, prod(view) // prod(rows) + bias), view, perm, bias)
 
+    @property
+    def _in_order(self) -> bool:
+        """Whether the axes of the weight are packed in their own order."""
+        return list(self.perm) == sorted(self.perm)
+
     def pack(self, v: Tensor) -> Tensor:
         """``(..., p) -> (..., *shape)``."""
         if self.view is None:
             return v
         lead = v.shape[:-1]
         weight = v[..., : prod(self.view)]
-        if list(self.perm) != sorted(self.perm):
+        if not self._in_order:
             n = len(lead)
             weight = weight.reshape(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
         if not self.bias:
@@ -66,7 +71,7 @@ class Packing:
         lead = m.shape[: m.ndim - len(self.shape)]
         n = len(lead)
         weight = m[..., :-1] if self.bias else m
-        if list(self.perm) != sorted(self.perm):
+        if not self._in_order:
             weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
             weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
         weight = weight.reshape(*lead, -1)
@@ -80,7 +85,7 @@ class Packing:
             return [(slice(None), v)]
         lead, n = v.shape[:-1], v.ndim - 1
         size = prod(self.view)
-        if list(self.perm) == sorted(self.perm):
+        if self._in_order:
             weight = v[..., :size].view(*lead, *self.shape[:-1], -1)
         else:
             weight = v[..., :size].view(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))

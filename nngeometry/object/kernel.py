@@ -170,21 +170,18 @@ def _mapped(part: Part, layers: dict[str, Layer], found: Forms) -> Forms:
 
 def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) -> Tensor:
     """The Jacobian of layers side by side: ``(C, B, P)``."""
-    one = next(iter(found.values()))
-    p = sum(layer.numel() for layer in layers.values())
-    out = torch.empty(one.cotangents, one.examples, p, dtype=one.dtype, device=one.device)
-    _write(found, layers, out)
-    return out
+    return forms.dense_rows([found[name] for name in layers], _places(layers))
 
 
-def _write(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer], out: Tensor) -> None:
-    forms.write_rows([found[name] for name in layers], [layer.packing.places for layer in layers.values()], out)
+def _places(layers: Mapping[str, Layer]) -> list[forms.Placing]:
+    return [layer.packing.places for layer in layers.values()]
 
 
 def stacked_rows(
     found: Iterable[Slab], layer_collection: LayerCollection, examples: int, what: str, remedy: str
 ) -> Tensor:
     """The Jacobian of slabs, one after the other, ``(C, n, P)``. Raises ``MemoryError`` if that does not fit."""
+    layers = layer_collection.layers
     start = 0
     out: Tensor | None = None
     for slab in found:
@@ -194,7 +191,8 @@ def stacked_rows(
             require(prod(shape) * form.dtype.itemsize, what, remedy)
             out = torch.empty(shape, dtype=form.dtype, device=form.device)
         with torch.no_grad():  # not around the loop: generators that are not finished share its mode
-            _write(slab.forms, layer_collection.layers, out[:, start : start + slab.examples])
+            mine = [slab.forms[name] for name in layers]
+            forms.write_rows(mine, _places(layers), out[:, start : start + slab.examples])
         start += slab.examples
     assert out is not None
     return out
