@@ -13,6 +13,24 @@ def normalised(module):
     return module.eval()
 
 
+class Applied(nn.Module):
+    """A function of its input, after a linear map."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+def scaled(norm):
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    return norm
+
+
 KINDS = {
     "plain": (nn.Conv2d(2, 4, 3), (3, 2, 6, 5)),
     "strided": (nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (3, 2, 7, 6)),
@@ -36,6 +54,21 @@ KINDS = {
     "norm of the batch": (nn.BatchNorm1d(4), (3, 4)),
     "rectifier": (nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)), (3, 5)),
     "rectifier in place": (nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)), (3, 5)),
+    "layer norm": (scaled(nn.LayerNorm(5)), (2, 3, 5)),
+    "layer norm without bias": (scaled(nn.LayerNorm(5, bias=False)), (3, 5)),
+    "layer norm without parameters": (Applied(nn.LayerNorm(4, elementwise_affine=False)), (3, 5)),
+    "layer norm of several axes": (scaled(nn.LayerNorm((2, 3), eps=0.1)), (3, 2, 3)),
+    "gelu": (Applied(nn.GELU()), (3, 5)),
+    "approximate gelu": (Applied(nn.GELU("tanh")), (3, 5)),
+    "softmax": (Applied(nn.Softmax(-1)), (3, 5)),
+    "softmax along the middle": (Applied(lambda x: x.softmax(1)), (2, 3, 5)),
+    "softmax in another type": (Applied(lambda x: x.softmax(1, dtype=torch.float64)), (2, 3, 5)),
+    "softmax with minus infinity": (Applied(lambda x: x.masked_fill(x > 0.3, -torch.inf).softmax(0)), (5, 5)),
+    "product of matrices": (Applied(lambda x: torch.bmm(x, x.mT.cos())), (2, 3, 5)),
+    "product with a constant": (Applied(lambda x: torch.linspace(0, 1, 18).double().view(2, 3, 3) @ x), (2, 3, 5)),
+    "product of stacks of matrices": (Applied(lambda x: x.view(2, 3, 2, 2).matmul(x.view(2, 3, 2, 2))), (2, 3, 5)),
+    "product with one matrix": (Applied(lambda x: x @ x[0].mT), (2, 3, 5)),
+    "attention": (Applied(lambda x: (x @ x.mT / 2).softmax(-1) @ x), (2, 3, 5)),
 }
 
 

@@ -16,6 +16,7 @@ FLOORS = [
         "memory",
         "autograd",
         "autocorrelation",
+        "operations",
         "derivatives",
         "forms",
         "likelihood",
