@@ -61,8 +61,11 @@ def _hooked() -> bool:
 
 
 def _plain(one: Tensor) -> bool:
-    """Whether operations on a tensor are what they seem: of real numbers, and in their own precision."""
-    return one.is_floating_point() and not torch.is_autocast_enabled(one.device.type)
+    """Whether operations on a tensor are what they seem: of real numbers, in their own precision, of one example or
+    model at a time.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    return one.is_floating_point() and not transformed and not torch.is_autocast_enabled(one.device.type)
 
 
 #: From an operation, what it saved, which inputs are wanted and a cotangent to what :meth:`Operation.pull` gives for
@@ -73,16 +76,12 @@ Record = Callable[[Operation, Sequence[Any], Sequence[bool], Tensor], Sequence[M
 class Value(torch.autograd.Function):
     """The value of an operation; its backward is :meth:`Operation.pull`."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(mode: CheapDerivatives, operation: Operation, *inputs: Any) -> Tensor:
-        return operation.value(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mode, ctx.operation, *tensors = inputs
-        ctx.save_for_backward(*ctx.operation.saved(tensors, output))
+    def forward(ctx: Any, mode: CheapDerivatives, operation: Operation, *inputs: Any) -> Tensor:
+        output = operation.value(*inputs)
+        ctx.mode, ctx.operation = mode, operation
+        ctx.save_for_backward(*operation.saved(inputs, output))
+        return output
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Maybe, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from math import prod
-from typing import Any
+from math import hypot, prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,14 @@ class Observation:
     large: bool
 
 
+class _Output(NamedTuple):
+    """What is remembered of a leaf of the output of a call, without its entries."""
+
+    leaf: int
+    shape: torch.Size
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class _Call:
     """One call of a module, as its forward hook saw it."""
@@ -58,7 +66,7 @@ class _Call:
     site: Site
     inputs: Any
     versions: list[int]
-    outputs: tuple[tuple[int, Tensor], ...]  # (leaf of the output, a stand-in of its shape), of the differentiable ones
+    outputs: tuple[_Output, ...]  # the differentiable ones
     edges: tuple[GradientEdge, ...]
 
 
@@ -215,7 +223,7 @@ class Generator(Evaluator):
                     output = pytree.tree_map_only(Tensor, lambda y: y.view_as(y) if y.requires_grad else y, output)
                 leaves = _differentiable(output)
                 inputs = _detached(_in_order(module, args, kwargs))
-                outputs = tuple((k, y.new_empty(()).expand(y.shape)) for k, y in leaves)
+                outputs = tuple(_Output(k, y.shape, y.nbytes) for k, y in leaves)
                 calls.append(
                     _Call(site, inputs, _versions(inputs), outputs, tuple(get_gradient_edge(y) for _, y in leaves))
                 )
@@ -252,7 +260,7 @@ class Generator(Evaluator):
         n = data.count(batch)
         if n == 0:
             raise ValueError("a minibatch has no example")
-        few = [data.take(batch, torch.tensor(index) % n) for index in ([1, 0], [0, 1, 2])]
+        few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
         with unchanged(self.model):
             with Made() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
@@ -345,13 +353,15 @@ class Generator(Evaluator):
     def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
         """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""
         norm = torch.linalg.vector_norm
-        floor = 1e-3 * float(norm(torch.stack([norm(g, dtype=self.dtype) for g in truth])))
+        layers = self.layer_collection.layers
         remaining = iter(truth)
-        for name, layer in self.layer_collection.layers.items():
-            expected = torch.cat([g.flatten() for g in islice(remaining, len(layer.params))]).to(self.dtype)
+        every = [torch.cat([g.flatten() for g in islice(remaining, len(one.params))]) for one in layers.values()]
+        sizes = [float(norm(expected, dtype=self.dtype)) for expected in every]
+        floor = 1e-3 * hypot(*sizes)
+        for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
             with torch.no_grad():
                 wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
-            if wrong > tolerance * floor and wrong > tolerance * float(norm(expected)):
+            if wrong > tolerance * max(floor, size):
                 raise ValueError(
                     f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient of "
                     "the model. Its parameters also act outside of its forward (used by another module, a cached or "
@@ -372,7 +382,7 @@ class Generator(Evaluator):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
             return
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
-        per_cotangent = nbytes_of([f, *(y for c in calls for _, y in c.outputs)])
+        per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         step = chunk_length(per_cotangent, cotangents.count)
         n, count = len(f), cotangents.count
         parts = n // max(2, n * step // max(1, count))  # of two examples at least: a model may squeeze away one
@@ -439,12 +449,8 @@ class Generator(Evaluator):
                 f"{what} returned no tensor that can be differentiated (a {type(site.module).__name__} that returns "
                 "its own class of output, or a detached one): leave it out with LayerCollection.exclude"
             )
-        outputs = [y for _, y in call.outputs]
-        lengths = {
-            t.shape[a]
-            for t, a in zip((*leaves, *outputs), (*layout.inputs, *layout.outputs), strict=True)
-            if a is not None
-        }
+        tensors = list(zip((*leaves, *call.outputs), (*layout.inputs, *layout.outputs), strict=True))
+        lengths = {t.shape[axis] for t, axis in tensors if axis is not None}
         length = lengths.pop() if lengths else examples
         if lengths or length % examples:
             raise NotImplementedError(
@@ -452,18 +458,19 @@ class Generator(Evaluator):
                 "LayerCollection.exclude"
             )
         fronts = []
-        for y, axis, gy in zip(outputs, layout.outputs, gys, strict=True):
-            gy = gy if gy is not None else y.new_zeros(1).expand(cotangents, *y.shape)
+        for y, axis, gy in zip(call.outputs, layout.outputs, gys, strict=True):
+            if gy is None:
+                gy = next(iter(site.params.values())).new_zeros(1).expand(cotangents, *y.shape)
             fronts.append(_to_front(gy, axis or 0, 1))
         if site.kind.function is None:
-            of_leaves = [(k, g) for (k, _), g in zip(call.outputs, fronts, strict=True)]
+            of_leaves = [(y.leaf, g) for y, g in zip(call.outputs, fronts, strict=True)]
             form: LayerJacobian = generic(
                 site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype
             )
         else:
             (gy,) = fronts
-            for t, axis in zip((*leaves, *outputs), (*layout.inputs, *layout.outputs), strict=True):
-                if axis and (not site.kind.features_last or axis == t.ndim - 1):
+            for t, axis in tensors:
+                if axis and (not site.kind.features_last or axis == len(t.shape) - 1):
                     raise NotImplementedError(f"{what}: its examples are along axis {axis}, expected axis 0")
             inputs = [
                 self._cast(_examples_first(x, axis, length))
@@ -559,25 +566,25 @@ def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
 def _layout(two: _Call, three: _Call) -> _Layout:
     """The layout of a call from how its shapes change between two and three examples."""
 
-    def axis(a: Any, b: Any) -> int | None:
-        if not isinstance(a, Tensor) or a.shape == b.shape:
+    def axis(a: torch.Size, b: torch.Size) -> int | None:
+        if a == b:
             return None
-        changed = [k for k, (m, n) in enumerate(zip(a.shape, b.shape, strict=False)) if m != n]
-        if a.ndim == b.ndim and len(changed) == 1 and a.shape[changed[0]] * 3 == b.shape[changed[0]] * 2:
+        changed = [k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n]
+        if len(a) == len(b) and len(changed) == 1 and a[changed[0]] * 3 == b[changed[0]] * 2:
             return changed[0]
         raise ValueError(
-            f"layer {two.site.name!r}: a tensor of shape {tuple(a.shape)} for two examples and {tuple(b.shape)} for "
+            f"layer {two.site.name!r}: a tensor of shape {tuple(a)} for two examples and {tuple(b)} for "
             "three has no axis that is that of examples"
         )
 
     inputs = zip(_leaves(two.inputs), _leaves(three.inputs), strict=True)
-    outputs = tuple(axis(a, b) for (_, a), (_, b) in zip(two.outputs, three.outputs, strict=True))
+    outputs = tuple(axis(a.shape, b.shape) for a, b in zip(two.outputs, three.outputs, strict=True))
     if len(outputs) != 1 and None in outputs:
         raise NotImplementedError(
             f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis of "
             "examples: leave it out with LayerCollection.exclude"
         )
-    return _Layout(tuple(axis(a, b) for a, b in inputs), outputs)
+    return _Layout(tuple(axis(a.shape, b.shape) if isinstance(a, Tensor) else None for a, b in inputs), outputs)
 
 
 def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:

@@ -63,7 +63,11 @@ KINDS = {
     "softmax": (Applied(nn.Softmax(-1)), (3, 5)),
     "softmax along the middle": (Applied(lambda x: x.softmax(1)), (2, 3, 5)),
     "softmax in another type": (Applied(lambda x: x.softmax(1, dtype=torch.float64)), (2, 3, 5)),
-    "softmax with minus infinity": (Applied(lambda x: x.masked_fill(x > 0.3, -torch.inf).softmax(0)), (5, 5)),
+    "softmax with minus infinity": (
+        Applied(lambda x: x.masked_fill(torch.eye(5, 4).bool(), -torch.inf).softmax(0)),
+        (5, 5),
+    ),
+    "vectorised": (Applied(torch.func.vmap(lambda row: (row.view(2, 2) @ row.view(2, 2)).relu().softmax(-1))), (3, 5)),
     "product of matrices": (Applied(lambda x: torch.bmm(x, x.mT.cos())), (2, 3, 5)),
     "product with a constant": (Applied(lambda x: torch.linspace(0, 1, 18).double().view(2, 3, 3) @ x), (2, 3, 5)),
     "product of stacks of matrices": (Applied(lambda x: x.view(2, 3, 2, 2).matmul(x.view(2, 3, 2, 2))), (2, 3, 5)),
