@@ -355,7 +355,9 @@ class Outer(LayerJacobian):
         return Outer(self.a[..., :-1], self.g)
 
     def left_factor(self, reduce: bool) -> Tensor:
-        """Sum of g g^T over cotangents and examples (and positions, or of their sum): ``(G, rows, rows)``."""
+        """Sum of g g^T over cotangents and examples (and positions, or of their sum): the lower triangles of
+        ``(G, rows, rows)``.
+        """
         g = self.g.sum(2, keepdim=True) if reduce else self.g
         if g.stride(2) == 1 and g.shape[2] >= g.shape[4]:  # as convolutions leave it: positions last in memory
             return _moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
@@ -371,7 +373,9 @@ class Outer(LayerJacobian):
         return (self.a.mean(1) if reduce else self.a.flatten(0, 1))[:, 0]
 
     def right_factor(self, reduce: bool) -> tuple[Tensor, int]:
-        """Sum of a a^T over examples (and positions, or of their mean), ``(G, cols, cols)``; how many were summed."""
+        """Sum of a a^T over examples (and positions, or of their mean), the lower triangles of ``(G, cols, cols)``; how
+        many were summed.
+        """
         count = self.examples * (1 if reduce else self.positions)
         if self.moment is not None and not reduce:
             return self.moment(self.inputs), count
@@ -649,12 +653,14 @@ def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[
 
 
 def gram(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Tensor:
-    """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: ``(P, P)`` in flat parameter order."""
+    """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: the lower triangle of ``(P, P)`` in flat
+    parameter order.
+    """
     p = sum(prod(f.shape) for f in forms)
     total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
     for piece in rows(forms, places):
         add_gram(total, piece.flatten(0, 1))
-    return mirror(total)
+    return total
 
 
 class Contraction:
@@ -759,12 +765,13 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group."""
-    if x.shape[1] == 1:
-        d = x.shape[2]
-        x = x.squeeze(1)
-        return (x.T @ x if d <= _PANEL else mirror(add_gram(x.new_zeros(d, d), x))).unsqueeze(0)
-    return torch.einsum("ngi,ngj->gij", x, x)
+    """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group, of which only the lower triangle counts."""
+    n, groups, d = x.shape
+    if groups > 1:
+        return torch.einsum("ngi,ngj->gij", x, x)
+    x = x.squeeze(1)
+    whole = n < _FEW_ROWS and d <= _FEW_ROWS
+    return (x.T @ x if whole else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
 
 
 def _moment_of_columns(x: Tensor) -> Tensor:
@@ -777,28 +784,34 @@ def _moment_of_columns(x: Tensor) -> Tensor:
 
 
 #: Columns at a time in which a symmetric product is made: large enough for GEMM to run at speed.
-_PANEL = 512
+_PANEL = 208
+#: With fewer rows, and no more columns, the whole product is faster.
+_FEW_ROWS = 512
 
 
-def add_gram(total: Tensor, x: Tensor) -> Tensor:
-    """Add ``x^T x`` to the lower triangle of ``total`` in place: half the work of the whole product."""
-    d = x.shape[1]
-    for rows in slices(d, _PANEL):
-        total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
+def _panels(d: int) -> Iterator[slice]:
+    """Cover ``0:d`` by slices of about the same length, a multiple of 16."""
+    count = -(-d // _PANEL)
+    return slices(d, -(-d // (16 * count)) * 16)
+
+
+def add_gram(total: Tensor, x: Tensor, beta: int = 1) -> Tensor:
+    """Make the lower triangle of ``total`` beta times what it is plus ``x^T x``: half the work of the whole product."""
+    for rows in _panels(x.shape[1]):
+        total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], beta=beta)
     return total
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Copy the lower triangle, in panels, to the upper one in place."""
-    d = total.shape[0]
-    for rows in slices(d, _PANEL):
-        total[: rows.start, rows] = total[rows, : rows.start].T
+    """Copy the lower triangles of ``(..., d, d)`` to the upper ones in place; blocks on the diagonal are whole."""
+    for rows in _panels(total.shape[-1]):
+        total[..., : rows.start, rows] = total[..., rows, : rows.start].mT
     return total
 
 
 def copy_transposed(x: Tensor, out: Tensor) -> None:
     """Copy matrices ``(..., r, c)`` to out ``(..., c, r)``, in panels of rows that stay in the cache."""
-    for rows in slices(x.shape[-2], _PANEL // 2):
+    for rows in slices(x.shape[-2], 256):
         out[..., rows] = x[..., rows, :].mT
 
 

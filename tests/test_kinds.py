@@ -121,11 +121,20 @@ def test_sub_collections(name):
         assert oracle.relative(streamed(model, batch, function, lc), expected) < 1e-10
 
 
-@pytest.mark.parametrize("d", [1, 5, 511, 512, 513, 1300])
+@pytest.mark.parametrize("d", [1, 5, 208, 209, 513, 1300])
 def test_symmetric_products(d):
     x = torch.randn(7, d)
     total = forms.mirror(forms.add_gram(forms.add_gram(torch.zeros(d, d), x[:3]), x[3:]))
     torch.testing.assert_close(total, x.T @ x)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("d", [5, 300, 600])
+def test_second_moments(d, groups):
+    few, many = torch.randn(7, groups, d).double(), torch.randn(600, groups, d).double()
+    total = forms.mirror(forms.second_moment(few) + forms.second_moment(many))
+    x = torch.cat([few, many])
+    torch.testing.assert_close(total, torch.einsum("ngi,ngj->gij", x, x))
 
 
 @pytest.mark.parametrize("bias", [True, False])

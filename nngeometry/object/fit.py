@@ -52,10 +52,10 @@ class Samples:
     def __add__(self, other: Samples | Tensor) -> Samples | Tensor:
         if isinstance(other, Samples) and 2 * (len(self.rows) + len(other.rows)) <= self.rows.shape[1]:
             return Samples(torch.cat([self.rows, other.rows]))
-        return self.moment() + (other.moment() if isinstance(other, Samples) else other)
+        return self.moment().add_(other.moment() if isinstance(other, Samples) else other)
 
     def moment(self) -> Tensor:
-        """``(1, d, d)``."""
+        """The lower triangle of ``(1, d, d)``."""
         return forms.second_moment(self.rows.unsqueeze(1))
 
 
@@ -146,7 +146,8 @@ def dense(layers: Sequence[Layer]) -> Estimator:
     def finish(state: State, n: float) -> Block:
         (total,) = state
         unpack = [layer.packing.unpack for layer in layers]
-        return Dense((total.matrix(unpack) if isinstance(total, forms.Contraction) else total).div_(n))
+        matrix = total.matrix(unpack) if isinstance(total, forms.Contraction) else forms.mirror(total)
+        return Dense(matrix.div_(n))
 
     return Estimator(
         tuple(layers),
@@ -246,11 +247,12 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
 
     def finish(state: State, n: float) -> Block:
         left, right, count = state
+        g = Dense(forms.mirror(left.div_(n)))
         if isinstance(right, Samples):
             rows = right.rows / count**0.5
-            return Kron(Dense(left.div_(n)), LowRank(rows, rows.new_ones(len(rows))))
+            return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
         a = right.div_(max(count, 1))
-        return Kron(Dense(left.div_(n)), Diag(a) if a.ndim == 2 else Dense(a))
+        return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
 
     def centre(block: Block, mean: Tensor) -> Block:
         raise NotImplementedError(
