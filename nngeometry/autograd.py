@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Pull:
-    """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k, with the graph retained.
+    """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k.
 
     All k at once, until an operation turns out to have no batching rule, and one by one from then on.
 
@@ -26,20 +26,21 @@ class Pull:
         self._at_once = True
 
     def __call__(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
+        self, outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor], last: bool = False
     ) -> list[Tensor | None]:
-        """inputs: tensors or gradient edges. weights: ``(K, *output)`` each.
+        """inputs: tensors or gradient edges. weights: ``(K, *output)`` each. last: whether the graph is not needed
+        again, so that what it holds can be let go of on the way; it is retained otherwise.
 
         Returns ``(K, *input)`` each, None for an input that the outputs do not depend on.
         """
         if len(weights[0]) == 1 or not self._at_once:
-            return _one_by_one(outputs, inputs, weights)
+            return _one_by_one(outputs, inputs, weights, last)
         try:
             return _at_once(outputs, inputs, weights)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            grads = _one_by_one(outputs, inputs, weights)
+            grads = _one_by_one(outputs, inputs, weights, last)
         self._at_once = False
         return grads
 
@@ -54,10 +55,13 @@ def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence
         )
 
 
-def _one_by_one(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
+def _one_by_one(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor], last: bool
+) -> list[Tensor | None]:
+    rows = list(zip(*weights, strict=True))
     each = [
-        torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)
-        for one in zip(*weights, strict=True)
+        torch.autograd.grad(outputs, inputs, one, retain_graph=not last or k + 1 < len(rows), allow_unused=True)
+        for k, one in enumerate(rows)
     ]
     if len(each) == 1:
         return [None if g is None else g.unsqueeze(0) for g in each[0]]

@@ -408,10 +408,14 @@ class Generator(Evaluator):
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
             n, counted = (0, 0.0) if c.start else (len(f), weight)
-            yield self._pulled(f, calls, s, plan, n, counted)  # not kept here, so that who receives it can let go of it
+            last = c.stop == cotangents.count
+            # Not kept here, so that who receives it can let go of it.
+            yield self._pulled(f, calls, s, plan, n, counted, last)
 
-    def _pulled(self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float) -> Observation:
-        grads = self._pull([f], [e for c in calls for e in c.edges], [s])
+    def _pulled(
+        self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
+    ) -> Observation:
+        grads = self._pull([f], [e for c in calls for e in c.edges], [s], last)
         large = nbytes_of(g for g in grads if g is not None) > work_array()
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
