@@ -19,11 +19,7 @@ _COUNTED = ("gradients", "seconds", "gradient_seconds", "first_seconds", "memory
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several: each job of each setting as the last of them has it that has it at all."""
     latest = {(run["setting"], run["job"]): k for k, report in enumerate(reports) for run in report["runs"]}
-    order = {row: k for k, row in enumerate(latest)}  # that in which they were first measured
-    runs = [
-        run for k, report in enumerate(reports) for run in report["runs"] if latest[run["setting"], run["job"]] == k
-    ]
-    runs.sort(key=lambda run: order[run["setting"], run["job"]])
+    runs = [run for row, k in latest.items() for run in reports[k]["runs"] if (run["setting"], run["job"]) == row]
     contenders = {name: about for report in reports for name, about in report["contenders"].items()}
     return {
         **reports[-1],

@@ -91,6 +91,12 @@ class Value(torch.autograd.Function):
         return None, None, *ctx.operation.pull(cotangent, saved, wanted)
 
 
+def _zeros(saved: Sequence[Any], wanted: Sequence[bool], cotangent: Tensor) -> list[Maybe]:
+    """For each wanted input zeros of its shape, without memory."""
+    zero = cotangent.new_zeros(())
+    return [zero.expand(t.shape) if w else None for w, t in zip(wanted, saved, strict=False)]
+
+
 class Pulled(torch.autograd.Function):
     """``J^T u`` of an operation at u = 0, where only its derivative matters: ``J v``."""
 
@@ -100,8 +106,7 @@ class Pulled(torch.autograd.Function):
     ) -> tuple[Maybe, ...]:
         ctx.operation, ctx.at, ctx.shape = operation, at, cotangent.shape
         ctx.set_materialize_grads(False)
-        zero = cotangent.new_zeros(())
-        return tuple(zero.expand(t.shape) if w else None for w, t in zip(wanted, at, strict=False))
+        return tuple(_zeros(at, wanted, cotangent))
 
     @staticmethod
     def backward(ctx: Any, *tangents: Maybe) -> tuple[None, None, None, Maybe]:
@@ -128,10 +133,11 @@ class Bent(torch.autograd.Function):
         ctx.operation = operation
         ctx.save_for_backward(cotangent, *saved)
         ctx.set_materialize_grads(False)
-        found = operation.pull(cotangent, saved, needed) if any(needed) else [None] * len(wanted)
-        zero = cotangent.new_zeros(())
-        every = zip(found, saved, wanted, needed, strict=False)
-        return tuple(value if n else zero.expand(t.shape) if w else None for value, t, w, n in every)
+        zeros = _zeros(saved, wanted, cotangent)
+        if not any(needed):
+            return tuple(zeros)
+        found = operation.pull(cotangent, saved, needed)
+        return tuple(value if n else zero for value, zero, n in zip(found, zeros, needed, strict=False))
 
     @staticmethod
     def backward(ctx: Any, *tangents: Maybe) -> tuple[Maybe, ...]:

@@ -56,7 +56,11 @@ class _Output(NamedTuple):
 
     leaf: int
     shape: torch.Size
-    nbytes: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ class Generator(Evaluator):
                     output = pytree.tree_map_only(Tensor, lambda y: y.view_as(y) if y.requires_grad else y, output)
                 leaves = _differentiable(output)
                 inputs = _detached(_in_order(module, args, kwargs))
-                outputs = tuple(_Output(k, y.shape, y.nbytes) for k, y in leaves)
+                outputs = tuple(_Output(k, y.shape, y.dtype) for k, y in leaves)
                 calls.append(
                     _Call(site, inputs, _versions(inputs), outputs, tuple(get_gradient_edge(y) for _, y in leaves))
                 )
@@ -464,7 +468,8 @@ class Generator(Evaluator):
         fronts = []
         for y, axis, gy in zip(call.outputs, layout.outputs, gys, strict=True):
             if gy is None:
-                gy = next(iter(site.params.values())).new_zeros(1).expand(cotangents, *y.shape)
+                zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
+                gy = zero.expand(cotangents, *y.shape)
             fronts.append(_to_front(gy, axis or 0, 1))
         if site.kind.function is None:
             of_leaves = [(y.leaf, g) for y, g in zip(call.outputs, fronts, strict=True)]

@@ -54,6 +54,33 @@ class Operation(ABC):
         )
 
 
+class Symmetric(Operation):
+    """An operation of one input whose derivative is its own transpose, known from one tensor."""
+
+    @abstractmethod
+    def along(self, d: Tensor, at: Tensor) -> Tensor:
+        """The derivative along d; at: what is saved."""
+
+    @abstractmethod
+    def curve(self, d: Tensor, cotangent: Tensor, at: Tensor) -> Maybe:
+        """The derivative of ``sum d * along(cotangent, at)`` in what is saved."""
+
+    def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
+        (d,) = tangents
+        assert d is not None
+        return self.along(d, saved[0])
+
+    def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
+        return (self.along(cotangent, saved[0]),)
+
+    def bend(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        (d,) = tangents
+        assert d is not None
+        return (self.curve(d, cotangent, saved[0]),)
+
+
 def _sum(terms: Sequence[Maybe]) -> Tensor:
     total: Maybe = None
     for term in terms:
@@ -332,7 +359,7 @@ def _relu(input: Tensor, inplace: bool = False) -> tuple[Any, ...] | None:
 
 
 @dataclass(frozen=True)
-class Rectify(Operation):
+class Rectify(Symmetric):
     """``max(x, 0)``, with derivative zero at zero."""
 
     def value(self, x: Tensor) -> Tensor:
@@ -341,18 +368,11 @@ class Rectify(Operation):
     def saved(self, inputs: Sequence[Any], output: Tensor) -> Sequence[Any]:
         return (output,)  # which the next operation holds as well
 
-    def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
-        (dx,) = tangents
-        assert dx is not None
-        return torch.ops.aten.threshold_backward(dx, saved[0], 0)
+    def along(self, d: Tensor, at: Tensor) -> Tensor:
+        return torch.ops.aten.threshold_backward(d, at, 0)
 
-    def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
-        return (torch.ops.aten.threshold_backward(cotangent, saved[0], 0),)
-
-    def bend(
-        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
-    ) -> Sequence[Maybe]:
-        return (None,)
+    def curve(self, d: Tensor, cotangent: Tensor, at: Tensor) -> Maybe:
+        return None
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> tuple[Any, ...]:
@@ -360,7 +380,7 @@ def _gelu(input: Tensor, approximate: str = "none") -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Gelu(Operation):
+class Gelu(Symmetric):
     """``x P(z < x)`` for a standard normal z, or its approximation by a hyperbolic tangent."""
 
     approximate: str
@@ -368,20 +388,11 @@ class Gelu(Operation):
     def value(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate=self.approximate)
 
-    def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
-        (dx,) = tangents
-        assert dx is not None
-        return torch.ops.aten.gelu_backward(dx, saved[0], approximate=self.approximate)
+    def along(self, d: Tensor, at: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(d, at, approximate=self.approximate)
 
-    def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
-        return (self.push([cotangent], saved, cotangent.shape),)
-
-    def bend(
-        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
-    ) -> Sequence[Maybe]:
-        (dx,), (x,) = tangents, saved
-        assert dx is not None
-        return (dx * cotangent * self._second(x),)
+    def curve(self, d: Tensor, cotangent: Tensor, at: Tensor) -> Maybe:
+        return d * cotangent * self._second(at)
 
     def _second(self, x: Tensor) -> Tensor:
         """The second derivative."""
@@ -403,7 +414,7 @@ def _softmax(input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = 
 
 
 @dataclass(frozen=True)
-class Softmax(Operation):
+class Softmax(Symmetric):
     """``y = exp(x) / sum exp(x)`` along an axis; its derivative ``diag(y) - y y^T`` is symmetric."""
 
     dim: int
@@ -414,21 +425,12 @@ class Softmax(Operation):
     def saved(self, inputs: Sequence[Any], output: Tensor) -> Sequence[Any]:
         return (output,)
 
-    def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
-        (dx,), (y,) = tangents, saved
-        assert dx is not None
-        return torch.ops.aten._softmax_backward_data(dx, y, self.dim, y.dtype)
+    def along(self, d: Tensor, at: Tensor) -> Tensor:
+        return torch.ops.aten._softmax_backward_data(d, at, self.dim, at.dtype)
 
-    def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
-        return (self.push([cotangent], saved, cotangent.shape),)
-
-    def bend(
-        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
-    ) -> Sequence[Maybe]:
-        (dx,), (y,) = tangents, saved
-        assert dx is not None
-        mean, slope = ((y * one).sum(self.dim, keepdim=True) for one in (dx, cotangent))
-        return (cotangent * (dx - mean) - slope * dx,)
+    def curve(self, d: Tensor, cotangent: Tensor, at: Tensor) -> Maybe:
+        mean, slope = ((at * one).sum(self.dim, keepdim=True) for one in (d, cotangent))
+        return cotangent * (d - mean) - slope * d
 
 
 #: From a function of torch to what makes of its arguments an operation and its inputs, or None if it is not one.
