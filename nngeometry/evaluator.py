@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import data
+from .apart import called_apart
 from .layercollection import LayerCollection
 from .memory import Made, nbytes_of, work_array
 
 #: Bytes of the parameters of a model up to which its minibatches may be joined.
 _SMALL_MODEL = 2**21
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two examples, what the model returned for them, and the bytes of all that it made on the way."""
+
+    pair: data.Batch
+    output: Tensor
+    made: int
 
 
 class Evaluator:
@@ -123,13 +134,21 @@ class Evaluator:
 
         return data.grouped(self.minibatches(examples), most)
 
-    def made_of_two(self, batch: data.Batch) -> int:
-        """The bytes that the model makes of two examples, of operations that are not recorded too: a head may be all
-        that is differentiated.
+    def trial(self, batch: data.Batch) -> Trial:
+        """The model on the first two examples. Operations that are not recorded count too: a head may be all that is
+        differentiated.
         """
+        pair = data.take(batch, torch.arange(2))
         with unchanged(self.model), torch.no_grad(), Made() as made:
-            self.outputs(data.take(batch, torch.arange(2)))
-        return made.nbytes
+            f = self.outputs(pair)
+        return Trial(pair, f, made.nbytes)
+
+    def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
+        """The modules that the model calls on a minibatch, if their types tell that examples are apart: the model need
+        not be looked at. None if they do not.
+        """
+        x = data.arguments(batch)[0]
+        return called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
 
 
 def check_mode(model: nn.Module) -> None:

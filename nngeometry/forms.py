@@ -770,8 +770,25 @@ def second_moment(x: Tensor) -> Tensor:
     if groups > 1:
         return torch.einsum("ngi,ngj->gij", x, x)
     x = x.squeeze(1)
-    whole = n < _FEW_ROWS and d <= _FEW_ROWS
-    return (x.T @ x if whole else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
+    return (x.T @ x if _whole(n, d) else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
+
+
+def _whole(n: int, d: int) -> bool:
+    """Whether the whole product of n columns of d entries is as fast as its lower triangle."""
+    return n < _FEW_ROWS and d <= _FEW_ROWS
+
+
+def moment_with_one(a: Tensor) -> Tensor:
+    """``(B, T, 1, d) -> (1, d + 1, d + 1)``: :func:`second_moment` with a last entry of one, which needs no copy."""
+    x = a.flatten(0, 2)
+    n, d = x.shape
+    total = x.new_empty(d + 1, d + 1)
+    for rows in [slice(d)] if _whole(n, d) else _panels(d + 1):
+        stop = min(rows.stop, d)
+        torch.mm(x[:, rows.start : stop].T, x[:, :stop], out=total[rows.start : stop, :stop])
+    total[-1, :d] = total[:d, -1] = x.sum(0)
+    total[-1, -1] = n
+    return total.unsqueeze(0)
 
 
 def _moment_of_columns(x: Tensor) -> Tensor:
@@ -785,7 +802,7 @@ def _moment_of_columns(x: Tensor) -> Tensor:
 
 #: Columns at a time in which a symmetric product is made: large enough for GEMM to run at speed.
 _PANEL = 208
-#: With fewer rows, and no more columns, the whole product is faster.
+#: With fewer vectors, of no more entries, the whole product is faster.
 _FEW_ROWS = 512
 
 

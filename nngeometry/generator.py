@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import data, forms
 from .autograd import Pull
-from .evaluator import Evaluator, check_mode, trainable, unchanged
+from .evaluator import Evaluator, Trial, check_mode, trainable, unchanged
 from .forms import LayerJacobian, Outer
 from .kinds import Packing
 from .kinds.generic import generic
@@ -84,19 +84,16 @@ class _Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a probe of the model on a few examples told.
+    """What the types of the modules, or a probe of the model on a few examples, told.
 
     layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
-    row for each example, so that it can be taken apart. pair: two examples. output: what the model returned for them.
-    made: the bytes of all that it made of them, None if they were not counted.
+    row for each example, so that it can be taken apart. trial: of two examples, if what is made of them was counted.
     """
 
     layouts: tuple[_Layout, ...]
     names: tuple[str, ...]
     aligned: bool
-    pair: data.Batch
-    output: Tensor
-    made: int | None
+    trial: Trial | None
 
 
 class Generator(Evaluator):
@@ -144,9 +141,19 @@ class Generator(Evaluator):
         self._pull = Pull()
 
     def plan(self, batch: data.Batch) -> Plan:
-        """What a look at the model on a few examples tells, which :meth:`stream` takes if it has been made before."""
+        """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
         check_mode(self.model)
-        return self.probe(self.layer_collection.sites(self.model), batch)
+        return self._plan(self.layer_collection.sites(self.model), batch)
+
+    def _plan(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
+        if data.count(batch) == 0:
+            raise ValueError("a minibatch has no example")
+        called = self.called_apart(batch)
+        if called is None:
+            return self.probe(sites, batch, measure)
+        names = {id(site.module): site.name for site in sites}
+        order = tuple(names[id(module)] for module in called if id(module) in names)
+        return Plan((_Layout((0,), (0,)),) * len(order), order, data.aligned(batch), None)
 
     def stream(
         self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
@@ -163,15 +170,15 @@ class Generator(Evaluator):
 
         def made_of_two(batch: data.Batch) -> int:
             nonlocal plan
-            if plan is None or plan.made is None:
-                plan = self.probe(sites, batch, measure=True)
-            assert plan.made is not None
-            return plan.made * (1 + self.cotangents(plan.output, plan.pair, 0).count)
+            if plan is None:
+                plan = self._plan(sites, batch, measure=True)
+            trial = plan.trial or self.trial(batch)
+            return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
             if plan is None:
-                plan = self.probe(sites, batches[0])
+                plan = self._plan(sites, batches[0])
             yield from self._observe(sites, batches, position, plan, by_example)
 
     def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
@@ -262,8 +269,6 @@ class Generator(Evaluator):
         measure: whether to count what the model makes.
         """
         n = data.count(batch)
-        if n == 0:
-            raise ValueError("a minibatch has no example")
         few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
         with unchanged(self.model):
             with Made() if measure else nullcontext() as made:
@@ -285,9 +290,7 @@ class Generator(Evaluator):
                 layouts,
                 tuple(c.site.name for c in two),
                 data.aligned(batch),
-                few[0],
-                f2.detach(),
-                None if made is None else made.nbytes,
+                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
             )
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)

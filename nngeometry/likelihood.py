@@ -255,6 +255,9 @@ def likelihood_of(variant: str | Likelihood) -> Likelihood:
 
 Loss = Callable[..., Tensor]
 
+#: Losses whose value for an example depends on no other, whatever the shapes.
+_BY_EXAMPLE = (nn.CrossEntropyLoss, nn.NLLLoss)
+
 
 def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
     """Gradient of each example's loss with respect to its output, in the shape of f.
@@ -282,7 +285,7 @@ def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
             f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
             'return the unreduced loss (reduction="none")'
         )
-    if f.shape[0] > 1 and f.requires_grad and values.requires_grad:
+    if type(loss) not in _BY_EXAMPLE and f.shape[0] > 1 and f.requires_grad and values.requires_grad:
         (reached,) = torch.autograd.grad(
             values[0].sum(), f, retain_graph=True, allow_unused=True, materialize_grads=True
         )

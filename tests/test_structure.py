@@ -23,6 +23,7 @@ FLOORS = [
         "losses",
         "data",
         "layers",
+        "apart",
         "linalg",
     ],
     ["kinds", "blocks"],

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autocorrelation import patch_moment
-from ..forms import Gather, LayerJacobian, Outer
+from ..forms import Gather, LayerJacobian, Outer, moment_with_one
 from .kind import Packing, kind, when_imported
 
 
-def _with_one(a: Tensor, bias: Tensor | None) -> Tensor:
-    """The input with a last column of ones if there is a bias to go with it."""
-    return a if bias is None else F.pad(a, (0, 1), value=1.0)
+def _with_one(a: Tensor) -> Tensor:
+    """The input with a last column of ones, for the bias."""
+    return F.pad(a, (0, 1), value=1.0)
 
 
 def _rows_packing(module: Any, bias: bool) -> Packing:
@@ -35,8 +35,9 @@ def _rows_packing(module: Any, bias: bool) -> Packing:
     features_last=True,
 )
 def linear(module: Any, gy: Tensor, x: Tensor) -> Outer:
-    a = _with_one(x.reshape(x.shape[0], -1, 1, x.shape[-1]), module.bias)
-    return Outer(a, gy.reshape(*gy.shape[:2], -1, 1, gy.shape[-1]))
+    inputs = x.reshape(x.shape[0], -1, 1, x.shape[-1])
+    g = gy.reshape(*gy.shape[:2], -1, 1, gy.shape[-1])
+    return Outer(inputs, g) if module.bias is None else Outer(inputs, g, _with_one, x.shape[-1] + 1, moment_with_one)
 
 
 @kind(nn.Bilinear, packing=_rows_packing, kronecker=True, features_last=True)

@@ -116,6 +116,7 @@ def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0
     Source: "twice is enough", Giraud, Langou, Rozloznik (2005), Comput. Math. Appl. 50.
     """
     out = rows
+    floor = max(floor, noise(rows) * float(torch.linalg.vector_norm(rows)))
     for turn in range(2):
         if basis is not None and len(basis):
             out = out - (out @ basis.mT) @ basis
@@ -124,7 +125,7 @@ def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0
         q, r = torch.linalg.qr(out.mT)
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
         # What the second turn still shortens was rounding error along the basis.
-        out = (q @ u[:, s > (0.5 if turn else max(floor, noise(out) * float(s[0])))]).mT
+        out = (q @ u[:, s > (0.5 if turn else floor)]).mT
     return out
 
 

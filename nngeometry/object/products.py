@@ -84,7 +84,7 @@ class Linearisations:
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
-        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.made_of_two(b))
+        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b).made)
         head = list(islice(groups, 2))
         once, self._used = _SINGLE.get() and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
@@ -188,11 +188,12 @@ class Linear:
         if self.maps.checked:
             return False
         self.maps.checked = True
-        with torch.no_grad():
-            n = len(self.f)
-            some = [n // 2, 0][:n]  # in another order: examples may depend on those before
-            alone = self.maps.outputs(data.take(batch, torch.tensor(some)))
-            check_same(alone, self.f[some], self.f, "the output for one example depends on the others", MIXES)
+        if self.maps.evaluator.called_apart(batch) is None:
+            with torch.no_grad():
+                n = len(self.f)
+                some = [n // 2, 0][:n]  # in another order: examples may depend on those before
+                alone = self.maps.outputs(data.take(batch, torch.tensor(some)))
+                check_same(alone, self.f[some], self.f, "the output for one example depends on the others", MIXES)
         if any(custom(node) for node in nodes([self.f])):
             check_transpose(self.maps.parameters, self.f, self.u, self.pulled)
         return True

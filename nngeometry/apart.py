@@ -1,0 +1,134 @@
+"""Models that keep examples apart by construction: modules of torch in a row, each of which treats rows one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as hooks
+
+#: From a module and how many axes its input has to how many its output has, each row of which is a function of the same
+#: row of the input; None if rows (the first axis) need not be apart.
+Rule = Callable[[Any, int], int | None]
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def called_apart(model: nn.Module, axes: int) -> list[nn.Module] | None:
+    """The modules that a model calls, in order, if their types tell that it treats every row of its input, which has so
+    many axes, by itself and the same; None if they do not.
+
+    >>> net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    >>> called_apart(net, axes=3) == [net, *net]
+    True
+    >>> called_apart(net, axes=2)  # a convolution takes that for one example
+    """
+    called: list[nn.Module] = []
+    now: int | None = axes
+    for module in _in_a_row(model):
+        rule = _RULES.get(type(module))
+        now = None if rule is None or now is None or _altered(module) else rule(module, now)
+        if now is None:
+            return None
+        called.append(module)
+    return None if _hooked_everywhere() else called
+
+
+def _in_a_row(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    if type(module) is nn.Sequential:
+        for child in module:
+            yield from _in_a_row(child)
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether one module computes something else than its type: through hooks, or an attribute in place of a method."""
+    own = vars(module)
+    hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooked) or any(callable(v) and hasattr(type(module), k) for k, v in own.items())
+
+
+def _hooked_everywhere() -> bool:
+    return bool(
+        hooks._global_forward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+@_rule(
+    nn.Sequential,
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink),
+    *(nn.Softshrink, nn.Threshold),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+def _same(module: nn.Module, axes: int) -> int | None:
+    return axes
+
+
+@_rule(
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+def _max_pool(module: Any, axes: int) -> int | None:
+    return None if module.return_indices else axes
+
+
+@_rule(nn.Linear, nn.PReLU, nn.GroupNorm)
+def _has_features(module: nn.Module, axes: int) -> int | None:
+    return axes if axes >= 2 else None
+
+
+@_rule(nn.LayerNorm, nn.RMSNorm)
+def _last_axes(module: Any, axes: int) -> int | None:
+    return axes if axes > len(module.normalized_shape) else None
+
+
+@_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _fixed_statistics(module: Any, axes: int) -> int | None:
+    return axes if axes >= 2 and not module.training and module.running_mean is not None else None
+
+
+def _spatial(axes_of_one: int) -> Rule:
+    """With fewer axes the input is taken for one example."""
+    return lambda module, axes: axes if axes == axes_of_one + 1 else None
+
+
+_rule(nn.Conv1d, nn.ConvTranspose1d, nn.InstanceNorm1d)(_spatial(2))
+_rule(nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d)(_spatial(3))
+_rule(nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d)(_spatial(4))
+
+
+@_rule(nn.Embedding)
+def _embedding(module: nn.Embedding, axes: int) -> int | None:
+    return axes + 1 if module.max_norm is None else None
+
+
+@_rule(nn.Flatten)
+def _flatten(module: nn.Flatten, axes: int) -> int | None:
+    start, end = module.start_dim % axes, module.end_dim % axes
+    return axes - (end - start) if 1 <= start <= end else None
+
+
+@_rule(nn.Unflatten)
+def _unflatten(module: nn.Unflatten, axes: int) -> int | None:
+    dim = module.dim
+    return axes + len(module.unflattened_size) - 1 if isinstance(dim, int) and dim % axes >= 1 else None
+
+
+@_rule(nn.Softmax, nn.LogSoftmax)
+def _softmax(module: Any, axes: int) -> int | None:
+    return axes if module.dim is not None and module.dim % axes >= 1 else None
