@@ -45,6 +45,27 @@ class Pull:
         return grads
 
 
+def accumulate(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor], into: Sequence[Tensor]
+) -> None:
+    """Add the gradients of ``sum_j weights_j . outputs_j`` with respect to leaves to ``into`` in place, so that only one
+    of them is made at a time. The graph is retained.
+
+    >>> x, total = torch.ones(3, requires_grad=True), torch.ones(3)
+    >>> accumulate([2 * x], [x], [torch.arange(3.0)], [total])
+    >>> total, x.grad
+    (tensor([1., 3., 5.]), None)
+    """
+    before = [x.grad for x in leaves]
+    try:
+        for x, total in zip(leaves, into, strict=True):
+            x.grad = total
+        torch.autograd.backward(list(outputs), list(weights), retain_graph=True, inputs=list(leaves))
+    finally:
+        for x, grad in zip(leaves, before, strict=True):
+            x.grad = grad
+
+
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")

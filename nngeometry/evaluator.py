@@ -126,7 +126,7 @@ class Evaluator:
         """
 
         def most(batch: data.Batch) -> int:
-            room = work_array() // 4
+            room = work_array() // 2
             small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
             if not small or data.count(batch) < 2 or not data.aligned(batch):
                 return 0

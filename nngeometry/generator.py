@@ -392,7 +392,8 @@ class Generator(Evaluator):
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         step = chunk_length(per_cotangent, cotangents.count)
         n, count = len(f), cotangents.count
-        parts = n // max(2, n * step // max(1, count))  # of two examples at least: a model may squeeze away one
+        few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
+        parts = min(-(-n // few), n // 2)
         apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count) >= step
         if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
@@ -423,7 +424,7 @@ class Generator(Evaluator):
         self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
     ) -> Observation:
         grads = self._pull([f], [e for c in calls for e in c.edges], [s], last)
-        large = nbytes_of(g for g in grads if g is not None) > work_array()
+        large = nbytes_of(g for g in grads if g is not None) > work_array() // 2
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
     def _forms(

@@ -14,7 +14,7 @@ _BUDGET: ContextVar[int] = ContextVar("nngeometry_memory_budget", default=2**30)
 
 #: Work arrays are kept to this fraction of the budget. At the default budget that is 64 MiB: on the
 #: CPUs we measured, larger chunks of cotangents were slower again because they leave the cache.
-_WORK_FRACTION = 16
+_WORK_FRACTION = 32
 
 
 @contextmanager

@@ -412,7 +412,8 @@ class PFMapImplicit(PFMap):
                 u = S[:, :, start : start + len(linear.f)].transpose(1, 2)
                 start += len(linear.f)
                 u = u.reshape(len(S), *linear.f.shape).to(linear.f.dtype)
-                total += torch.cat([linear.vjp(s) for s in u.split(chunk_length(held, len(u)))])
+                for some, into in zip(u.split(step := chunk_length(held, len(u))), total.split(step), strict=True):
+                    linear.add_vjp(some, into)
             return total
 
         like = torch.empty(0, dtype=generator.dtype, device=maps.parameters[0].device)

@@ -22,14 +22,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import data
-from ..autograd import Pull
+from ..autograd import Pull, accumulate
 from ..derivatives import CheapDerivatives, Pulled, Value
 from ..evaluator import Evaluator, check_mode, unchanged
 from ..generator import MIXES, Generator, check_same
 from ..memory import budget, chunk_length
 
-#: ``(k, P) -> (k, P)``: the sum over one minibatch, not divided by anything.
-Product = Callable[[Tensor], Tensor]
+#: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
+Product = Callable[[Tensor, Tensor], None]
 #: From the parameters (leaves of autograd), neighbouring minibatches and the position of the first to the linear map of
 #: them, what they count in the mean, and the tensors from which autograd will start.
 Linearise = Callable[[list[Tensor], list[data.Batch], int], tuple[Any, float, Sequence[Tensor]]]
@@ -108,6 +108,16 @@ class Linearisations:
         k = len(weights[0])
         return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
+    def add_pulled(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], into: Tensor) -> None:
+        """Add vector-Jacobian products with respect to the parameters, for every row of ``weights``, to ``(k, P)``."""
+        if len(into) == 1 and into.dtype == self.parameters[0].dtype:
+            accumulate(outputs, self.parameters, [w[0] for w in weights], split_like(into[0], self.parameters))
+            return
+        pieces = into.split([p.numel() for p in self.parameters], 1)
+        for piece, grad in zip(pieces, self._pull(outputs, self.parameters, weights), strict=True):
+            if grad is not None:
+                piece += grad.reshape(len(piece), -1)
+
     def outputs(self, batch: data.Batch) -> Tensor:
         """The output of the model with the kept parameters in place of its own."""
         return self.evaluate(self.evaluator.outputs, batch)
@@ -129,16 +139,14 @@ class Products(Linearisations):
     def __call__(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, P)``."""
         V = V.detach().to(self.parameters[0].dtype)
-        out = torch.zeros_like(V)
+        out = torch.zeros_like(V, dtype=self.evaluator.dtype)
         total = 0.0
         for product, weight, held in self:
             for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
-                into += product(rows)
+                product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made
-        if not self.mean:
-            return out.to(self.evaluator.dtype)
-        return out.div_(total).to(self.evaluator.dtype)
+        return out.div_(total) if self.mean else out
 
 
 class _Function(nn.Module):
@@ -177,9 +185,9 @@ class Linear:
         (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], _shares(V, self.maps.parameters, self.pulled))
         return jv
 
-    def vjp(self, S: Tensor) -> Tensor:
-        """``(k, *output) -> (k, P)``."""
-        return _flat_rows(self.maps.pull([self.f], self.maps.parameters, [S]))
+    def add_vjp(self, S: Tensor, into: Tensor) -> None:
+        """Add those of ``(k, *output)`` to ``(k, P)``."""
+        self.maps.add_pulled([self.f], [S], into)
 
     def check(self, batch: data.Batch) -> bool:
         """Raise if examples mix, or if an operation has a backward that cannot be differentiated; once for all
@@ -213,8 +221,8 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
             generator.cotangents(rows[0][:2], data.take(batches[0], two), position)  # for the checks in there
         curvature = generator.curvature(fixed, batches, position)
 
-        def product(V: Tensor) -> Tensor:
-            return linear.vjp(torch.stack([curvature(one) for one in linear.jvp(V)]))
+        def product(V: Tensor, into: Tensor) -> None:
+            linear.add_vjp(torch.stack([curvature(one) for one in linear.jvp(V)]), into)
 
         return product, sum(map(generator.weigh, rows, batches)), linear.roots
 
@@ -269,10 +277,9 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
         with derivatives.without_values():
             curved = _differentiable(_gradient(value, params, None))
 
-        def product(V: Tensor) -> Tensor:
-            if not curved:
-                return torch.zeros_like(V)
-            return _flat_rows(products.pull([g for _, g in curved], params, _shares(V, params, curved)))
+        def product(V: Tensor, into: Tensor) -> None:
+            if curved:
+                products.add_pulled([g for _, g in curved], _shares(V, params, curved), into)
 
         return product, weight, [value, *(g for _, g in curved)]
 
@@ -306,16 +313,13 @@ def finite_difference(
                 grads = torch.autograd.grad(value, moved, allow_unused=True, materialize_grads=True)
                 return torch.cat([g.flatten() for g in grads])
 
-        def product(V: Tensor) -> Tensor:
-            def one(v: Tensor) -> Tensor:
+        def product(V: Tensor, into: Tensor) -> None:
+            for v, total in zip(V, into, strict=True):
                 size = float(v.abs().max())
-                if size == 0:
-                    return torch.zeros_like(v)
-                shift = split_like(v * (step / size), params)
-                difference = gradient(shift) - gradient([-s for s in shift])
-                return difference * (size / (2 * step))
-
-            return torch.stack([one(v) for v in V])
+                if size > 0:
+                    shift = split_like(v * (step / size), params)
+                    difference = gradient(shift) - gradient([-s for s in shift])
+                    total += difference * (size / (2 * step))
 
         return product, weight, ()
 
@@ -339,11 +343,6 @@ def _shares(V: Tensor, params: Sequence[Tensor], wanted: Sequence[tuple[int, Ten
     """The shares of flat rows ``(k, P)`` that belong to the wanted parameters, ``(k, *shape)`` each."""
     pieces = V.split([p.numel() for p in params], 1)
     return [pieces[k].reshape(-1, *params[k].shape) for k, _ in wanted]
-
-
-def _flat_rows(gradients: Sequence[Tensor]) -> Tensor:
-    """``(k, P)``."""
-    return torch.cat([g.detach().reshape(len(g), -1) for g in gradients], 1)
 
 
 def split_like(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
