@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.results:
         report = merged([json.loads(path.read_text()) for path in args.results])
-        table = rst_table(report["summary"], list(report["contenders"]), count)
+        table = rst_table(report["summary"], list(report["contenders"]), count, marks_of(report))
         write(args.page, "table", f"{origin(report)}\n\n{table}")
     if args.sweep:
         report = json.loads(args.sweep.read_text())
@@ -47,11 +47,19 @@ def origin(report: Report) -> str:
     first = contenders["ours"]
     versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
     rounds = rounds_of(report["runs"])
+    marked = [f"{mark.strip()} on {cpu}" for cpu, mark in marks_of(report).items() if mark]
+    elsewhere = f" Rows with {', '.join(marked)}.".replace("*", r"\*") if marked else ""
     trial = " A trial run: the numbers tell nothing." if report["small"] else ""
     return (
         f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, "
-        f"{rounds}; {versions}.{trial}"
+        f"{rounds}; {versions}.{elsewhere}{trial}"
     )
+
+
+def marks_of(report: Report) -> dict[str, str]:
+    """What is put behind jobs that were measured on another processor than the last, for each processor."""
+    others = sorted({run["cpu"] for run in report["runs"]} - {report["machine"]["cpu"]})
+    return {report["machine"]["cpu"]: "", **{cpu: " " + "*" * k for k, cpu in enumerate(others, 1)}}
 
 
 def rounds_of(runs: list[Run]) -> str:

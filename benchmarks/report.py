@@ -36,7 +36,11 @@ def summarise(runs: list[Run]) -> list[Row]:
         rounds = found.setdefault((run["setting"], run["job"]), {}).setdefault(run["contender"], {})
         if "error" not in run:
             rounds[run["round"]] = run
-    return [{"setting": setting, "job": job, **_medians(of)} for (setting, job), of in found.items()]
+    cpus = {(run["setting"], run["job"]): run["cpu"] for run in runs}
+    return [
+        {"setting": setting, "job": job, "cpu": cpus[setting, job], **_medians(of)}
+        for (setting, job), of in found.items()
+    ]
 
 
 def _medians(of: dict[str, dict[int, Run]]) -> Row:
@@ -66,9 +70,11 @@ def cost_table(rows: list[Row], contenders: list[str]) -> str:
     return _aligned(lines)
 
 
-def rst_table(rows: list[Row], contenders: list[str], count: Callable[[str, str], float | None]) -> str:
+def rst_table(
+    rows: list[Row], contenders: list[str], count: Callable[[str, str], float | None], marks: dict[str, str]
+) -> str:
     """Cost in gradients, how many times cheaper ours is than the best peer, the count of its multiplications, and the
-    memory of both.
+    memory of both. marks: what is put behind the job of a row, for each processor that it may be from.
     """
     peers = [name for name in contenders if name != "ours"]
     lines = [["setting", "job", *contenders, "best/ours", "count", "MiB ours", "MiB leanest peer"]]
@@ -81,7 +87,7 @@ def rst_table(rows: list[Row], contenders: list[str], count: Callable[[str, str]
         lines.append(
             [
                 row["setting"],
-                row["job"],
+                row["job"] + marks[row["cpu"]],
                 *costs,
                 best,
                 "-" if counted is None else _number(counted),

@@ -87,7 +87,7 @@ def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict
             for group in [jobs] if args.small else [[job] for job in jobs]:
                 for name, worker in workers.items():
                     able = [job for job in group if job in described[name]["able"][setting]]
-                    yield from ({"round": count, **run} for run in worker.run(setting, able))
+                    yield from ({"round": count, "cpu": machine()["cpu"], **run} for run in worker.run(setting, able))
 
 
 def chosen(wanted: list[str] | None, known: Collection[str], what: str) -> list[str]:

@@ -86,6 +86,10 @@ class Task:
         u = torch.randn(size, generator=torch.Generator().manual_seed(1))
         return float(u @ (kernel.reshape(size, size) @ u))
 
+    def few(self) -> Task:
+        """The same with two examples in each of two minibatches."""
+        return Task(self.model, [(x[:2], y[:2]) for x, y in self.batches[:2]])
+
     def gradient(self, examples: int | None = None) -> None:
         """The unit of cost: one forward and one backward pass over the minibatches (or some ``examples`` of each)."""
         for x, y in self.batches:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import platform
 import resource
@@ -48,9 +50,15 @@ def able(contender: Any, setting: str, jobs: list[str]) -> list[str]:
 
 
 def measure(contender: Any, job: str, task: Task, seconds: float) -> dict[str, Any]:
-    """Memory of the first run, then the job and a gradient in turn until the job has taken ``seconds``."""
-    run = contender.JOBS[job](task)
+    """Memory of the first run, then the job and a gradient in turn until the job has taken ``seconds``.
+
+    Before, the job is run on a few examples: the code that a library loads when it is first used takes some MiB, which
+    are not what the job needs.
+    """
+    make = contender.JOBS[job]
     set_up_torch(task)
+    make(task.few())()
+    run = make(task)
     forget_peak_memory()
     before = peak_memory()
     first, result = timed(run)
@@ -100,7 +108,12 @@ def peak_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Let the peak be what is resident now, where the system can; elsewhere, what was before hides small jobs."""
+    """Give back what is free and let the peak be what is resident now, where the system can; elsewhere, what was before
+    hides small jobs.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -48,8 +48,8 @@ class Pull:
 def accumulate(
     outputs: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor], into: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of ``sum_j weights_j . outputs_j`` with respect to leaves to ``into`` in place, so that only one
-    of them is made at a time. The graph is retained.
+    """Add the gradients of ``sum_j weights_j . outputs_j`` with respect to leaves to ``into`` in place, one at a time.
+    The graph is retained.
 
     >>> x, total = torch.ones(3, requires_grad=True), torch.ones(3)
     >>> accumulate([2 * x], [x], [torch.arange(3.0)], [total])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -652,12 +653,13 @@ def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[
         yield dense_rows([f.narrow(b.start, b.stop, c.start, c.stop) for f in forms], places)
 
 
-def gram(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Tensor:
+def gram(forms: Sequence[LayerJacobian], places: Sequence[Placing], total: Tensor | None = None) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: the lower triangle of ``(P, P)`` in flat
-    parameter order.
+    parameter order. total: what it is added to, in place.
     """
-    p = sum(prod(f.shape) for f in forms)
-    total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
+    if total is None:
+        p = sum(prod(f.shape) for f in forms)
+        total = torch.zeros(p, p, dtype=forms[0].dtype, device=forms[0].device)
     for piece in rows(forms, places):
         add_gram(total, piece.flatten(0, 1))
     return total
@@ -675,20 +677,24 @@ class Contraction:
         self.pairs = pairs
 
     @classmethod
-    def of(cls, forms: Sequence[LayerJacobian]) -> Contraction | None:
-        """None if there are other forms."""
+    def of(cls, forms: Sequence[LayerJacobian], total: Contraction | None = None) -> Contraction | None:
+        """None if there are other forms. total: what it is added to, in place."""
         outers = [f for f in forms if isinstance(f, Outer) and f.positions == 1]
         if len(outers) < len(forms):
             return None
-        pairs = {(k, m): _pair(one, outers[m], k == m) for k, one in enumerate(outers) for m in range(k + 1)}
+        before = {} if total is None else total.pairs
+        every = [(k, m) for k in range(len(outers)) for m in range(k + 1)]
+        pairs = {(k, m): _pair(outers[k], outers[m], k == m, before.get((k, m))) for k, m in every}
         return cls([f.shape for f in outers], pairs)
 
     def __add__(self, other: Contraction) -> Contraction:
         return Contraction(self.shapes, {key: pair.add_(other.pairs[key]) for key, pair in self.pairs.items()})
 
-    def matrix(self, unpack: Sequence[Map]) -> Tensor:
-        """As :func:`gram`."""
-        blocks: dict[tuple[int, int], Tensor] = {}
+    def matrix(self, places: Sequence[Placing]) -> Tensor:
+        """As :func:`gram`, whole."""
+        ends = list(accumulate(prod(shape) for shape in self.shapes))
+        where = [slice(end - prod(shape), end) for end, shape in zip(ends, self.shapes, strict=True)]
+        out = next(iter(self.pairs.values())).new_empty(ends[-1], ends[-1])
         for (k, m), pair in self.pairs.items():
             (g, o, i), (h, p, j) = self.shapes[k], self.shapes[m]
             if pair.shape[1] < o * p:
@@ -697,21 +703,23 @@ class Contraction:
                 whole[:, first, second] = pair
                 whole[:, second, first] = pair
                 pair = whole
-            packed = pair.view(g, h, o, p, i, j).permute(0, 2, 4, 1, 3, 5)
-            half = unpack[m](packed)  # (g, o, i, P')
-            blocks[k, m] = unpack[k](half.movedim(-1, 0)).T  # (P, P')
-            blocks[m, k] = blocks[k, m].T
-        every = range(len(self.shapes))
-        return torch.cat([torch.cat([blocks[k, m] for m in every], 1) for k in every], 0)
+            packed = pair.view(g, h, o, p, i, j).permute(1, 3, 5, 0, 2, 4)
+            block = out[where[k], where[m]]
+            for columns, of_rows in places[m](block):  # (P, h, p, columns)
+                for others, place in places[k](of_rows.movedim(0, -1)):  # (h, p, columns, g, o, others)
+                    place.copy_(packed[:, :, columns][..., others])
+            if k != m:
+                out[where[m], where[k]] = block.T
+        return out
 
 
-def _pair(one: Outer, other: Outer, same: bool) -> Tensor:
-    """An entry of :class:`Contraction`."""
+def _pair(one: Outer, other: Outer, same: bool, total: Tensor | None) -> Tensor:
+    """An entry of :class:`Contraction`, added to ``total`` if there is one."""
     (g1, o1, i1), (g2, o2, i2) = one.shape, other.shape
     size = (g1 * o1 * g2 * o2 + g1 * i1 * g2 * i2) * one.dtype.itemsize
     step = chunk_length(size, one.examples)
     upper = torch.triu_indices(o1, o1, device=one.device).unbind() if same and g1 == 1 else None
-    out = one.a.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2)
+    out = one.a.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2) if total is None else total
     for b in slices(one.examples, step):
         f, h = one.narrow(b.start, b.stop), other.narrow(b.start, b.stop)
         s = torch.einsum("cbgo,cbhp->ghbop", f.g[:, :, 0], h.g[:, :, 0])

@@ -586,3 +586,17 @@ def test_ekfac_of_few_inputs_has_a_thin_basis():
     for order in (many, many[::-1]):  # few inputs join many, either way round
         whole = FIM(model, order, PMatEKFAC, "regression").block("0").root.parts[0].block
         assert whole.l.numel() == whole.numel
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (3, 1), (1, 1, 2, 1)])
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag])
+def test_sequences_of_one_position_among_others(lengths, representation):
+    model = oracle.randomise(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    batches = [(torch.randn(2, length, 3),) for length in lengths]
+
+    def function(x):
+        return model(x).sum(1)
+
+    F = FIM(model, batches, representation, function=function)
+    each = [FIM(model, [batch], representation, function=function).to_torch() for batch in batches]
+    assert oracle.relative(F.to_torch(), torch.stack(each).mean(0)) < 1e-12

@@ -31,7 +31,8 @@ class Estimator:
     and machines. finish: ``(State, n) -> Block``, n being what the sum is divided by, usually the number of
     examples. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block. refine: what
     estimates the block again in a second pass, given the first. by_example: whether all cotangents of few examples
-    are cheaper to observe than few cotangents of all examples, because the inputs are looked at once.
+    are cheaper to observe than few cotangents of all examples, because the inputs are looked at once. add: merges a
+    state and what would be observed, in place, where both take much memory.
     """
 
     layers: tuple[Layer, ...]
@@ -41,6 +42,7 @@ class Estimator:
     centre: Callable[[Block, Tensor], Block]
     refine: Callable[[Block], Estimator] | None = None
     by_example: bool = False
+    add: Callable[[State, Sequence[LayerJacobian], int], State] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,12 @@ def _run(
         for observation in generator.stream(examples, by_example=by_example, join=True):
             total += observation.weight
             for k, e in enumerate(estimators):
-                new = e.observe([observation.forms[layer.name] for layer in e.layers], observation.n)
-                old = states[k]
-                states[k] = new if old is None else merge(old, new)
+                js, old = [observation.forms[layer.name] for layer in e.layers], states[k]
+                if old is not None and e.add is not None:
+                    states[k] = e.add(old, js, observation.n)
+                else:
+                    new = e.observe(js, observation.n)
+                    states[k] = new if old is None else merge(old, new)
             if generator.centred:
                 for e in estimators:
                     for layer in e.layers:
@@ -139,22 +144,27 @@ def dense(layers: Sequence[Layer]) -> Estimator:
     """The exact dense block of one or several layers, cross terms included."""
     places = [layer.packing.places for layer in layers]
 
-    def observe(js: Sequence[LayerJacobian], n: int) -> State:
-        contraction = forms.Contraction.of(js)
-        return (forms.gram(js, places) if contraction is None else contraction,)
+    def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
+        (total,) = state
+        if not isinstance(total, Tensor):
+            contraction = forms.Contraction.of(js, total)
+            if contraction is not None:
+                return (contraction,)
+            total = None if total is None else total.matrix(places)  # others had one position only
+        return (forms.gram(js, places, total),)
 
     def finish(state: State, n: float) -> Block:
         (total,) = state
-        unpack = [layer.packing.unpack for layer in layers]
-        matrix = total.matrix(unpack) if isinstance(total, forms.Contraction) else forms.mirror(total)
+        matrix = total.matrix(places) if isinstance(total, forms.Contraction) else forms.mirror(total)
         return Dense(matrix.div_(n))
 
     return Estimator(
         tuple(layers),
         _flat(layers),
-        observe,
+        lambda js, n: add((None,), js, n),
         finish,
         lambda block, mean: Dense(block.data.sub_(torch.outer(mean, mean))),  # type: ignore[attr-defined]
+        add=add,
     )
 
 
