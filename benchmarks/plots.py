@@ -49,7 +49,7 @@ def origin(report: Report) -> str:
     rounds = rounds_of(report["runs"])
     marked = [f"{mark.strip()} on {cpu}" for cpu, mark in marks_of(report).items() if mark]
     elsewhere = f" Rows with {', '.join(marked)}.".replace("*", r"\*") if marked else ""
-    trial = " A trial run: the numbers tell nothing." if report["small"] else ""
+    trial = " A trial run: the numbers tell nothing." if report["small"] or report.get("budget") else ""
     return (
         f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, "
         f"{rounds}; {versions}.{elsewhere}{trial}"

@@ -46,7 +46,8 @@ def main() -> None:
         print(f"{title} (a trial run: they tell nothing)" if args.small else title)
         print(cost_table(summary, args.contenders))
     if args.output:
-        report = {"machine": machine(), "contenders": described, "small": args.small, "summary": summary, "runs": runs}
+        about = {"machine": machine(), "contenders": described, "small": args.small, "budget": args.budget}
+        report = {**about, "summary": summary, "runs": runs}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     if (args.check and disagreements(runs, notes)) or any("error" in r for r in runs if r["contender"] == "ours"):
@@ -64,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=NAMES, help="by default all, with --small only ours")
     parser.add_argument("--threads", type=int, help="by default what torch chooses, 1 with --small or --check")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with the peers, by default one is set up")
+    parser.add_argument("--budget", type=int, help="nngeometry.memory_budget of ours, in MiB, by default its own")
     parser.add_argument("--output", type=Path, help="where to write everything as JSON")
     args = parser.parse_args()
     args.contenders = args.contenders or (["ours"] if args.small and not args.check else NAMES)
@@ -104,12 +106,14 @@ class Worker:
     def __init__(self, contender: str, args: argparse.Namespace) -> None:
         self.contender = contender
         self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(SECONDS)]
-        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NNGEOMETRY_BUDGET")}
         if contender in AT_HOME:
             self.python = Path(sys.executable)
             self.environment["PYTHONPATH"] = str(ROOT)
         else:
             self.python = args.peer_python or peer_python()
+        if args.budget:
+            self.environment["NNGEOMETRY_BUDGET"] = str(args.budget)
         if args.threads:
             names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
             self.environment |= dict.fromkeys(names, str(args.threads))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 #: From a module and how many axes its input has to how many its output has, each row of which is a function of the same
 #: row of the input; None if rows (the first axis) need not be apart.
 Rule = Callable[[Any, int], int | None]
 
-_RULES: dict[type[nn.Module], Rule] = {}
+#: For each type the rule, and the forward that it is about.
+_RULES: dict[type[nn.Module], tuple[Rule, Any]] = {}
 
 
 def called_apart(model: nn.Module, axes: int) -> list[nn.Module] | None:
@@ -25,12 +27,15 @@ def called_apart(model: nn.Module, axes: int) -> list[nn.Module] | None:
     >>> called_apart(net, axes=2)  # a convolution takes that for one example
     """
     called: list[nn.Module] = []
-    now: int | None = axes
+    now: int | None = axes if axes > 0 else None
+    fresh = False  # whether what is passed on is not the user's input, or a view of it
     for module in _in_a_row(model):
-        rule = _RULES.get(type(module))
-        now = None if rule is None or now is None or _altered(module) else rule(module, now)
-        if now is None:
+        rule, forward = _RULES.get(type(module), (None, None))
+        known = rule is not None and type(module).forward is forward and not altered(module)
+        now = rule(module, now) if known and now is not None else None  # type: ignore[misc]
+        if now is None or (not fresh and vars(module).get("inplace")):
             return None
+        fresh = fresh or type(module) not in _VIEWS
         called.append(module)
     return None if _hooked_everywhere() else called
 
@@ -42,11 +47,28 @@ def _in_a_row(module: nn.Module) -> Iterator[nn.Module]:
             yield from _in_a_row(child)
 
 
-def _altered(module: nn.Module) -> bool:
-    """Whether one module computes something else than its type: through hooks, or an attribute in place of a method."""
-    own = vars(module)
-    hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or any(callable(v) and hasattr(type(module), k) for k, v in own.items())
+def altered(module: nn.Module) -> bool:
+    """Whether one module may compute something else than its type: through hooks, attributes in place of methods and
+    parameters, or parts that its type does not have.
+    """
+    own, of = vars(module), type(module)
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    if not own.keys().isdisjoint(_names(of)):  # type: ignore[arg-type]
+        return True
+    if any(isinstance(value, Tensor) for value in own.values()):
+        return True
+    if any(b is not None and b.requires_grad for b in own["_buffers"].values()):
+        return True
+    if own["_parameters" if of is nn.Sequential else "_modules"]:
+        return True
+    return any(p is not None and type(p) is not nn.Parameter for p in own["_parameters"].values())
+
+
+@cache
+def _names(of: Hashable) -> frozenset[str]:
+    """Methods and other attributes of a class, which no instance should have of its own."""
+    return frozenset(dir(of))
 
 
 def _hooked_everywhere() -> bool:
@@ -58,17 +80,21 @@ def _hooked_everywhere() -> bool:
     )
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+#: Modules that may return what they are given, or a view of it.
+_VIEWS = (nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, *_DROPOUTS)
+
+
 def _rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(types, rule))
+        _RULES.update({t: (rule, t.forward) for t in types})
         return rule
 
     return register
 
 
 @_rule(
-    nn.Sequential,
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Sequential, nn.Identity, *_DROPOUTS),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
     *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink),
     *(nn.Softshrink, nn.Threshold),

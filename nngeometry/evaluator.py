@@ -121,7 +121,7 @@ class Evaluator:
         first.
 
         These are several where a model is so small that most time would go into starting operations, and as many as
-        what is made of them takes a quarter of a work array. made_of_two: from a minibatch to the bytes that are made
+        what is made of them takes half of a work array. made_of_two: from a minibatch to the bytes that are made
         of two of its examples.
         """
 

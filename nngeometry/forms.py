@@ -707,7 +707,7 @@ class Contraction:
             block = out[where[k], where[m]]
             for columns, of_rows in places[m](block):  # (P, h, p, columns)
                 for others, place in places[k](of_rows.movedim(0, -1)):  # (h, p, columns, g, o, others)
-                    place.copy_(packed[:, :, columns][..., others])
+                    place.copy_(packed[:, :, columns][..., others].reshape(place.shape))
             if k != m:
                 out[where[m], where[k]] = block.T
         return out
@@ -719,12 +719,12 @@ def _pair(one: Outer, other: Outer, same: bool, total: Tensor | None) -> Tensor:
     size = (g1 * o1 * g2 * o2 + g1 * i1 * g2 * i2) * one.dtype.itemsize
     step = chunk_length(size, one.examples)
     upper = torch.triu_indices(o1, o1, device=one.device).unbind() if same and g1 == 1 else None
-    out = one.a.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2) if total is None else total
+    out = one.g.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2) if total is None else total
+    a1, a2 = one.a[:, 0], other.a[:, 0]
     for b in slices(one.examples, step):
-        f, h = one.narrow(b.start, b.stop), other.narrow(b.start, b.stop)
-        s = torch.einsum("cbgo,cbhp->ghbop", f.g[:, :, 0], h.g[:, :, 0])
+        s = torch.einsum("cbgo,cbhp->ghbop", one.g[:, b, 0], other.g[:, b, 0])
         s = s.reshape(g1 * g2, -1, o1 * o2) if upper is None else s[..., upper[0], upper[1]].flatten(0, 1)
-        x = torch.einsum("bgi,bhj->ghbij", f.a[:, 0], h.a[:, 0])
+        x = torch.einsum("bgi,bhj->ghbij", a1[b], a2[b])
         out.baddbmm_(s.mT, x.reshape(g1 * g2, -1, i1 * i2))
     return out
 
@@ -782,7 +782,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def _whole(n: int, d: int) -> bool:
-    """Whether the whole product of n columns of d entries is as fast as its lower triangle."""
+    """Whether the whole sum of x x^T over n vectors of d entries is as fast as its lower triangle."""
     return n < _FEW_ROWS and d <= _FEW_ROWS
 
 

@@ -19,7 +19,7 @@ from . import data, forms
 from .autograd import Pull
 from .evaluator import Evaluator, Trial, check_mode, trainable, unchanged
 from .forms import LayerJacobian, Outer
-from .kinds import Packing
+from .kinds import Packing, is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
@@ -42,7 +42,7 @@ class Observation:
     n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
     sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
     minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. large:
-    whether it does not fit a work array, and should be let go of before the next one is made.
+    whether it takes more than half of a work array, and should be let go of before the next one is made.
     """
 
     n: int
@@ -149,7 +149,7 @@ class Generator(Evaluator):
         if data.count(batch) == 0:
             raise ValueError("a minibatch has no example")
         called = self.called_apart(batch)
-        if called is None:
+        if called is None or not all(is_ours(site.kind) for site in sites):
             return self.probe(sites, batch, measure)
         names = {id(site.module): site.name for site in sites}
         order = tuple(names[id(module)] for module in called if id(module) in names)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .kinds import Kind, Packing, kind_of
+from .kinds import Kind, Packing, kind_of, own_parameters
 
 
 @dataclass(frozen=True)
@@ -263,16 +263,18 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
     """Every module that owns parameters, each once, with its kind and those parameters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside) or isinstance(module, _LISTS):
+        if (inside and name.startswith(inside)) or isinstance(module, _LISTS):
             continue
         kind = kind_of(module)
         if kind.whole:
             inside = (*inside, name + "." if name else "")
-        params = dict(module.named_parameters(recurse=kind.whole))
-        if not kind.whole:
-            for k, child in module.named_children():
-                if isinstance(child, _LISTS):  # it has no forward: its parameters act in that of its owner
-                    params.update({f"{k}.{j}": p for j, p in child.named_parameters()})
+            params = dict(module.named_parameters())
+        else:
+            params = own_parameters(module)
+            if any(isinstance(child, _LISTS) for child in module._modules.values()):
+                for k, child in module.named_children():
+                    if isinstance(child, _LISTS):  # it has no forward: its parameters act in that of its owner
+                        params.update({f"{k}.{j}": p for j, p in child.named_parameters()})
         if params:
             yield name, module, kind, params
 

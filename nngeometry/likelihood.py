@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .apart import altered
+
 
 @dataclass(frozen=True)
 class Cotangents:
@@ -285,7 +287,8 @@ def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
             f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
             'return the unreduced loss (reduction="none")'
         )
-    if type(loss) not in _BY_EXAMPLE and f.shape[0] > 1 and f.requires_grad and values.requires_grad:
+    by_example = type(loss) in _BY_EXAMPLE and not altered(loss)  # type: ignore[arg-type]
+    if not by_example and f.shape[0] > 1 and f.requires_grad and values.requires_grad:
         (reached,) = torch.autograd.grad(
             values[0].sum(), f, retain_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -8,6 +8,9 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from nngeometry import EmpiricalFisher, LayerCollection, PMatDense
 from nngeometry.apart import _RULES, called_apart
+from nngeometry.forms import Dense
+from nngeometry.kinds import Kind, Packing
+from nngeometry.kinds.kind import _TABLE
 
 #: For each module whose rows are apart, the shape of one example.
 APART = [
@@ -129,6 +132,81 @@ def test_altered_modules_are_looked_at(which, register):
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU()))
     register((model, model[0], model[1][0])[which])
     assert called_apart(model, 2) is None
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Flatten(), nn.Unflatten(1, (3, 1)), nn.Dropout(), nn.Sequential()])
+def test_inputs_are_not_modified(first):
+    model = nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3, 2)).eval()
+    x = torch.randn(4, 3)
+    before = x.clone()
+    assert called_apart(model, 2) is None
+    assert called_apart(nn.Sequential(nn.Linear(3, 3), model), 2) is not None
+    with pytest.raises(ValueError, match="modifies its inputs in place"):
+        EmpiricalFisher(model, (x, torch.randint(2, (4,))), PMatDense)
+    assert torch.equal(x, before)
+
+
+def test_parameters_of_another_type():
+    class Parameter(nn.Parameter):
+        pass
+
+    model = nn.Linear(3, 2)
+    model.weight = Parameter(torch.randn(2, 3))
+    assert called_apart(model, 2) is None
+
+
+def test_weights_made_of_others_are_looked_at():
+    def net():
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    transposed = net()
+    del transposed[2].weight
+    transposed[2].weight = transposed[0].weight.t()
+    buffer = net()
+    del buffer[2].weight
+    buffer[2].register_buffer("weight", buffer[0].weight.t())
+    bare, nested = net(), net()
+    bare.scale = nn.Parameter(torch.ones(1))
+    nested[0].inner = nn.Linear(2, 2)
+    batch = torch.randn(4, 3), torch.randint(3, (4,))
+    for model in (transposed, buffer, bare, nested):
+        assert called_apart(model, 2) is None
+    for model in (transposed, buffer):
+        with pytest.raises(ValueError, match="act outside of its forward"):
+            EmpiricalFisher(model, batch, PMatDense, layer_collection=LayerCollection.from_model(model).select("0"))
+    assert EmpiricalFisher(bare, batch, PMatDense).size() == (32, 32)
+    with pytest.raises(ValueError, match="never called"):
+        EmpiricalFisher(nested, batch, PMatDense)
+
+
+def test_kinds_of_the_user_are_looked_at(monkeypatch):
+    def wrong(module, gy, x):
+        return Dense(2 * (gy * x.clamp(max=0)).flatten(2).sum(2, keepdim=True))
+
+    monkeypatch.setitem(_TABLE, nn.PReLU, Kind(wrong, lambda module, bias: Packing.flat(1)))
+    model = nn.Sequential(nn.Linear(3, 3), nn.PReLU())
+    with pytest.raises(ValueError, match="do not add up"):
+        EmpiricalFisher(model, (torch.randn(4, 3), torch.randint(3, (4,))), PMatDense)
+
+
+def test_methods_of_a_type_that_was_changed(monkeypatch):
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x - x.mean(0))
+    assert called_apart(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), 2) is None
+
+
+def test_inputs_of_no_axes():
+    assert called_apart(nn.Sequential(nn.Flatten()), 0) is None
+    assert called_apart(nn.Sequential(nn.Embedding(3, 2)), 0) is None
+
+
+def test_padding_that_was_changed():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    model[0].padding = (1,)
+    x = torch.randn(3, 2, 4)
+    batch = x, torch.randint(2, (3,))
+    assert called_apart(model, 3) is not None
+    G = EmpiricalFisher(model, batch, PMatDense, function=lambda x, y: model(x))  # looked at
+    torch.testing.assert_close(EmpiricalFisher(model, batch, PMatDense).to_torch(), G.to_torch())
 
 
 def test_hooks_of_all_modules():

@@ -600,3 +600,12 @@ def test_sequences_of_one_position_among_others(lengths, representation):
     F = FIM(model, batches, representation, function=function)
     each = [FIM(model, [batch], representation, function=function).to_torch() for batch in batches]
     assert oracle.relative(F.to_torch(), torch.stack(each).mean(0)) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_of_one_position(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, padding=1, groups=groups), nn.Flatten(), nn.Linear(6, 2))
+    oracle.randomise(model)
+    x = torch.randn(3, 4, 1, 1)
+    F = FIM(model, (x,), PMatDense, variant="regression")
+    assert oracle.relative(F.to_torch(), oracle.fim(model, [(x,)], "regression")) < 1e-12

@@ -516,3 +516,13 @@ def test_float32_and_the_users_objects(representation):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_maps_do_not_change_with_the_minibatch(bias):
+    model = nn.Sequential(nn.Linear(3, 4, bias=bias), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    J = Jacobian(model, [(x,)], representation=PFMapFactored)
+    before = J.to_torch()
+    x.mul_(2)
+    torch.testing.assert_close(J.to_torch(), before)

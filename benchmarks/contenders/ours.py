@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,6 +39,10 @@ VERSION = nngeometry.__version__
 NOTES: dict[str, str] = {}
 #: What it cannot do although it has the job, for each setting.
 LACKS: dict[str, set[str]] = {}
+
+if "NNGEOMETRY_BUDGET" in os.environ:
+    _BUDGET = nngeometry.memory_budget(int(os.environ["NNGEOMETRY_BUDGET"]) * 2**20)
+    _BUDGET.__enter__()  # of the whole process
 
 
 def _collection(task: Task) -> LayerCollection:

@@ -1,6 +1,18 @@
 """Layer kinds: for each type of module, how what its hooks saw becomes a form of its Jacobian."""
 
 from . import affine, generic, norm
-from .kind import GENERIC, Kind, Packing, kind, kind_of, whole
+from .kind import GENERIC, Kind, Packing, is_ours, kind, kind_of, own_parameters, whole
 
-__all__ = ["GENERIC", "Kind", "Packing", "affine", "generic", "kind", "kind_of", "norm", "whole"]
+__all__ = [
+    "GENERIC",
+    "Kind",
+    "Packing",
+    "affine",
+    "generic",
+    "is_ours",
+    "kind",
+    "kind_of",
+    "norm",
+    "own_parameters",
+    "whole",
+]

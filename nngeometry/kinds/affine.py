@@ -55,8 +55,7 @@ def _conv_packing(module: Any, bias: bool) -> Packing:
 
 @kind(nn.Conv1d, nn.Conv2d, nn.Conv3d, packing=_conv_packing, kronecker=True)
 def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
-    # "same" padding and every padding mode leave their amounts, last axis first, in this attribute.
-    pads = module._reversed_padding_repeated_twice
+    pads = _pads(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def expand(x: Tensor) -> Tensor:
@@ -64,6 +63,14 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
 
     cols = module.weight[0].numel() + (module.bias is not None)
     return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads))
+
+
+def _pads(module: Any) -> list[int]:
+    """What is put before and after each axis, the last axis first, as the forward of a convolution takes it."""
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return list(module._reversed_padding_repeated_twice)
+    padding = (module.padding,) * len(module.kernel_size) if isinstance(module.padding, int) else module.padding
+    return [p for p in reversed(padding) for _ in range(2)]
 
 
 #: Multiplications from which many small products are faster than making the patches and one product of them.

@@ -108,7 +108,7 @@ def orthogonalise(rows: Tensor, basis: Tensor, near: int) -> tuple[Tensor, Tenso
 
 def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0.0) -> Tensor:
     """Orthonormal rows that span what ``rows`` adds to an orthonormal ``basis``; what is not above ``floor`` (a
-    singular value) is left out, so there may be fewer.
+    singular value), or is rounding error of the rows, is left out, so there may be fewer.
 
     >>> orthonormal_rows(torch.tensor([[3.0, 4.0, 0.0], [6.0, 8.0, 0.0]])).abs()
     tensor([[0.6000, 0.8000, 0.0000]])

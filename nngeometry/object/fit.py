@@ -150,7 +150,7 @@ def dense(layers: Sequence[Layer]) -> Estimator:
             contraction = forms.Contraction.of(js, total)
             if contraction is not None:
                 return (contraction,)
-            total = None if total is None else total.matrix(places)  # others had one position only
+            total = None if total is None else total.matrix(places)  # minibatches so far had one position
         return (forms.gram(js, places, total),)
 
     def finish(state: State, n: float) -> Block:

@@ -274,7 +274,8 @@ class PFMapFactored(PFMap):
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
         """The Jacobian that a generator streams."""
-        return cls(generator.layer_collection, list(slabs(generator, examples)))
+        own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
+        return cls(generator.layer_collection, list(slabs(generator, own)))  # inputs are held: not those of the user
 
     @property
     def shape(self) -> tuple[int, int, int]:

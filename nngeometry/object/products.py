@@ -186,7 +186,7 @@ class Linear:
         return jv
 
     def add_vjp(self, S: Tensor, into: Tensor) -> None:
-        """Add those of ``(k, *output)`` to ``(k, P)``."""
+        """Add ``J^T s`` for each s of ``(k, *output)`` to ``(k, P)``."""
         self.maps.add_pulled([self.f], [S], into)
 
     def check(self, batch: data.Batch) -> bool:
@@ -314,12 +314,12 @@ def finite_difference(
                 return torch.cat([g.flatten() for g in grads])
 
         def product(V: Tensor, into: Tensor) -> None:
-            for v, total in zip(V, into, strict=True):
+            for v, row in zip(V, into, strict=True):
                 size = float(v.abs().max())
                 if size > 0:
                     shift = split_like(v * (step / size), params)
                     difference = gradient(shift) - gradient([-s for s in shift])
-                    total += difference * (size / (2 * step))
+                    row += difference * (size / (2 * step))
 
         return product, weight, ()
 
