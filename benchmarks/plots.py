@@ -1,4 +1,4 @@
-"""Writes what was measured into docs/benchmarks.rst: a table, and pictures of cost against size."""
+"""Writes what was measured into docs/benchmarks.rst: a table, and pictures of cost against size and against memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from counts import count
-from report import Row, Run, merged, rst_table
+from report import NAMES, Row, Run, merged, rst_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
 PICTURE = "benchmarks/sweeps.svg"
+BUDGETS = "benchmarks/budgets.svg"
 MARKS = ".. begin {0}", ".. end {0}"
 Report = dict[str, Any]
 
@@ -22,6 +23,7 @@ def main() -> None:
         "--results", type=Path, nargs="+", help="JSON of run.py, for the table; later ones replace rows"
     )
     parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
+    parser.add_argument("--budgets", type=Path, nargs="+", help="JSON of run.py --budget, for cost against memory")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     if args.results:
@@ -32,6 +34,10 @@ def main() -> None:
         report = json.loads(args.sweep.read_text())
         draw(report, args.page.parent / PICTURE)
         write(args.page, "pictures", f".. image:: {PICTURE}\n   :alt: Cost in gradients against size")
+
+    if args.budgets:
+        draw_budgets([json.loads(path.read_text()) for path in args.budgets], args.page.parent / BUDGETS)
+        write(args.page, "budgets", f".. image:: {BUDGETS}\n   :alt: Cost in gradients against memory")
 
 
 def write(page: Path, name: str, text: str) -> None:
@@ -74,15 +80,38 @@ def rounds_of(runs: list[Run]) -> str:
     return f"medians of {many} rounds" if few == many else f"medians of {few} to {many} rounds"
 
 
-def draw(report: Report, path: Path) -> None:
-    """A row of pictures for each size that grows, a column for each job, a line for each contender."""
+def pyplot() -> Any:
+    """matplotlib, drawing into files that are the same every time."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "nngeometry"
     from matplotlib import pyplot as plt
+
+    return plt
+
+
+def plain_ticks(ax: Any) -> None:
+    """Sizes in powers of two, costs in steps of 1, 2, 5, both as plain numbers."""
     from matplotlib import ticker
 
+    ax.set_xscale("log", base=2)
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(ticker.ScalarFormatter())
+
+
+def save(figure: Any, handles: Any, path: Path) -> None:
+    figure.legend(*handles, loc="outside upper center", ncols=9)
+    figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw(report: Report, path: Path) -> None:
+    """A row of pictures for each size that grows, a column for each job, a line for each contender."""
+    plt = pyplot()
     rows: list[Row] = report["summary"]
     names = list(dict.fromkeys(row["setting"].split("=")[0] for row in rows))
     jobs = list(dict.fromkeys(row["job"] for row in rows))
@@ -98,16 +127,44 @@ def draw(report: Report, path: Path) -> None:
                 ours = contender == "ours"
                 ax.loglog(*zip(*points, strict=True) if points else ((), ()), "o-" if ours else ".--", label=contender)
             ax.set(title=job, xlabel=name)
-            ax.set_xscale("log", base=2)
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_minor_locator(ticker.NullLocator())
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_formatter(ticker.ScalarFormatter())
+            plain_ticks(ax)
         axes[0].set_ylabel("gradients")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=9)
-    figure.set_layout_engine("constrained")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, grid[0, 0].get_legend_handles_labels(), path)
+
+
+def draw_budgets(reports: list[Report], path: Path) -> None:
+    """Cost against memory: ours with several budgets, written beside, and the others."""
+    plt = pyplot()
+    from matplotlib import ticker
+
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float, int]]]] = {}
+    for report in reports:
+        for row in report["summary"]:
+            for name, one in row["contenders"].items():
+                if one:
+                    point = one["memory"] / 2**20, one["gradients"], report["budget"]
+                    found.setdefault((row["setting"], row["job"]), {}).setdefault(name, []).append(point)
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(3 * columns, 2.6 * lines), squeeze=False)
+    for ax in grid.flat[len(found) :]:
+        ax.set_axis_off()
+    handles: dict[str, Any] = {}
+    for ax, ((setting, job), contenders) in zip(grid.flat, found.items(), strict=False):
+        for name, points in contenders.items():
+            memory, cost, budgets = zip(*sorted(points, key=lambda point: -point[2]), strict=True)
+            ours = name == "ours"
+            (handles[name],) = ax.plot(memory, cost, "o-" if ours else "s", color=f"C{NAMES.index(name)}", label=name)
+            for x, y, budget in zip(memory, cost, budgets, strict=True) if ours else ():
+                ax.annotate(str(budget), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        ax.set(title=f"{setting}\n{job}", xlabel="MiB")
+        ax.margins(0.15, 0.2)
+        ax.set_ylim(bottom=0)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    for axes in grid:
+        axes[0].set_ylabel("gradients")
+    save(figure, (list(handles.values()), list(handles)), path)
 
 
 if __name__ == "__main__":
