@@ -34,7 +34,6 @@ def main() -> None:
         report = json.loads(args.sweep.read_text())
         draw(report, args.page.parent / PICTURE)
         write(args.page, "pictures", f".. image:: {PICTURE}\n   :alt: Cost in gradients against size")
-
     if args.budgets:
         draw_budgets([json.loads(path.read_text()) for path in args.budgets], args.page.parent / BUDGETS)
         write(args.page, "budgets", f".. image:: {BUDGETS}\n   :alt: Cost in gradients against memory")
@@ -91,18 +90,25 @@ def pyplot() -> Any:
     return plt
 
 
-def plain_ticks(ax: Any) -> None:
-    """Sizes in powers of two, costs in steps of 1, 2, 5, both as plain numbers."""
+def sizes_across(ax: Any) -> None:
+    """Sizes in powers of two, as plain numbers."""
     from matplotlib import ticker
 
     ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(ticker.ScalarFormatter())
+
+
+def costs_up(ax: Any) -> None:
+    """Costs on a logarithmic axis in steps of 1, 2, 5, as plain numbers."""
+    from matplotlib import ticker
+
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(ticker.NullLocator())
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(ticker.ScalarFormatter())
+    ax.yaxis.set_major_formatter(ticker.ScalarFormatter())
 
 
 def save(figure: Any, handles: Any, path: Path) -> None:
+    """handles: lines and their names, for a legend above all pictures."""
     figure.legend(*handles, loc="outside upper center", ncols=9)
     figure.set_layout_engine("constrained")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +133,8 @@ def draw(report: Report, path: Path) -> None:
                 ours = contender == "ours"
                 ax.loglog(*zip(*points, strict=True) if points else ((), ()), "o-" if ours else ".--", label=contender)
             ax.set(title=job, xlabel=name)
-            plain_ticks(ax)
+            sizes_across(ax)
+            costs_up(ax)
         axes[0].set_ylabel("gradients")
     save(figure, grid[0, 0].get_legend_handles_labels(), path)
 
@@ -135,8 +142,6 @@ def draw(report: Report, path: Path) -> None:
 def draw_budgets(reports: list[Report], path: Path) -> None:
     """Cost against memory: ours with several budgets, written beside, and the others."""
     plt = pyplot()
-    from matplotlib import ticker
-
     found: dict[tuple[str, str], dict[str, list[tuple[float, float, int]]]] = {}
     for report in reports:
         for row in report["summary"]:
@@ -160,8 +165,7 @@ def draw_budgets(reports: list[Report], path: Path) -> None:
         ax.set(title=f"{setting}\n{job}", xlabel="MiB")
         ax.margins(0.15, 0.2)
         ax.set_ylim(bottom=0)
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        sizes_across(ax)
     for axes in grid:
         axes[0].set_ylabel("gradients")
     save(figure, (list(handles.values()), list(handles)), path)
