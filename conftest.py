@@ -6,6 +6,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where the tests make their models and tensors, e.g. cuda")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -24,8 +24,6 @@ PEER_VENV = ROOT / ".bench" / "venv"
 #: Those that need nothing but torch and ours.
 AT_HOME = ["ours", "torchfunc"]
 SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
-#: How long a job is repeated in one process.
-SECONDS = 1.0
 
 
 def main() -> None:
@@ -64,6 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="settings of growing size instead, for plots.py")
     parser.add_argument("--contenders", nargs="+", choices=NAMES, help="by default all, with --small only ours")
     parser.add_argument("--threads", type=int, help="by default what torch chooses, 1 with --small or --check")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda: settings may be those of accelerators, too")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long a job is repeated in one process")
     parser.add_argument("--peer-python", type=Path, help="an interpreter with the peers, by default one is set up")
     parser.add_argument("--budget", type=int, help="nngeometry.memory_budget of ours, in MiB, by default its own")
     parser.add_argument("--output", type=Path, help="where to write everything as JSON")
@@ -80,16 +80,31 @@ def arguments() -> argparse.Namespace:
 
 def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict[str, Any]) -> Iterator[Run]:
     """Everything once in each round, the contenders taking turns at each job."""
-    known = next(iter(described.values()))["sweeps" if args.sweep else "settings"]
+    known, processor = known_settings(args, described), processor_of(described)
     wanted = chosen(args.jobs, dict.fromkeys(job for jobs in known.values() for job in jobs), "job")
     for count in range(args.rounds):
         for setting in chosen(args.settings, known, "setting"):
             jobs = [job for job in known[setting] if job in wanted]
-            # A trial run has all jobs in one process, because most of its time would go into starting processes.
-            for group in [jobs] if args.small else [[job] for job in jobs]:
+            # A trial run has all jobs in one process, because most of its time would go into starting processes. So has
+            # an accelerator, whose memory is that of its tensors and not that of a process.
+            together = args.small or args.device != "cpu"
+            for group in [jobs] if together else [[job] for job in jobs]:
                 for name, worker in workers.items():
                     able = [job for job in group if job in described[name]["able"][setting]]
-                    yield from ({"round": count, "cpu": machine()["cpu"], **run} for run in worker.run(setting, able))
+                    yield from ({"round": count, "cpu": processor, **run} for run in worker.run(setting, able))
+
+
+def known_settings(args: argparse.Namespace, described: dict[str, Any]) -> dict[str, list[str]]:
+    """The jobs of each setting that may be chosen; those for accelerators only by name."""
+    about = next(iter(described.values()))
+    if args.sweep:
+        return about["sweeps"]
+    return about["settings"] | (about["large"] if args.settings else {})
+
+
+def processor_of(described: dict[str, Any]) -> str:
+    """What the numbers are of."""
+    return next(iter(described.values()))["device"] or machine()["cpu"]
 
 
 def chosen(wanted: list[str] | None, known: Collection[str], what: str) -> list[str]:
@@ -105,7 +120,8 @@ class Worker:
 
     def __init__(self, contender: str, args: argparse.Namespace) -> None:
         self.contender = contender
-        self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(SECONDS)]
+        self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(args.seconds)]
+        self.options += ["--device", args.device]
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NNGEOMETRY_BUDGET")}
         if contender in AT_HOME:
             self.python = Path(sys.executable)
@@ -120,7 +136,7 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """Versions, and what it can do."""
-        lines, error = self._start([])
+        lines, error = self._start(self.options[-2:])
         if not lines:
             sys.exit(f"{self.contender} does not start: {error}")
         return lines[0]

@@ -67,6 +67,10 @@ class Task:
         return [p for layer in self.layers.values() for p in layer.parameters()]
 
     @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    @property
     def examples(self) -> int:
         return sum(len(x) for x, _ in self.batches)
 
@@ -78,12 +82,12 @@ class Task:
     def vectors(self, *shape: int) -> Tensor:
         """Fixed standard normal vectors in parameter space: ``(*shape, P)``."""
         size = sum(p.numel() for p in self.parameters)
-        return torch.randn(*shape, size, generator=torch.Generator().manual_seed(1))
+        return torch.randn(*shape, size, generator=torch.Generator().manual_seed(1)).to(self.device)
 
     def quadratic_form(self, kernel: Tensor) -> float:
         """Of a kernel ``(C, n, C, n)``, with a fixed standard normal vector."""
         size = kernel.shape[:2].numel()
-        u = torch.randn(size, generator=torch.Generator().manual_seed(1))
+        u = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(self.device)
         return float(u @ (kernel.reshape(size, size) @ u))
 
     def few(self) -> Task:
@@ -114,9 +118,9 @@ class Setting:
     subsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trial: Setting | None = None
 
-    def load(self, job: str, small: bool = False) -> Task:
+    def load(self, job: str, small: bool = False, device: str = "cpu") -> Task:
         if small and self.trial:
-            return self.trial.load(job, small)
+            return self.trial.load(job, small, device)
         torch.manual_seed(0)
         model = self.model().eval()
         examples, batch = self.subsets.get(job, (self.examples, self.batch))
@@ -124,7 +128,8 @@ class Setting:
             examples = min(examples, self.small)
             batch = min(batch, examples if job == "gram_one_batch" else (examples + 1) // 2)
         x, y = self.data(examples)
-        return Task(model, list(zip(x.split(batch), y.split(batch), strict=True)))
+        batches = zip(x.to(device).split(batch), y.to(device).split(batch), strict=True)
+        return Task(model.to(device), list(batches))
 
 
 @cache
@@ -222,7 +227,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.into(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
         scores = q @ k.mT / q.shape[-1] ** 0.5
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         return self.out((scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(-2, -3).flatten(-2))
 
 
@@ -326,6 +331,26 @@ SETTINGS = {
             small=4,
             jobs=(),
         ),
+    ),
+}
+
+#: For accelerators, and only when they are asked for.
+LARGE = {
+    "resnet18-large": Setting(
+        _resnet18,
+        _noise_images,
+        1024,
+        256,
+        small=4,
+        jobs=("kfac", "kfac_mc", "kfac_ef", "diag", "diag_mc", "trace", *_PRODUCTS),
+    ),
+    "transformer-large": Setting(
+        partial(_Transformer, vocabulary=4000, positions=128, width=512, depth=8, heads=8),
+        _sequences(4000, 128),
+        64,
+        16,
+        small=4,
+        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS),
     ),
 }
 

@@ -18,11 +18,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from settings import SETTINGS, SWEEPS, Setting, Task
+from settings import LARGE, SETTINGS, SWEEPS, Setting, Task
 
 _MOST_REPEATS = 100
 #: How often a gradient is timed before and after each run of a job.
 _GRADIENTS = 3
+_ALL = SETTINGS | LARGE | SWEEPS
 
 
 def describe(contender: Any) -> dict[str, Any]:
@@ -34,9 +35,15 @@ def describe(contender: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "notes": contender.NOTES,
         "settings": jobs_of(SETTINGS),
+        "large": jobs_of(LARGE),
         "sweeps": jobs_of(SWEEPS),
-        "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(SETTINGS | SWEEPS).items()},
+        "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(_ALL).items()},
     }
+
+
+def device_name(device: str) -> str | None:
+    """Of an accelerator."""
+    return None if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def jobs_of(settings: dict[str, Setting]) -> dict[str, list[str]]:
@@ -56,13 +63,14 @@ def measure(contender: Any, job: str, task: Task, seconds: float) -> dict[str, A
     are not what the job needs.
     """
     make = contender.JOBS[job]
+    memory_of = Accelerator(task.device) if task.device.type != "cpu" else Process()
     set_up_torch(task)
     make(task.few())()
     run = make(task)
-    forget_peak_memory()
-    before = peak_memory()
+    memory_of.forget_peak()
+    before = memory_of.peak()
     first, result = timed(run)
-    memory = peak_memory() - before
+    memory = memory_of.peak() - before
     fingerprint = contender.fingerprint(task, result)
     del result
     times: list[float] = []
@@ -96,26 +104,51 @@ def set_up_torch(task: Task) -> None:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Until an accelerator, if there is one, has done its part."""
+    _finish()
     start = perf_counter()
     result = run()
+    _finish()
     return perf_counter() - start, result
 
 
-def peak_memory() -> int:
-    """The most bytes that this process has had resident so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+def _finish() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
-def forget_peak_memory() -> None:
-    """Give back what is free and let the peak be what is resident now, where the system can; elsewhere, what was before
-    hides small jobs.
-    """
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+class Process:
+    """The resident memory of this process."""
+
+    def peak(self) -> int:
+        """The most bytes so far."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+    def forget_peak(self) -> None:
+        """Give back what is free and let the peak be what is resident now, where the system can; elsewhere, what was
+        before hides small jobs.
+        """
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+class Accelerator:
+    """The memory of a CUDA device that is taken by tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def forget_peak(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def main() -> None:
@@ -125,15 +158,16 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", default=[])
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     contender = import_module(f"contenders.{args.contender}")
     if args.setting is None:
-        print(json.dumps(describe(contender)))
+        print(json.dumps(describe(contender) | {"device": device_name(args.device)}))
         return
-    setting = (SETTINGS | SWEEPS)[args.setting]
+    setting = _ALL[args.setting]
     for job in args.jobs:
         try:
-            found = measure(contender, job, setting.load(job, args.small), args.seconds)
+            found = measure(contender, job, setting.load(job, args.small, args.device), args.seconds)
         except Exception as error:  # the other jobs still count
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"job": job, **found}), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +107,11 @@ class Evaluator:
     def outputs_unchecked(self, batch: data.Batch) -> Any:
         """What the model or the user's function returns for a minibatch."""
         arguments = data.arguments(batch)
-        if self.function is not None:
-            return self.function(*arguments)
-        if isinstance(arguments[0], Tensor):
-            return self.model(arguments[0])
+        with recurrent_without_cudnn(self.model) if self.device.type == "cuda" else nullcontext():
+            if self.function is not None:
+                return self.function(*arguments)
+            if isinstance(arguments[0], Tensor):
+                return self.model(arguments[0])
         raise TypeError(
             f"minibatches of type {type(arguments[0]).__name__} need function=, "
             "e.g. function=lambda batch: model(**batch).logits"
@@ -126,7 +127,7 @@ class Evaluator:
         """
 
         def most(batch: data.Batch) -> int:
-            room = work_array() // 2
+            room = work_array(self.device) // 2
             small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
             if not small or data.count(batch) < 2 or not data.aligned(batch):
                 return 0
@@ -179,6 +180,31 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+@contextmanager
+def recurrent_without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Have the recurrent layers of a model run by torch's own kernels: those of cuDNN have no derivative in eval mode,
+    and no second one at all.
+    """
+    before: list[bool] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before.append(torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        torch.backends.cudnn.enabled = before.pop()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if before:  # an exception came in between
+            torch.backends.cudnn.enabled = before[0]
 
 
 @contextmanager

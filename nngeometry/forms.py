@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .memory import chunk_length, nbytes_of, require, slices, work_array
+from .memory import chunk_length, grain, nbytes_of, panel_bytes, require, slices
 
 Map = Callable[[Tensor], Tensor]
 #: Columns of a packed Jacobian, each with the view of flat ones where they go.
@@ -58,7 +58,7 @@ class LayerJacobian(ABC):
 
     def tiles(self) -> Iterator[tuple[slice, slice, LayerJacobian]]:
         """Pieces over cotangents and examples whose dense Jacobian fits a work array, with where they are."""
-        for c, b in _tiling(prod(self.shape) * self.dtype.itemsize, self.cotangents, self.examples):
+        for c, b in _tiling(prod(self.shape) * self.dtype.itemsize, self.cotangents, self.examples, self.device):
             yield c, b, self.narrow(b.start, b.stop, c.start, c.stop)
 
     def square(self) -> Tensor:
@@ -157,19 +157,11 @@ class LayerJacobian(ABC):
         return (piece.dense() for _, _, piece in self.tiles())
 
 
-def _tiling(size: int, cotangents: int, examples: int) -> Iterator[tuple[slice, slice]]:
+def _tiling(size: int, cotangents: int, examples: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Some cotangents and some examples at a time, such that as many things of ``size`` bytes fit a work array."""
-    c = chunk_length(size, cotangents)
-    b = chunk_length(size * c, examples) if c == cotangents else 1
+    c = chunk_length(size, cotangents, device)
+    b = chunk_length(size * c, examples, device) if c == cotangents else 1
     return ((some, others) for some in slices(cotangents, c) for others in slices(examples, b))
-
-
-#: Bytes of a Jacobian that are made at a time where it is only read once, so that it stays in the cache of a CPU.
-_PANEL_BYTES = 2**22
-
-
-def _panel_bytes(device: torch.device) -> int:
-    return min(_PANEL_BYTES, work_array()) if device.type == "cpu" else work_array()
 
 
 class Outer(LayerJacobian):
@@ -228,10 +220,10 @@ class Outer(LayerJacobian):
     def _panels(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """J in pieces that stay in the cache: of which examples, groups and rows, and ``(b, G', C, r, cols)``."""
         groups, rows, cols = self.shape
-        fit = _panel_bytes(self.device) // max(1, self.cotangents * cols * self.dtype.itemsize)  # rows of one example
+        fit = panel_bytes(self.device) // max(1, self.cotangents * cols * self.dtype.itemsize)  # rows of one example
         r, k = max(1, min(rows, fit)), max(1, min(groups, fit // max(1, rows)))
         patches = self.positions * groups * cols * self.dtype.itemsize
-        b = max(1, min(fit // max(1, rows * groups), chunk_length(patches, self.examples)))
+        b = max(1, min(fit // max(1, rows * groups), chunk_length(patches, self.examples, self.device)))
         g = self.g.permute(1, 3, 0, 4, 2).contiguous()  # (B, G, C, rows, T)
         for examples in slices(self.examples, b):
             a = self.narrow(examples.start, examples.stop, 0, 0).a.transpose(1, 2)
@@ -247,7 +239,7 @@ class Outer(LayerJacobian):
             return _outer_sum(self.g[:, :, 0].square().sum(0), self.a[:, 0].square())
         out = self.g.new_zeros(self.shape)
         for _, groups, rows, j in self._panels():
-            out[groups, rows] += j.square_().sum((0, 2))
+            out[groups, rows] += _sum_of_squares(j, (0, 2))
         return out
 
     def total(self) -> Tensor:
@@ -282,11 +274,11 @@ class Outer(LayerJacobian):
         if t * (rows + cols) > rows * cols:
             norms = self.g.new_zeros(self.cotangents, self.examples)
             for b, _, _, j in self._panels():
-                norms[:, b] += j.square_().sum((1, 3, 4)).T
+                norms[:, b] += _sum_of_squares(j, (1, 3, 4)).T
             return norms
         # |sum_t g_t a_t^T|^2 = sum_ts (g_t . g_s) (a_t . a_s): cheaper than J itself for short sequences.
         size = (self.cotangents + 1) * self.shape[0] * t * t * self.dtype.itemsize
-        step = chunk_length(size, self.examples)
+        step = chunk_length(size, self.examples, self.device)
         out = []
         for b in slices(self.examples, step):
             a, g = self.a[b], self.g[:, b]
@@ -360,7 +352,8 @@ class Outer(LayerJacobian):
         ``(G, rows, rows)``.
         """
         g = self.g.sum(2, keepdim=True) if reduce else self.g
-        if g.stride(2) == 1 and g.shape[2] >= g.shape[4]:  # as convolutions leave it: positions last in memory
+        positions_last = g.stride(2) == 1 and g.shape[2] >= g.shape[4]  # in memory, as convolutions leave it
+        if positions_last and grain(g.device).in_cache:
             return _moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
         return second_moment(g.flatten(0, 2))
 
@@ -382,7 +375,7 @@ class Outer(LayerJacobian):
             return self.moment(self.inputs), count
         size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
         moments = []
-        for b in slices(self.examples, chunk_length(size, self.examples)):
+        for b in slices(self.examples, chunk_length(size, self.examples, self.device)):
             a = self.narrow(b.start, b.stop).a  # what it expands goes with it
             moments.append(second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1)))
         return _total(iter(moments)), count
@@ -455,6 +448,7 @@ class Gather(LayerJacobian):
             self.size**2 * self.g.dtype.itemsize,
             f"the reduced input factor of an embedding of {self.size} rows",
             'use PMatMixed with another representation for the embedding, or PMatKFAC with sharing="expand"',
+            self.device,
         )
         mean = self.g.new_zeros(self.examples, self.size)
         mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
@@ -632,7 +626,7 @@ def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing], out: T
     sizes = [prod(f.shape) for f in forms]
     for form, of, own in zip(forms, places, out.split(sizes, -1), strict=True):
         size = form.cotangents * prod(form.shape) * form.dtype.itemsize
-        for b in slices(form.examples, max(1, _panel_bytes(form.device) // size)):
+        for b in slices(form.examples, max(1, panel_bytes(form.device) // size)):
             form.narrow(b.start, b.stop).write(of(own[:, b]))
 
 
@@ -649,7 +643,7 @@ def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[
     """:func:`dense_rows`, ``(c, b, P)``, of some cotangents and examples at a time such that each fits a work array."""
     one = forms[0]
     size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
-    for c, b in _tiling(size, one.cotangents, one.examples):
+    for c, b in _tiling(size, one.cotangents, one.examples, one.device):
         yield dense_rows([f.narrow(b.start, b.stop, c.start, c.stop) for f in forms], places)
 
 
@@ -717,7 +711,7 @@ def _pair(one: Outer, other: Outer, same: bool, total: Tensor | None) -> Tensor:
     """An entry of :class:`Contraction`, added to ``total`` if there is one."""
     (g1, o1, i1), (g2, o2, i2) = one.shape, other.shape
     size = (g1 * o1 * g2 * o2 + g1 * i1 * g2 * i2) * one.dtype.itemsize
-    step = chunk_length(size, one.examples)
+    step = chunk_length(size, one.examples, one.device)
     upper = torch.triu_indices(o1, o1, device=one.device).unbind() if same and g1 == 1 else None
     out = one.g.new_zeros(g1 * g2, o1 * o2 if upper is None else len(upper[0]), i1 * i2) if total is None else total
     a1, a2 = one.a[:, 0], other.a[:, 0]
@@ -745,7 +739,7 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
         inputs = same(slice(None)).view(examples, 1, others, 1).expand(examples, 1, others, d)
         out.view(examples, c, -1).addcmul_(outputs.view(examples, c, -1), inputs.reshape(examples, 1, -1))
         return
-    step = max(1, _panel_bytes(g.device) // max(1, others * t * (s + d * o) * g.dtype.itemsize))
+    step = max(1, panel_bytes(g.device) // max(1, others * t * (s + d * o) * g.dtype.itemsize))
     columns = h.permute(1, 2, 3, 0).reshape(others, s, o * d)
     for k in slices(examples, step):
         m = same(k)
@@ -758,7 +752,7 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
 def _add_traced(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tensor) -> None:
     """:func:`_add_inner` summed over equal cotangents: out ``(B, B')``."""
     (_, examples, t, _), (_, others, s, _) = g.shape, h.shape
-    step = chunk_length(2 * others * t * s * g.dtype.itemsize, examples)
+    step = chunk_length(2 * others * t * s * g.dtype.itemsize, examples, g.device)
     columns = h.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (E S, C o)
     for k in slices(examples, step):
         m = same(k)
@@ -774,16 +768,16 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 
 def second_moment(x: Tensor) -> Tensor:
     """``(N, G, d) -> (G, d, d)``: the sum over N of x x^T, for each group, of which only the lower triangle counts."""
-    n, groups, d = x.shape
+    _, groups, d = x.shape
     if groups > 1:
         return torch.einsum("ngi,ngj->gij", x, x)
     x = x.squeeze(1)
-    return (x.T @ x if _whole(n, d) else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
+    return (x.T @ x if _whole(x) else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
 
 
-def _whole(n: int, d: int) -> bool:
-    """Whether the whole sum of x x^T over n vectors of d entries is as fast as its lower triangle."""
-    return n < _FEW_ROWS and d <= _FEW_ROWS
+def _whole(x: Tensor) -> bool:
+    """Whether all of ``x^T x`` is as fast as its lower triangle."""
+    return max(x.shape) <= grain(x.device).whole
 
 
 def moment_with_one(a: Tensor) -> Tensor:
@@ -791,7 +785,7 @@ def moment_with_one(a: Tensor) -> Tensor:
     x = a.flatten(0, 2)
     n, d = x.shape
     total = x.new_empty(d + 1, d + 1)
-    for rows in [slice(d)] if _whole(n, d) else _panels(d + 1):
+    for rows in [slice(d)] if _whole(x) else _panels(d + 1, x.device):
         stop = min(rows.stop, d)
         torch.mm(x[:, rows.start : stop].T, x[:, :stop], out=total[rows.start : stop, :stop])
     total[-1, :d] = total[:d, -1] = x.sum(0)
@@ -803,33 +797,27 @@ def _moment_of_columns(x: Tensor) -> Tensor:
     """``(N, G, d, t) -> (G, d, d)``: the sum over N and t of x x^T, for each group."""
     _, groups, d, _ = x.shape
     total = x.new_zeros(groups, d, d)
-    for some in slices(len(x), max(1, _panel_bytes(x.device) // (groups * d * d * x.dtype.itemsize))):
+    for some in slices(len(x), max(1, panel_bytes(x.device) // (groups * d * d * x.dtype.itemsize))):
         total += (x[some] @ x[some].mT).sum(0)
     return total
 
 
-#: Columns at a time in which a symmetric product is made: large enough for GEMM to run at speed.
-_PANEL = 208
-#: With fewer vectors, of no more entries, the whole product is faster.
-_FEW_ROWS = 512
-
-
-def _panels(d: int) -> Iterator[slice]:
+def _panels(d: int, device: torch.device) -> Iterator[slice]:
     """Cover ``0:d`` by slices of about the same length, a multiple of 16."""
-    count = -(-d // _PANEL)
+    count = -(-d // grain(device).columns)
     return slices(d, -(-d // (16 * count)) * 16)
 
 
 def add_gram(total: Tensor, x: Tensor, beta: int = 1) -> Tensor:
     """Make the lower triangle of ``total`` beta times what it is plus ``x^T x``: half the work of the whole product."""
-    for rows in _panels(x.shape[1]):
+    for rows in _panels(x.shape[1], x.device):
         total[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], beta=beta)
     return total
 
 
 def mirror(total: Tensor) -> Tensor:
     """Copy the lower triangles of ``(..., d, d)`` to the upper ones in place; blocks on the diagonal are whole."""
-    for rows in _panels(total.shape[-1]):
+    for rows in _panels(total.shape[-1], total.device):
         total[..., : rows.start, rows] = total[..., rows, : rows.start].mT
     return total
 
@@ -838,6 +826,13 @@ def copy_transposed(x: Tensor, out: Tensor) -> None:
     """Copy matrices ``(..., r, c)`` to out ``(..., c, r)``, in panels of rows that stay in the cache."""
     for rows in slices(x.shape[-2], 256):
         out[..., rows] = x[..., rows, :].mT
+
+
+def _sum_of_squares(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Of what is not needed again."""
+    if grain(x.device).in_cache:
+        return x.square_().sum(axes)
+    return torch.linalg.vector_norm(x, dim=axes).square_()  # which reads it once, and writes nothing
 
 
 def _outer_sum(g: Tensor, a: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class Generator(Evaluator):
         return product
 
     def _curvature(self, f: Tensor, u: Tensor, cotangents: Cotangents) -> Tensor:
-        step = chunk_length(f.numel() * f.element_size(), cotangents.count)
+        step = chunk_length(f.numel() * f.element_size(), cotangents.count, f.device)
         out = torch.zeros_like(f)
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop)
@@ -390,11 +390,11 @@ class Generator(Evaluator):
             return
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
-        step = chunk_length(per_cotangent, cotangents.count)
+        step = chunk_length(per_cotangent, cotangents.count, f.device)
         n, count = len(f), cotangents.count
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)
-        apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count) >= step
+        apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count, f.device) >= step
         if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
             return
@@ -424,7 +424,7 @@ class Generator(Evaluator):
         self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
     ) -> Observation:
         grads = self._pull([f], [e for c in calls for e in c.edges], [s], last)
-        large = nbytes_of(g for g in grads if g is not None) > work_array() // 2
+        large = nbytes_of(g for g in grads if g is not None) > work_array(f.device) // 2
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
 
     def _forms(

@@ -149,7 +149,7 @@ class _Asked:
 
 def _entries(asked: _Asked, representation: Any, verbose: bool) -> dict[str, FMat]:
     n, m = (sum(map(data.count, batches)) for batches in (asked.examples, asked.examples2))
-    limit = budget() // 5  # for each side, and the rest for what it takes to make them
+    limit = budget(asked.left.device) // 5  # for each side, and the rest for what it takes to make them
     one = Tape(asked.left, asked.examples, asked.metric, m, limit)
     two = None if asked.symmetric else Tape(asked.right, asked.examples2, asked.metric, n, limit)
     layout, scale = asked.arranged((one.outputs, one.outputs if two is None else two.outputs), (n, m))

@@ -5,25 +5,63 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_BUDGET: ContextVar[int] = ContextVar("nngeometry_memory_budget", default=2**30)
+_BUDGET: ContextVar[int | None] = ContextVar("nngeometry_memory_budget", default=None)
+_DEFAULT = 2**30
+#: By default the budget of an accelerator is that part of its memory.
+_SHARE = 8
 
-#: Work arrays are kept to this fraction of the budget. At the default budget that is 32 MiB: on the
-#: CPUs we measured, larger chunks were not faster, and smaller ones of diagonals were slower.
-_WORK_FRACTION = 32
+
+@dataclass(frozen=True)
+class Grain:
+    """The size of the pieces in which a sort of device works fastest.
+
+    work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
+    pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products are made
+    as many columns at a time, up to the diagonal. whole: with fewer vectors of no more entries, they are not.
+    large_product: multiplications from which many small products are faster than one of copies.
+    """
+
+    work_fraction: int
+    panel_bytes: int | None
+    columns: int
+    whole: int
+    large_product: int
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether there is a cache to keep pieces in."""
+        return self.panel_bytes is not None
+
+
+#: Each found by measuring the alternatives: docs/benchmarks.rst.
+_CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, whole=512, large_product=10**9)
+#: What takes no time is started as slowly as what takes a tenth of a millisecond.
+ACCELERATOR = Grain(work_fraction=4, panel_bytes=None, columns=2048, whole=2048, large_product=2 * 10**10)
+_GRAINS = {"cpu": _CPU}
+
+
+def grain(device: torch.device) -> Grain:
+    """How to cut work on a device into pieces."""
+    return _GRAINS.get(device.type, ACCELERATOR)
 
 
 @contextmanager
 def memory_budget(nbytes: int) -> Iterator[None]:
-    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB.
+    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB, and an eighth of the memory of an
+    accelerator.
 
     A dense object that a representation needs but the user did not ask for by name (the exact block of
     a layer without Kronecker form, a densified sum of unlike matrices, ...) must fit the budget, otherwise
-    the operation raises. Temporaries are chunked to a thirty-second of it.
+    the operation raises. Temporaries are chunked to a thirty-second of it on a CPU, to a quarter of it on an
+    accelerator, where small ones are slow.
 
     >>> with memory_budget(2**28):
     ...     budget()
@@ -38,19 +76,33 @@ def memory_budget(nbytes: int) -> Iterator[None]:
         _BUDGET.reset(token)
 
 
-def budget() -> int:
+def budget(device: torch.device | None = None) -> int:
     """The current budget in bytes."""
-    return _BUDGET.get()
+    chosen = _BUDGET.get()
+    if chosen is not None:
+        return chosen
+    return _memory_of(device) // _SHARE if device is not None and device.type == "cuda" else _DEFAULT
 
 
-def work_array() -> int:
+@cache
+def _memory_of(device: torch.device) -> int:
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return total
+
+
+def work_array(device: torch.device) -> int:
     """How many bytes a temporary should have at most."""
-    return budget() // _WORK_FRACTION
+    return budget(device) // grain(device).work_fraction
 
 
-def chunk_length(bytes_per_item: int, items: int) -> int:
+def panel_bytes(device: torch.device) -> int:
+    """How many bytes to make at a time of what is only read once."""
+    return min(grain(device).panel_bytes or budget(device), work_array(device))
+
+
+def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
     """How many of ``items`` things of ``bytes_per_item`` bytes to process at once: at least one."""
-    fits = work_array() // max(1, bytes_per_item)
+    fits = work_array(device) // max(1, bytes_per_item)
     return max(1, min(items, fits))
 
 
@@ -64,12 +116,12 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def require(nbytes: int, what: str, remedy: str) -> None:
+def require(nbytes: int, what: str, remedy: str, device: torch.device | None = None) -> None:
     """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
-    if nbytes > budget():
+    if nbytes > budget(device):
         raise MemoryError(
             f"{what} would take {nbytes / 2**20:.0f} MiB, more than the memory budget of "
-            f"{budget() / 2**20:.0f} MiB: {remedy}, or raise it with nngeometry.memory_budget(bytes)."
+            f"{budget(device) / 2**20:.0f} MiB: {remedy}, or raise it with nngeometry.memory_budget(bytes)."
         )
 
 

@@ -258,8 +258,9 @@ class FixedNorm(Operation):
 
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         x, w, _ = saved
+        none = x.new_empty(0)  # statistics of the batch: CUDA takes them for missing only if they are there and empty
         return torch.ops.aten.native_batch_norm_backward(
-            cotangent, x, w, self.mean, self.var, None, None, False, self.eps, list(wanted)
+            cotangent, x, w, self.mean, self.var, none, none, False, self.eps, list(wanted)
         )
 
     def bend(

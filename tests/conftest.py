@@ -1,7 +1,61 @@
-"""Every test runs in float64."""
+"""Every test runs in float64, on the device that is asked for."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+TESTS = Path(__file__).resolve().parent
+LIBRARY = TESTS.parent / "nngeometry"
+#: Of the library, but called by tests to make something from nothing.
+MAKERS = {"random_pvector", "random_pvector_dict", "random_fvector"}
+LAYERS = LIBRARY / "layers.py"
+#: Functions of random numbers.
+RANDOM = {torch.randn, torch.rand, torch.randint, torch.randperm, torch.normal}
+RANDOM_IN_PLACE = {torch.Tensor.uniform_, torch.Tensor.normal_}
+
+
+class On(TorchFunctionMode):
+    """Tensors that tests make without saying where are on a device, with the same random numbers on all of them. Those
+    that the library makes are not: what it forgets to put where the model is stays where torch puts it.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = torch.device(device)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in RANDOM_IN_PLACE and _in_tests():
+            return args[0].copy_(func(args[0].detach().cpu(), *args[1:], **kwargs))
+        if func not in _device_constructors() or kwargs.get("device") is not None or not _in_tests():
+            return func(*args, **kwargs)
+        if func in RANDOM:
+            grad = kwargs.pop("requires_grad", False)
+            return func(*args, **kwargs).to(self.device).requires_grad_(grad)
+        return func(*args, **{**kwargs, "device": self.device})
+
+
+def _in_tests():
+    """Whether the innermost call that is ours is that of a test."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        where = Path(frame.f_code.co_filename)
+        passed_on = frame.f_code.co_name in MAKERS or frame.f_code.co_name == "__torch_function__" or where == LAYERS
+        if LIBRARY in where.parents and not passed_on:
+            return False
+        if where.parent == TESTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def pytest_configure(config):
+    if config.getoption("--device"):
+        On(config.getoption("--device")).__enter__()  # for the whole run, that of the modules included
 
 
 @pytest.fixture(autouse=True)

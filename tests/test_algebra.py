@@ -399,7 +399,7 @@ def test_products_are_not_symmetric():
 
 def test_eye():
     lc = LayerCollection.from_model(nn.Linear(2, 3))
-    F = PMatEye(lc, scaling=3.0)
+    F = PMatEye(lc, scaling=3.0, device=oracle.HERE)
     close(F, 3.0 * torch.eye(9))
     close(F.inv(0.0), torch.eye(9) / 3)
     assert F.nbytes() == 8
@@ -433,7 +433,7 @@ def test_implicit():
     assert oracle.relative(F.pow(0.5).mv(v).to_torch(), half @ v.to_torch()) < 1e-6
     assert (
         oracle.relative(
-            (F + 0.1 * PMatEye(F.layer_collection)).pow(-0.5).mv(v).to_torch(),
+            (F + 0.1 * PMatEye(F.layer_collection, device=oracle.HERE)).pow(-0.5).mv(v).to_torch(),
             FIM_OF("dense").inv(0.1).pow(0.5).mv(v).to_torch(),
         )
         < 1e-6

@@ -2,6 +2,9 @@
 says.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import oracle
 import pytest
 import torch
@@ -29,6 +32,7 @@ from nngeometry import (
     PMatQuasiDiag,
     Poisson,
     PVector,
+    memory,
     memory_budget,
 )
 from nngeometry.likelihood import Cotangents
@@ -438,6 +442,19 @@ def test_small_minibatches_are_observed_together(matrix, representation):
         apart = MATRICES[matrix](model, batches, representation).mv(v).to_torch()
     assert 15 not in model.seen
     assert oracle.relative(joined, apart) < 1e-12
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatEye])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "conv2d-same", "conv2d-groups", "transformer-layer"])
+def test_the_pieces_of_accelerators_change_nothing(name, representation, monkeypatch):
+    model, batch, function = CASES[name].make()
+    make = partial(FIM, model, batch, representation, "regression", function=function)
+    v = PVector.from_model(model).detach()
+    expected = make().mv(v).to_torch()
+    for large_product in (0, 10**10):
+        large = replace(memory.ACCELERATOR, large_product=large_product)
+        monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, large)
+        assert oracle.relative(make().mv(v).to_torch(), expected) < 1e-12
 
 
 def test_what_is_not_observed_together():

@@ -125,7 +125,8 @@ def test_representations_of_kernels(name, output, representation, tmp_path):
     K = GramMatrix(model, loader, function=function, output=output, representation=representation)
     assert oracle.relative(K.to_torch(), truth) < TOLERANCE
     C = J.shape[0] if output in ("full", "diag") else 2
-    u = FVector(torch.randn(C, 7, dtype=torch.float64))
+    truth = truth.to(K.device)
+    u = FVector(torch.randn(C, 7, dtype=torch.float64)).to(K.device)
     expected = apply(truth, u.to_torch())
     assert oracle.relative((K @ u).to_torch(), expected) < TOLERANCE
     assert oracle.relative(K.vTMv(u), (expected * u.to_torch()).sum()) < TOLERANCE
@@ -175,7 +176,8 @@ def test_rectangular_kernels(name, representation, tmp_path):
         truth = reduced(kernel(J, J2), output)
         assert oracle.relative(K.to_torch(), truth) < TOLERANCE
         assert oracle.relative(K.T.to_torch(), reduced(kernel(J2, J), output)) < TOLERANCE
-        u = FVector(torch.randn(J.shape[0], 4, dtype=torch.float64))
+        truth = truth.to(K.device)
+        u = FVector(torch.randn(J.shape[0], 4, dtype=torch.float64)).to(K.device)
         assert oracle.relative((K @ u).to_torch(), apply(truth, u.to_torch())) < TOLERANCE
         assert oracle.relative(K.centred().to_torch(), centre(truth)) < TOLERANCE
         with pytest.raises(ValueError, match="rectangular"):

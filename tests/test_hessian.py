@@ -21,6 +21,7 @@ from nngeometry import (
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
+    memory,
     memory_budget,
     random_pvector,
 )
@@ -192,9 +193,11 @@ def test_every_model(name):
     keep = torch.ones(lc.numel(), dtype=torch.bool)
     if name in PADDED:  # the gradient is not a gradient with respect to padding: its rows are constants
         return
-    assert oracle.relative(approximate.to_torch()[keep], differences[keep]) < 1e-6
+    # On CUDA torch normalises weights in single precision.
+    tolerance = 1e-3 if name.startswith("weight_norm") and oracle.HERE != "cpu" else 1e-6
+    assert oracle.relative(approximate.to_torch()[keep], differences[keep]) < tolerance
     if name not in NO_SECOND:
-        assert oracle.relative(H @ v.to_torch(), differences) < 1e-6
+        assert oracle.relative(H @ v.to_torch(), differences) < tolerance
 
 
 def _central_difference(model, batch, function, lc, v, step=1e-5):
@@ -262,7 +265,8 @@ def test_products_of_models_with_activation_checkpoints(matrix):
         assert oracle.relative(ours.mv(v).to_torch(), expected.mv(v).to_torch()) < 1e-12
 
 
-def test_products_are_kept_or_made_again():
+def test_products_are_kept_or_made_again(monkeypatch):
+    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, memory._CPU)
     model, batches = minibatches("convnet", LOSSES["ce"][0])
     lc = LayerCollection.from_model(model)
     v = random_pvector(lc)
@@ -288,7 +292,7 @@ def test_products_are_kept_or_made_again():
                 torch.testing.assert_close(several.mv(v).to_torch(), first)
                 found.append(len(calls))
             repeated = matrix(model, batches, PMatImplicit)
-            repeated.to_scipy().matvec(v.to_torch().numpy())
+            repeated.to_scipy().matvec(v.to_torch().cpu().numpy())
             calls.clear()
             repeated.mv(v)
         assert min(found[:2]) >= len(batches)  # a single product keeps nothing

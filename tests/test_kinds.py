@@ -1,6 +1,7 @@
 """Every kind of layer: its streamed Jacobian equals loops over autograd, whatever the form."""
 
 import math
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -8,10 +9,15 @@ import torch
 from models import CASES
 from torch import nn
 
-from nngeometry import Gaussian, Generator, LayerCollection, forms, memory_budget
+from nngeometry import Gaussian, Generator, LayerCollection, forms, memory, memory_budget
 from nngeometry.autocorrelation import patch_moment
 from nngeometry.kinds import affine
 from nngeometry.likelihood import Cotangents
+
+
+def cut(monkeypatch, **sizes):
+    """Have work cut into pieces as on a CPU, but for some sizes."""
+    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, replace(memory._CPU, **sizes))
 
 
 def streamed(model, batch, function, lc=None, budget=2**30):
@@ -137,6 +143,7 @@ def test_second_moments(d, groups):
     torch.testing.assert_close(total, torch.einsum("ngi,ngj->gij", x, x))
 
 
+@pytest.mark.parametrize("panel_bytes", [1, None])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("shape", "kernel", "padding"),
@@ -151,7 +158,8 @@ def test_second_moments(d, groups):
         ((2, 2, 1, 1), (3, 3), [(1, 1), (1, 1)]),
     ],
 )
-def test_moments_of_patches(shape, kernel, padding, bias):
+def test_moments_of_patches(shape, kernel, padding, bias, panel_bytes, monkeypatch):
+    cut(monkeypatch, panel_bytes=panel_bytes)
     x = torch.randn(shape)
     n = len(kernel)
     patches = torch.nn.functional.pad(x, [p for pair in reversed(padding) for p in pair])
@@ -166,7 +174,7 @@ def test_moments_of_patches(shape, kernel, padding, bias):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("padding", [0, 1, "same"])
 def test_large_layers_take_the_moment_without_patches(padding, bias, monkeypatch):
-    monkeypatch.setattr(affine, "_LARGE_PRODUCT", 0)
+    cut(monkeypatch, large_product=0)
     layer = nn.Conv2d(2, 3, (3, 2), padding=padding, bias=bias)
     x = torch.randn(4, 2, 5, 6)
     form = affine.conv(layer, layer(x).detach().unsqueeze(0), x)
@@ -208,7 +216,7 @@ def test_inner_products_of_forms(positions, groups):
 @pytest.mark.parametrize("panel", [2**22, 8 * 3 * 4 * 2 * 3 * 2, 8 * 3 * 4 * 2 * 2, 8 * 3 * 4, 1])
 def test_reductions_of_a_jacobian_in_panels(panel, groups, monkeypatch):
     """However few entries of J are made at a time, and however the patches come."""
-    monkeypatch.setattr(forms, "_PANEL_BYTES", panel)
+    cut(monkeypatch, panel_bytes=panel)
     x, g = torch.randn(5, 7, groups, 4), torch.randn(3, 5, 7, groups, 2)
     for form in (forms.Outer(x, g), forms.Outer(x, g, lambda x: x.cos(), 4)):
         j = form.dense()

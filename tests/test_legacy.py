@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from oracle import HERE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -105,7 +106,7 @@ def test_names_are_where_they_were(module):
 
 
 def test_names_that_are_kept_do_not_warn(model, loader, vector):
-    M = FIM(model=model, loader=loader, representation=PMatKFAC, variant="classif_logits", device="cpu", n_output=3)
+    M = FIM(model=model, loader=loader, representation=PMatKFAC, variant="classif_logits", device=HERE, n_output=3)
     M.mv(vector), M.vTMv(vector), M.solve(vector, regul=1e-3), M.trace(), M.get_diag(), M.to_torch(), M.size(), M.data
     vector.to_dict(), vector.to_torch(), vector.vector_repr, vector.dict_repr
     PMatDense(generator=TorchHooksJacobianBackend(model), layer_collection=M.layer_collection, examples=loader)
@@ -334,9 +335,9 @@ def test_centring_of_other_representations_is_refused(model, loader):
 def test_positional_options_of_the_metrics(model, loader):
     truth = FIM(model, loader, PMatDiag).get_diag()
     assert torch.equal(FIM(model, loader, PMatDiag, 3).get_diag(), truth)
-    assert torch.equal(FIM(model, loader, PMatDiag, 3, "classif_logits", "cpu").get_diag(), truth)
-    assert torch.equal(FIM(model, loader, PMatDiag, "classif_logits", "cpu", lambda *d: model(d[0])).get_diag(), truth)
-    assert FIM_MonteCarlo(model, loader, PMatDiag, "classif_logits", 2, "cpu").size() == (78, 78)
+    assert torch.equal(FIM(model, loader, PMatDiag, 3, "classif_logits", HERE).get_diag(), truth)
+    assert torch.equal(FIM(model, loader, PMatDiag, "classif_logits", HERE, lambda *d: model(d[0])).get_diag(), truth)
+    assert FIM_MonteCarlo(model, loader, PMatDiag, "classif_logits", 2, HERE).size() == (78, 78)
     with pytest.raises(ValueError, match="n_output=4"):
         FIM(model, loader, PMatDiag, 4)
 
@@ -361,7 +362,8 @@ def test_mixed_by_kinds_of_layers(model, loader):
 
 
 def test_eye_with_a_tensor(vector):
-    for M in (PMatEye(vector.layer_collection, torch.tensor(2.0)), PMatEye(vector.layer_collection, scaling=2.0)):
+    lc = vector.layer_collection
+    for M in (PMatEye(lc, torch.tensor(2.0)), PMatEye(lc, scaling=2.0, device=vector.device)):
         torch.testing.assert_close(M.mv(vector).to_torch(), 2 * vector.to_torch())
 
 
@@ -711,7 +713,7 @@ def test_trials_of_a_sampled_regression_are_all_used():
 def test_cg_says_when_it_has_not_converged(model, loader, vector):
     M = FIM(model, loader, PMatImplicit)
     expected = M.solve(vector, 1e-2).to_torch()
-    torch.testing.assert_close(cg(M, vector, regul=1e-2, rtol=1e-10).to_torch(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cg(M, vector, regul=1e-2, rtol=1e-10).to_torch(), expected, rtol=1e-4, atol=1e-5)
     K = FIM(model, loader, PMatKFAC)
     torch.testing.assert_close(
         cg(M, vector, 1e-2, x0=vector, M=K, rtol=1e-10).to_torch(), expected, rtol=1e-5, atol=1e-6

@@ -39,7 +39,7 @@ def test_samples_are_unbiased_scores(name):
     likelihood, shape = LIKELIHOODS[name]
     f = 0.5 * torch.randn(2, *shape)
     trials = 40000
-    samples = likelihood.sample(f, trials, torch.Generator().manual_seed(0))
+    samples = likelihood.sample(f, trials, torch.Generator(f.device).manual_seed(0))
     S = samples.take(0, trials).flatten(2)
     H = hessians(f, name)
     assert oracle.relative(torch.einsum("cnp,cnq->npq", S, S), H) < 0.05
@@ -97,7 +97,7 @@ def test_the_users_loss_is_left_alone():
 
 def test_labels_are_drawn_from_the_probabilities_of_the_model():
     p = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
-    draws = Categorical(positions=False).sample(p.log(), 20000, torch.Generator().manual_seed(0)).take(0, 20000)
+    draws = Categorical(positions=False).sample(p.log(), 20000, torch.Generator(p.device).manual_seed(0)).take(0, 20000)
     labels = (20000**0.5 * draws + p).round()  # one-hot: the score is label - p
     assert labels.sum(-1).eq(1).all()
     assert (labels.mean(0) - p).abs().max() < 0.015

@@ -200,6 +200,8 @@ def test_kfac_takes_fewer_products_on_a_layer_of_a_classifier_of_digits(steps, l
 
 @pytest.mark.parametrize("steps", [0, 20])
 def test_kfac_takes_fewer_products_on_a_classifier_of_digits_where_regul_is_small(steps):
+    if oracle.HERE != "cpu":
+        pytest.skip("how many depends on the last digits of the trained parameters")
     model, batch = digits(steps)
     G, regul = GGN(model, batch, PMatDense), 1e-5
     kfac = inverse(GGN(model, batch, PMatKFAC), regul)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracle import HERE
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,7 +52,7 @@ def test_elastic_weight_consolidation_with_running_factors():
     for _ in range(3):  # three tasks
         loader = DataLoader(dataset(), batch_size=8)
         new = FIM(
-            model=model, loader=loader, representation=PMatKFAC, n_output=3, variant="classif_logits", device="cpu"
+            model=model, loader=loader, representation=PMatKFAC, n_output=3, variant="classif_logits", device=HERE
         )
         if fisher is None:
             fisher = new
@@ -86,7 +87,7 @@ def test_federated_averaging_of_fisher_matrices():
     loaders = [DataLoader(dataset(), batch_size=5, shuffle=True) for _ in clients]
     numerator, denominator = 0, 0
     for model, loader, p in zip(clients, loaders, weights, strict=True):
-        diag = FIM(model=model, loader=loader, representation=PMatDiag, device="cpu", n_output=3).get_diag() * p
+        diag = FIM(model=model, loader=loader, representation=PMatDiag, device=HERE, n_output=3).get_diag() * p
         numerator = numerator + diag * PVector.from_model(model).get_flat_representation().detach()
         denominator = denominator + diag
     server = net()
@@ -97,12 +98,12 @@ def test_federated_averaging_of_fisher_matrices():
     # The quadratic form of each client's factors at the server's parameters.
     factors = []
     for model, loader, p in zip(clients, loaders, weights, strict=True):
-        fisher = FIM(model=model, loader=loader, representation=PMatKFAC, device="cpu", n_output=3)
+        fisher = FIM(model=model, loader=loader, representation=PMatKFAC, device=HERE, n_output=3)
         for layer_id in fisher.data.keys():  # noqa: SIM118
             fisher.data[layer_id] = list(fisher.data[layer_id])
             fisher.data[layer_id][0].mul_(p**0.5)
             fisher.data[layer_id][1].mul_(p**0.5)
-        factors.append((fisher, FIM(model=model, loader=loader, representation=PMatKFAC, device="cpu"), p))
+        factors.append((fisher, FIM(model=model, loader=loader, representation=PMatKFAC, device=HERE), p))
     for fisher, unscaled, p in factors:
         torch.testing.assert_close(fisher.mv(average).to_torch(), p * unscaled.mv(average).to_torch())
 
@@ -169,7 +170,7 @@ def test_linearisation():
 
 def test_influence_functions():
     model, train, test = net(), DataLoader(dataset(), batch_size=8), dataset(2)
-    fisher = FIM(model=model, loader=train, representation=PMatEKFAC, device="cpu", n_output=3)
+    fisher = FIM(model=model, loader=train, representation=PMatEKFAC, device=HERE, n_output=3)
     fisher.update_diag(train)
     regul = 1e-3
     inverse = fisher.inverse(regul=regul)
@@ -237,7 +238,7 @@ def test_effective_dimension():
 
 def test_pruning():
     model, loader = net(), DataLoader(dataset(), batch_size=10)
-    diag = FIM(model=model, loader=loader, representation=PMatDiag, n_output=3, device="cpu").get_diag()
+    diag = FIM(model=model, loader=loader, representation=PMatDiag, n_output=3, device=HERE).get_diag()
     start, scores = 0, []
     for p in model.parameters():  # in the order of parameters()
         scores.append(diag[start : start + p.numel()].view_as(p) * p.detach() ** 2)
@@ -263,7 +264,7 @@ def test_embedding_of_a_task():
         representation=PMatDiag,
         variant="classif_logits",
         trials=400,
-        device="cpu",
+        device=HERE,
         function=lambda *d: model(d[0]),
         layer_collection=lc,
     ).get_diag()

@@ -12,7 +12,7 @@ from torch import Tensor
 def largest_ritz_value(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
     """The top of the spectrum as it is seen from ``start``, orthogonalised twice in each step."""
     v = start / start.norm()
-    basis, matrix = start.new_empty(STEPS, len(start)), torch.zeros(STEPS, STEPS, dtype=torch.float64)
+    basis, matrix = start.new_empty(STEPS, len(start)), start.new_zeros(STEPS, STEPS, dtype=torch.float64)
     for k in range(STEPS):
         basis[k] = v
         v, held = product(v), basis[: k + 1]

@@ -81,7 +81,7 @@ def _ekfac(task: Task) -> Callable[[], Any]:
 def _dense(task: Task) -> Callable[[], Tensor]:
     def run() -> Tensor:
         operator = _operator(task, GGNLinearOperator)
-        columns = torch.eye(operator.shape[1]).split(_COLUMNS, 1)
+        columns = torch.eye(operator.shape[1], device=task.device).split(_COLUMNS, 1)
         return torch.cat([operator @ c for c in columns], 1)
 
     return run

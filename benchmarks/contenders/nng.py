@@ -61,7 +61,7 @@ def _collection(task: Task) -> LayerCollection:
 
 def _maker(task: Task, metric: Any = FIM) -> Callable[..., Any]:
     """From a representation to the matrix."""
-    return partial(metric, task.model, _Loader(task), layer_collection=_collection(task))
+    return partial(metric, task.model, _Loader(task), layer_collection=_collection(task), device=str(task.device))
 
 
 def _build(representation: Any, metric: Any = FIM) -> Callable[[Task], Callable[[], Any]]:

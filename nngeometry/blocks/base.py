@@ -316,6 +316,7 @@ class Block(ABC):
             self.numel**2 * self.dtype.itemsize,
             f"{operation}: the dense form of a {from_} of {self.numel} parameters",
             "work on fewer layers, use a representation with a closed form",
+            self.device,
         )
         return _make("Dense", self.to_dense(), self.shape, self.symmetric)
 

@@ -38,6 +38,7 @@ class QuasiDiag(Block):
             self.numel * self.shape[-1] * self.dtype.itemsize,
             f"the arrowhead matrices of a quasi-diagonal block with rows of {self.shape[-1]}",
             "use solve, which needs none of them, or PMatDiag",
+            self.device,
         )
         rows = torch.diag_embed(self.d)
         rows[..., :-1, -1] = self.cross

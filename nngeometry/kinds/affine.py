@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..autocorrelation import patch_moment
 from ..forms import Gather, LayerJacobian, Outer, moment_with_one
+from ..memory import grain
 from .kind import Packing, kind, when_imported
 
 
@@ -73,10 +74,6 @@ def _pads(module: Any) -> list[int]:
     return [p for p in reversed(padding) for _ in range(2)]
 
 
-#: Multiplications from which many small products are faster than making the patches and one product of them.
-_LARGE_PRODUCT = 10**9
-
-
 def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tensor] | None:
     """The second moment of patches by autocorrelation, where it is that and that saves work."""
     n = x.ndim - 2
@@ -88,7 +85,7 @@ def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tenso
     if max(module.kernel_size) == 1 or min(sizes) < 2:
         return None
     bias = module.bias is not None
-    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < _LARGE_PRODUCT:
+    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < grain(x.device).large_product:
         return None
     return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
 

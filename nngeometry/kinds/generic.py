@@ -89,7 +89,8 @@ def generic(
         with _undisturbed(module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if isinstance(module, _NO_VMAP):
-                return one_by_one(xs, gs)
+                with torch.backends.cudnn.flags(enabled=False):  # it has no derivative of them in eval mode
+                    return one_by_one(xs, gs)
             try:
                 return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
             except RuntimeError as error:

@@ -152,7 +152,7 @@ def nystrom_factor(probes: Tensor, images: Tensor) -> tuple[Tensor, Tensor, floa
 def to_dense(matvec: Matvec, size: int, like: Tensor) -> Tensor:
     """The matrix, by ``size`` products."""
     out = like.new_empty(size, size)
-    step = chunk_length(size * like.element_size(), size)
+    step = chunk_length(size * like.element_size(), size, like.device)
     for start in range(0, size, step):
         stop = min(start + step, size)
         unit = like.new_zeros(stop - start, size)

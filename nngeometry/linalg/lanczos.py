@@ -205,7 +205,7 @@ def eigsh(
         generator = torch.Generator(like.device).manual_seed(0)
 
     space = _Space(matvec, capacity, size, like)
-    small = size * size * like.element_size() <= budget() // 16
+    small = size * size * like.element_size() <= budget(like.device) // 16
     settled: Tensor | None = None  # the wanted values when the space last began anew at random rows
     shifts = torch.zeros(0, dtype=torch.float64)  # the Ritz values dropped since then
     check, anew = wanted, True  # the size of the space at which to look again
@@ -248,7 +248,7 @@ def eigsh(
 
 
 def _affordable(size: int, like: Tensor, most: int) -> int:
-    return min(most, budget() // (2 * size * like.element_size()))
+    return min(most, budget(like.device) // (2 * size * like.element_size()))
 
 
 def _order(values: Tensor, which: Which) -> Tensor:
@@ -436,7 +436,7 @@ def funm(
     """
     steps = min(500 if steps is None else steps, b.shape[1])
     tol = torch.finfo(b.dtype).eps ** (2 / 3) if tol is None else tol
-    length = max(1, budget() // (steps * b.shape[1] * b.element_size()))
+    length = max(1, budget(b.device) // (steps * b.shape[1] * b.element_size()))
     return torch.cat([_funm(matvec, rows, f, steps, tol) for rows in b.split(length)]) if len(b) else b.clone()
 
 

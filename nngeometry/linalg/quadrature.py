@@ -184,7 +184,7 @@ def slq(
     fine: list[tuple[Tensor, Tensor]] = []
     coarse: list[tuple[Tensor, Tensor]] = []
     invariant: list[Tensor] = []
-    length = max(1, budget() // (min(steps, size) * size * like.element_size()))
+    length = max(1, budget(like.device) // (min(steps, size) * size * like.element_size()))
     for start in range(0, probes, length):
         v = off(off(sampler(min(length, probes - start), size, like=like, generator=generator)))
         mass = (v.square().sum(1) / free).to("cpu", torch.float64).unsqueeze(1)

@@ -402,5 +402,5 @@ def _exact_trace(matvec: Matvec, size: int, like: Tensor) -> Callable[[], Tensor
 
 def _chunks(count: int, size: int, like: Tensor) -> list[int]:
     """Numbers of rows, within the memory budget, that add up to ``count``."""
-    step = chunk_length(size * like.element_size(), max(count, 1))
+    step = chunk_length(size * like.element_size(), max(count, 1), like.device)
     return [min(step, count - start) for start in range(0, count, step)]

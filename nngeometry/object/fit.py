@@ -331,7 +331,7 @@ def eye(layers: Sequence[Layer]) -> Estimator:
 def columns(operator: Block, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
     """The columns ``start:stop`` of a matrix known by its products, a few at a time: (first of them, ``(k, P)``)."""
     p = operator.numel
-    step = chunk_length(4 * p * operator.dtype.itemsize, stop - start)
+    step = chunk_length(4 * p * operator.dtype.itemsize, stop - start, operator.device)
     for first in range(start, stop, step):
         k = min(step, stop - first)
         units = torch.zeros(k, p, dtype=operator.dtype, device=operator.device)

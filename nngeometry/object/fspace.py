@@ -361,6 +361,7 @@ class FMat(VectorSpace):
             groups * r * c * self.dtype.itemsize,
             f"{operation}: the dense form of {self}",
             "use products with it",
+            self.device,
         )
         forward, _ = self._products()
         if groups > 1:

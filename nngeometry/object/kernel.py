@@ -188,7 +188,7 @@ def stacked_rows(
         if out is None:
             form = next(iter(slab.forms.values()))
             shape = slab.outputs, examples, layer_collection.numel()
-            require(prod(shape) * form.dtype.itemsize, what, remedy)
+            require(prod(shape) * form.dtype.itemsize, what, remedy, form.device)
             out = torch.empty(shape, dtype=form.dtype, device=form.device)
         with torch.no_grad():  # not around the loop: generators that are not finished share its mode
             mine = [slab.forms[name] for name in layers]
@@ -259,7 +259,7 @@ class Tape:
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
         each = max(1, predicted_bytes(one, metric, partners))
-        tile = budget() // 16 // self.dtype.itemsize  # entries
+        tile = budget(self.device) // 16 // self.dtype.itemsize  # entries
         self.runs = _runs(batches, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
 
     def where(self, run: int) -> list[slice]:

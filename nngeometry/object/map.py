@@ -74,8 +74,8 @@ class PFMap(VectorSpace, ABC):
     def to_dense(self) -> PFMapDense:
         """All entries. Raises ``MemoryError`` if they do not fit the memory budget."""
         c, n, p = self.shape
-        require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp")
-        step = chunk_length(2 * p * self.dtype.itemsize, c * n)
+        require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp", self.device)
+        step = chunk_length(2 * p * self.dtype.itemsize, c * n, self.device)
         units = torch.eye(c * n, dtype=self.dtype, device=self.device).view(-1, c, n)
         rows = torch.cat([self._vjp(piece) for piece in units.split(step)])
         return PFMapDense(self.layer_collection, rows.view(c, n, p))
@@ -93,7 +93,8 @@ class PFMap(VectorSpace, ABC):
     def _kernel(self, other: PFMap) -> FMat:
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         (c, n, _), (d, m, _) = self.shape, other.shape
-        require(c * n * d * m * self.dtype.itemsize, f"the dense kernel {self} @ {other}.T", "use GramMatrix")
+        what = f"the dense kernel {self} @ {other}.T"
+        require(c * n * d * m * self.dtype.itemsize, what, "use GramMatrix", self.device)
         layout = Full((c, d), (n, m))
         entries = self._inner(other)
         if other is self:
@@ -402,7 +403,7 @@ class PFMapImplicit(PFMap):
         def jvp(V: Tensor) -> Tensor:
             found = []
             for linear, _, held in maps:
-                pieces = [linear.jvp(v.to(linear.f.dtype)) for v in V.split(chunk_length(held, len(V)))]
+                pieces = [linear.jvp(v.to(linear.f.dtype)) for v in V.split(chunk_length(held, len(V), V.device))]
                 found.append(torch.cat(pieces).detach().flatten(2).transpose(1, 2))
             return torch.cat(found, 2).to(generator.dtype)
 
@@ -413,7 +414,8 @@ class PFMapImplicit(PFMap):
                 u = S[:, :, start : start + len(linear.f)].transpose(1, 2)
                 start += len(linear.f)
                 u = u.reshape(len(S), *linear.f.shape).to(linear.f.dtype)
-                for some, into in zip(u.split(step := chunk_length(held, len(u))), total.split(step), strict=True):
+                step = chunk_length(held, len(u), u.device)
+                for some, into in zip(u.split(step), total.split(step), strict=True):
                     linear.add_vjp(some, into)
             return total
 

@@ -13,6 +13,7 @@ from ..blocks import Block, Direct, add, matmul
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
+from ..linalg import gaussian
 from . import fit
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
@@ -193,8 +194,8 @@ class PMat(VectorSpace):
         return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
 
     def sample(self, generator: torch.Generator | None = None) -> PVector:
-        """A vector from the normal distribution with mean zero and covariance M."""
-        noise = torch.randn(self.size(0), dtype=self.dtype, device=self.device, generator=generator)
+        """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
+        (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
     # Entries

@@ -92,7 +92,7 @@ class Linearisations:
             made = self._prepare(position, batches)
             if keep is not None:
                 keep.append(made)
-                keep = keep if sum(held for *_, held in keep) <= budget() else None
+                keep = keep if sum(held for *_, held in keep) <= budget(evaluator.device) else None
             yield made
             del made
         self._kept = keep
@@ -142,7 +142,7 @@ class Products(Linearisations):
         out = torch.zeros_like(V, dtype=self.evaluator.dtype)
         total = 0.0
         for product, weight, held in self:
-            for rows, into in zip(V.split(step := chunk_length(held, len(V))), out.split(step), strict=True):
+            for rows, into in zip(V.split(step := chunk_length(held, len(V), V.device)), out.split(step), strict=True):
                 product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made

@@ -29,6 +29,7 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         len(kernel.groups) * groups * r * c * kernel.left.dtype.itemsize,
         f"GramMatrix: the dense kernel {tuple(layout.seen)}",
         'use output="trace" or "diag", representation=FMatMemmap.at(path) or FMatImplicit',
+        kernel.left.device,
     )
     entries = {name: layout.empty(kernel.left) for name in kernel.groups}
     tiles = kernel.tiles(lambda name, rows, cols: entries[name][layout.where(rows, cols)])
@@ -142,7 +143,7 @@ class File:
 
     def _rows(self) -> Iterable[slice]:
         groups, r, c = self.shape
-        step = chunk_length(groups * c * self.dtype.itemsize, r)
+        step = chunk_length(groups * c * self.dtype.itemsize, r, torch.device("cpu"))
         return [slice(a, min(a + step, r)) for a in range(0, r, step)]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layercollection import LayerCollection, split
+from ..linalg import gaussian
 
 
 class Array:
@@ -277,15 +278,14 @@ def random_pvector(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> PVector:
-    """A vector of independent standard normal entries.
+    """A vector of independent standard normal entries. generator: on any device; they are drawn there.
 
     >>> lc = LayerCollection.from_model(nn.Linear(2, 1))
     >>> random_pvector(lc, generator=torch.Generator().manual_seed(0)).size()
     torch.Size([3])
     """
-    return PVector(
-        layer_collection, torch.randn(layer_collection.numel(), device=device, dtype=dtype, generator=generator)
-    )
+    like = torch.empty(0, device=device, dtype=dtype)
+    return PVector(layer_collection, gaussian(1, layer_collection.numel(), like=like, generator=generator)[0])
 
 
 def _flatten(layer_collection: LayerCollection, values: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
