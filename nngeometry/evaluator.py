@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import data
 from .apart import called_apart
 from .layercollection import LayerCollection
-from .memory import Made, nbytes_of, work_array
+from .memory import Made, keep_freed, nbytes_of, work_array
 
 #: Bytes of the parameters of a model up to which its minibatches may be joined.
 _SMALL_MODEL = 2**21
@@ -126,13 +126,18 @@ class Evaluator:
         of two of its examples.
         """
 
+        small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL
+
         def most(batch: data.Batch) -> int:
             room = work_array(self.device) // 2
-            small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL and nbytes_of(data.tensors_of(batch)) <= room
-            if not small or data.count(batch) < 2 or not data.aligned(batch):
+            if not small or nbytes_of(data.tensors_of(batch)) > room:
+                return 0
+            if data.count(batch) < 2 or not data.aligned(batch):
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
+        if small:
+            keep_freed(self.device)
         return data.grouped(self.minibatches(examples), most)
 
     def trial(self, batch: data.Batch) -> Trial:

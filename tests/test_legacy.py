@@ -716,7 +716,7 @@ def test_cg_says_when_it_has_not_converged(model, loader, vector):
     torch.testing.assert_close(cg(M, vector, regul=1e-2, rtol=1e-10).to_torch(), expected, rtol=1e-4, atol=1e-5)
     K = FIM(model, loader, PMatKFAC)
     torch.testing.assert_close(
-        cg(M, vector, 1e-2, x0=vector, M=K, rtol=1e-10).to_torch(), expected, rtol=1e-5, atol=1e-6
+        cg(M, vector, 1e-2, x0=vector, M=K, rtol=1e-10).to_torch(), expected, rtol=1e-4, atol=1e-5
     )
     with pytest.warns(RuntimeWarning, match="residual"):
         cg(M, vector, regul=1e-2, max_iter=1)
