@@ -125,7 +125,6 @@ class Evaluator:
         what is made of them takes half of a work array. made_of_two: from a minibatch to the bytes that are made
         of two of its examples.
         """
-
         small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL
 
         def most(batch: data.Batch) -> int:

@@ -817,7 +817,8 @@ def add_gram(total: Tensor, x: Tensor, beta: int = 1) -> Tensor:
 
 def mirror(total: Tensor) -> Tensor:
     """Copy the lower triangles of ``(..., d, d)`` to the upper ones in place; blocks on the diagonal are whole."""
-    for rows in _panels(total.shape[-1], total.device):
+    _, *others = _panels(total.shape[-1], total.device)
+    for rows in others:
         total[..., : rows.start, rows] = total[..., rows, : rows.start].mT
     return total
 

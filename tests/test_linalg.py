@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nngeometry import memory_budget
+from nngeometry import memory, memory_budget
 from nngeometry.linalg import (
+    base,
     cg,
     eigsh,
     funm,
@@ -131,6 +132,20 @@ def test_top_ten_of_a_thousand():
     pairs = eigsh(lambda v: v @ A, 1000, 10, like=A[:0])
     assert pairs.products < 1000
     check_pairs(pairs, A, truth, "largest", 10, 1e-12)
+
+
+@pytest.mark.parametrize("entries", [1, 7, 8, 16, 19])
+@pytest.mark.parametrize("cut", [memory._CPU, memory.ACCELERATOR])
+def test_sums_over_a_few_entries_at_a_time(cut, entries, monkeypatch):
+    monkeypatch.setattr(base, "_PIECE", 8)
+    monkeypatch.setitem(memory._GRAINS, torch.empty(0).device.type, cut)
+    one, other = torch.randn(2, 3, entries), torch.randn(2, 4, entries)
+    torch.testing.assert_close(base.inner(one, other), (one @ other.mT).cpu())
+    torch.testing.assert_close(base.inner(one[0], other[1]), (one[0] @ other[1].mT).cpu())
+    torch.testing.assert_close(base.norms(one), one.norm(dim=-1).cpu())
+    left, weights = one.clone(), torch.randn(2, 3, 4)
+    base.subtract(left, weights, other)
+    torch.testing.assert_close(left, one - weights @ other)
 
 
 def test_no_ghosts_at_200_steps():

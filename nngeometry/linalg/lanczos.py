@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import budget
+from ..memory import budget, grain
 from .base import Matvec, gaussian, inner, noise, norms, orthogonalise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
@@ -115,7 +115,8 @@ class _Space:
         """Keep these Ritz vectors only."""
         keep = len(values)
         turn = columns.mT.to(self.rows)
-        for piece in self.rows.split(2**16, dim=1):
+        few = 2**16 if grain(self.rows.device).in_cache else 2**22
+        for piece in self.rows.split(few, dim=1):
             piece[:keep] = turn @ piece[: self.count]
         self.full.zero_()
         self.full[:keep, :keep] = torch.diag(values)
