@@ -22,14 +22,16 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", help="JSON of run.py, for the table; later ones replace rows"
     )
+    parser.add_argument("--accelerator", type=Path, nargs="+", help="JSON of run.py --device, for another table")
     parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
     parser.add_argument("--budgets", type=Path, nargs="+", help="JSON of run.py --budget, for cost against memory")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
-    if args.results:
-        report = merged([json.loads(path.read_text()) for path in args.results])
-        table = rst_table(report["summary"], list(report["contenders"]), count, marks_of(report))
-        write(args.page, "table", f"{origin(report)}\n\n{table}")
+    for name, paths in (("table", args.results), ("accelerator", args.accelerator)):
+        if paths:
+            report = merged([json.loads(path.read_text()) for path in paths])
+            table = rst_table(report["summary"], list(report["contenders"]), count, marks_of(report))
+            write(args.page, name, f"{origin(report)}\n\n{table}")
     if args.sweep:
         report = json.loads(args.sweep.read_text())
         draw(report, args.page.parent / PICTURE)
@@ -49,22 +51,26 @@ def write(page: Path, name: str, text: str) -> None:
 def origin(report: Report) -> str:
     """What the numbers were measured on, and with which versions."""
     machine, contenders = report["machine"], report["contenders"]
-    first = contenders["ours"]
+    first, processor = contenders["ours"], processor_of(report)
+    threads = f"{first['threads']} threads, " if processor == machine["cpu"] else ""
     versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
     rounds = rounds_of(report["runs"])
     marked = [f"{mark.strip()} on {cpu}" for cpu, mark in marks_of(report).items() if mark]
     elsewhere = f" Rows with {', '.join(marked)}.".replace("*", r"\*") if marked else ""
     trial = " A trial run: the numbers tell nothing." if report["small"] or report.get("budget") else ""
-    return (
-        f"{machine['cpu']}, {machine['system']}, {first['threads']} threads, torch {first['torch']}, "
-        f"{rounds}; {versions}.{elsewhere}{trial}"
-    )
+    return f"{processor}, {machine['system']}, {threads}torch {first['torch']}, {rounds}; {versions}.{elsewhere}{trial}"
+
+
+def processor_of(report: Report) -> str:
+    """What the last numbers were measured on: an accelerator if there was one."""
+    return report["contenders"]["ours"].get("device") or report["machine"]["cpu"]
 
 
 def marks_of(report: Report) -> dict[str, str]:
     """What is put behind jobs that were measured on another processor than the last, for each processor."""
-    others = sorted({run["cpu"] for run in report["runs"]} - {report["machine"]["cpu"]})
-    return {report["machine"]["cpu"]: "", **{cpu: " " + "*" * k for k, cpu in enumerate(others, 1)}}
+    last = processor_of(report)
+    others = sorted({run["cpu"] for run in report["runs"]} - {last})
+    return {last: "", **{cpu: " " + "*" * k for k, cpu in enumerate(others, 1)}}
 
 
 def rounds_of(runs: list[Run]) -> str:

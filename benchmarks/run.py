@@ -121,7 +121,8 @@ class Worker:
     def __init__(self, contender: str, args: argparse.Namespace) -> None:
         self.contender = contender
         self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(args.seconds)]
-        self.options += ["--device", args.device]
+        self.device = args.device
+        self.options += ["--device", self.device]
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NNGEOMETRY_BUDGET")}
         if contender in AT_HOME:
             self.python = Path(sys.executable)
@@ -136,7 +137,7 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """Versions, and what it can do."""
-        lines, error = self._start(self.options[-2:])
+        lines, error = self._start(["--device", self.device])
         if not lines:
             sys.exit(f"{self.contender} does not start: {error}")
         return lines[0]

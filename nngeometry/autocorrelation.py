@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from itertools import product
 from math import prod
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .memory import grain, panel_bytes, slices
+from .memory import chunk_length, grain, panel_bytes, slices
 
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
@@ -26,21 +25,34 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
     that differ by o, less those that d does not reach or d' does not, near borders. So there is one large product for
     each offset, and small ones at borders.
 
-    Where products are started slowly, that is done along the first axis alone, on the patches along the others: a third
-    of the offsets in two axes, and a ninth of the borders.
+    Without a cache that is done along the first axis alone, on the patches along the others, of some examples at a
+    time: that is twice as many multiplications for a kernel of 3 x 3, but in 3 large products instead of 13, and hardly
+    any small ones.
     """
-    inner = 1
-    if not grain(x.device).in_cache and len(kernel) > 1:
-        inner = prod(kernel[1:])
-        x = _windows(x, kernel[1:], padding[1:])
-        kernel, padding = (kernel[0], *[1] * len(kernel[1:])), [padding[0], *[(0, 0)] * len(kernel[1:])]
+    if grain(x.device).has_cache or len(kernel) == 1:
+        return _moment(x, kernel, padding, bias, 1)
+    others = prod(kernel[1:])
+    along_first = (kernel[0], *[1] * len(kernel[1:])), [padding[0], *[(0, 0)] * len(kernel[1:])]
+    held = 2 * others * x[0].numel() * x.element_size()
+    moments = (
+        _moment(_windows(x[some], kernel[1:], padding[1:]), *along_first, bias, others)
+        for some in slices(len(x), chunk_length(held, len(x), x.device))
+    )
+    total = next(moments)
+    for moment in moments:
+        total += moment
+    return total
+
+
+def _moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, int]], bias: bool, inner: int) -> Tensor:
+    """:func:`patch_moment`. inner: how many of the channels are pixels of a patch, the faster ones."""
     n, channels = len(kernel), x.shape[1]
     sizes = x.shape[2:]
     reach = [m + a + b - k + 1 for m, (a, b), k in zip(sizes, padding, kernel, strict=True)]
     pixels = list(product(*map(range, kernel)))
     number = {d: k for k, d in enumerate(pixels)}
     # Examples next to last, and zeros behind every row, so that an offset along it is one in memory.
-    image = F.pad(x, (0, kernel[-1] - 1)).permute(*range(2, n + 1), 0, n + 1, 1).contiguous()
+    image = (F.pad(x, (0, kernel[-1] - 1)) if kernel[-1] > 1 else x).permute(*range(2, n + 1), 0, n + 1, 1).contiguous()
 
     def reached(d: Sequence[int]) -> list[Interval]:
         """What pixel d of a patch meets, which may be outside of the image."""
@@ -80,16 +92,11 @@ def _windows(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, int]
 def _interleave(found: dict[tuple[int, int], Tensor], out: Tensor) -> None:
     """Put the products of pixels i <= j into out ``(C, pixels, K, C, pixels, K)``, and their transposes."""
     channels, pixels, inner = out.shape[:3]
-    every = list(product(range(pixels), repeat=2))
-    if not grain(out.device).in_cache:
-        both = torch.stack([found[i, j] if i <= j else found[j, i].T for i, j in every])
-        out.copy_(both.view(pixels, pixels, channels, inner, channels, inner).permute(2, 0, 3, 4, 1, 5))
-        return
-    blocks = out.squeeze((2, 5))
-    step = max(1, panel_bytes(out.device) // (pixels * channels * pixels * out.element_size()))
-    for some in slices(channels, step):  # which stay in the cache
-        for i, j in every:
-            blocks[some, i, :, j] = found[i, j][some] if i <= j else found[j, i][:, some].T
+    step = max(1, panel_bytes(out.device) // (out[0].numel() * out.element_size()))
+    for some in slices(channels, step):  # which stay in the cache, where there is one
+        for i, j in product(range(pixels), repeat=2):
+            block = found[i, j] if i <= j else found[j, i].T
+            out[some, i, :, :, j] = block.unflatten(1, (channels, inner)).unflatten(0, (channels, inner))[some]
 
 
 class _Products:

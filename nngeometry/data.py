@@ -111,6 +111,11 @@ def count(batch: Batch) -> int:
     raise ValueError(f"a minibatch of type {type(batch).__name__} holds no tensor with an axis of examples")
 
 
+def axes(batch: Batch) -> tuple[int, ...]:
+    """How many axes each tensor of a minibatch has."""
+    return tuple(t.ndim for t in tensors_of(batch))
+
+
 def aligned(batch: Batch) -> bool:
     """Whether all tensors of a minibatch have a row for each example, so that it can be taken apart."""
     n = count(batch)

@@ -15,6 +15,7 @@ from . import data
 from .apart import called_apart
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
+from .recurrent import recurrent_without_cudnn
 
 #: Bytes of the parameters of a model up to which its minibatches may be joined.
 _SMALL_MODEL = 2**21
@@ -184,31 +185,6 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-@contextmanager
-def recurrent_without_cudnn(model: nn.Module) -> Iterator[None]:
-    """Have the recurrent layers of a model run by torch's own kernels: those of cuDNN have no derivative in eval mode,
-    and no second one at all.
-    """
-    before: list[bool] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        before.append(torch.backends.cudnn.enabled)
-        torch.backends.cudnn.enabled = False
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        torch.backends.cudnn.enabled = before.pop()
-
-    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-    hooks = [h for m in layers for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if before:  # an exception came in between
-            torch.backends.cudnn.enabled = before[0]
 
 
 @contextmanager

@@ -353,7 +353,7 @@ class Outer(LayerJacobian):
         """
         g = self.g.sum(2, keepdim=True) if reduce else self.g
         positions_last = g.stride(2) == 1 and g.shape[2] >= g.shape[4]  # in memory, as convolutions leave it
-        if positions_last and grain(g.device).in_cache:
+        if positions_last and grain(g.device).has_cache:
             return _moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
         return second_moment(g.flatten(0, 2))
 
@@ -831,7 +831,7 @@ def copy_transposed(x: Tensor, out: Tensor) -> None:
 
 def _sum_of_squares(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Of what is not needed again."""
-    if grain(x.device).in_cache:
+    if grain(x.device).has_cache:
         return x.square_().sum(axes)
     return torch.linalg.vector_norm(x, dim=axes).square_()  # which reads it once, and writes nothing
 

@@ -88,12 +88,18 @@ class Plan:
 
     layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
     row for each example, so that it can be taken apart. trial: of two examples, if what is made of them was counted.
+    axes: how many each tensor of the minibatch had; a model may do something else with more or fewer.
     """
 
     layouts: tuple[_Layout, ...]
     names: tuple[str, ...]
     aligned: bool
     trial: Trial | None
+    axes: tuple[int, ...]
+
+    def fits(self, batch: data.Batch) -> bool:
+        """Whether it is for minibatches like this one."""
+        return self.axes == data.axes(batch)
 
 
 class Generator(Evaluator):
@@ -153,7 +159,7 @@ class Generator(Evaluator):
             return self.probe(sites, batch, measure)
         names = {id(site.module): site.name for site in sites}
         order = tuple(names[id(module)] for module in called if id(module) in names)
-        return Plan((_Layout((0,), (0,)),) * len(order), order, data.aligned(batch), None)
+        return Plan((_Layout((0,), (0,)),) * len(order), order, data.aligned(batch), None, data.axes(batch))
 
     def stream(
         self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
@@ -170,14 +176,14 @@ class Generator(Evaluator):
 
         def made_of_two(batch: data.Batch) -> int:
             nonlocal plan
-            if plan is None:
+            if plan is None or not plan.fits(batch):
                 plan = self._plan(sites, batch, measure=True)
             trial = plan.trial or self.trial(batch)
             return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
-            if plan is None:
+            if plan is None or not plan.fits(batches[0]):
                 plan = self._plan(sites, batches[0])
             yield from self._observe(sites, batches, position, plan, by_example)
 
@@ -291,6 +297,7 @@ class Generator(Evaluator):
                 tuple(c.site.name for c in two),
                 data.aligned(batch),
                 None if made is None else Trial(few[0], f2.detach(), made.nbytes),
+                data.axes(batch),
             )
             constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
             f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _BUDGET: ContextVar[int | None] = ContextVar("nngeometry_memory_budget", default=None)
 _DEFAULT = 2**30
-#: By default the budget of an accelerator is that part of its memory.
+#: By default the budget of a CUDA device is its memory divided by that.
 _SHARE = 8
 
 
@@ -25,8 +25,8 @@ class Grain:
 
     work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
     pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products are made
-    as many columns at a time, up to the diagonal. whole: with fewer vectors of no more entries, they are not.
-    large_product: multiplications from which many small products are faster than one of copies.
+    as many columns at a time, up to the diagonal. whole: of no more vectors of no more entries than that, they are made
+    whole. large_product: multiplications from which many small products are faster than one of copies.
     """
 
     work_fraction: int
@@ -36,16 +36,16 @@ class Grain:
     large_product: int
 
     @property
-    def in_cache(self) -> bool:
+    def has_cache(self) -> bool:
         """Whether there is a cache to keep pieces in."""
         return self.panel_bytes is not None
 
 
-#: Each found by measuring the alternatives: docs/benchmarks.rst.
-_CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, whole=512, large_product=10**9)
-#: What takes no time is started as slowly as what takes a tenth of a millisecond.
+#: Each number found by measuring the alternatives: docs/benchmarks.rst.
+CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, whole=512, large_product=10**9)
+#: To start an operation takes some ten microseconds, in which billions of multiplications are made.
 ACCELERATOR = Grain(work_fraction=4, panel_bytes=None, columns=2048, whole=2048, large_product=2 * 10**10)
-_GRAINS = {"cpu": _CPU}
+_GRAINS = {"cpu": CPU}
 
 
 def grain(device: torch.device) -> Grain:
@@ -55,8 +55,8 @@ def grain(device: torch.device) -> Grain:
 
 @contextmanager
 def memory_budget(nbytes: int) -> Iterator[None]:
-    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB, and an eighth of the memory of an
-    accelerator.
+    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB; on a CUDA device an eighth of its
+    memory.
 
     A dense object that a representation needs but the user did not ask for by name (the exact block of
     a layer without Kronecker form, a densified sum of unlike matrices, ...) must fit the budget, otherwise
@@ -64,7 +64,7 @@ def memory_budget(nbytes: int) -> Iterator[None]:
     accelerator, where small ones are slow.
 
     >>> with memory_budget(2**28):
-    ...     budget()
+    ...     budget(torch.device("cpu"))
     268435456
     """
     if nbytes <= 0:
@@ -76,17 +76,19 @@ def memory_budget(nbytes: int) -> Iterator[None]:
         _BUDGET.reset(token)
 
 
-def budget(device: torch.device | None = None) -> int:
-    """The current budget in bytes."""
+def budget(device: torch.device) -> int:
+    """The current budget in bytes, for what is on a device."""
     chosen = _BUDGET.get()
     if chosen is not None:
         return chosen
-    return _memory_of(device) // _SHARE if device is not None and device.type == "cuda" else _DEFAULT
+    if device.type == "cuda":
+        return _cuda_memory(torch.cuda.current_device() if device.index is None else device.index) // _SHARE
+    return _DEFAULT
 
 
 @cache
-def _memory_of(device: torch.device) -> int:
-    total: int = torch.cuda.get_device_properties(device).total_memory
+def _cuda_memory(index: int) -> int:
+    total: int = torch.cuda.get_device_properties(index).total_memory
     return total
 
 
@@ -97,7 +99,8 @@ def work_array(device: torch.device) -> int:
 
 def panel_bytes(device: torch.device) -> int:
     """How many bytes to make at a time of what is only read once."""
-    return min(grain(device).panel_bytes or budget(device), work_array(device))
+    panel, most = grain(device).panel_bytes, work_array(device)
+    return most if panel is None else min(panel, most)
 
 
 def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
@@ -112,14 +115,15 @@ def slices(items: int, length: int) -> Iterator[slice]:
 
 
 def keep_freed(device: torch.device) -> None:
-    """Have the allocator keep what is freed for what is made next, up to two work arrays of it.
+    """Have the allocator of a process keep what is freed for what is made next, up to two work arrays of it.
 
     By default glibc gives it back to the system when a few arrays of a minibatch are freed, and the page faults of
-    having it again are a third of a job on a small net. It learns from the largest array that has been freed so far,
-    which this is; nothing is written to it. See M_MMAP_THRESHOLD in mallopt(3): 32 MiB is the most that counts.
+    having it again are a third of a job on a small net. It learns, for as long as the process lives, from the largest
+    array that has been freed, which this is; nothing is written to it. See M_MMAP_THRESHOLD in mallopt(3): 32 MiB is
+    the most that counts.
     """
     if device.type == "cpu":
-        torch.empty(max(0, min(work_array(device), 2**25) - 2**12), dtype=torch.uint8)
+        torch.empty(max(0, min(work_array(device), 2**25) - 2**12), dtype=torch.uint8, device=device)
 
 
 def nbytes_of(tensors: Iterable[Tensor]) -> int:
@@ -127,7 +131,7 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def require(nbytes: int, what: str, remedy: str, device: torch.device | None = None) -> None:
+def require(nbytes: int, what: str, remedy: str, device: torch.device) -> None:
     """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
     if nbytes > budget(device):
         raise MemoryError(

@@ -258,7 +258,9 @@ class FixedNorm(Operation):
 
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         x, w, _ = saved
-        none = x.new_empty(0)  # statistics of the batch: CUDA takes them for missing only if they are there and empty
+        # Statistics of the batch there are none of, which elsewhere than on a CPU must be there and empty.
+        at_least_single = torch.promote_types(x.dtype, torch.float32)
+        none = None if x.device.type == "cpu" else x.new_empty(0, dtype=at_least_single)
         return torch.ops.aten.native_batch_norm_backward(
             cotangent, x, w, self.mean, self.var, none, none, False, self.eps, list(wanted)
         )

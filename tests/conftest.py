@@ -19,8 +19,9 @@ RANDOM_IN_PLACE = {torch.Tensor.uniform_, torch.Tensor.normal_}
 
 
 class On(TorchFunctionMode):
-    """Tensors that tests make without saying where are on a device, with the same random numbers on all of them. Those
-    that the library makes are not: what it forgets to put where the model is stays where torch puts it.
+    """Tensors that tests make without saying where are on a device, with the same random numbers (those of RANDOM) on
+    all of them. Those that the library makes are not: what it forgets to put where the model is stays where torch puts
+    it.
     """
 
     def __init__(self, device):

@@ -98,8 +98,7 @@ def blockdiag(M, layer_collection):
 
 def relative(a, b):
     """Frobenius distance relative to the size of b."""
-    a, b = a.detach().cpu(), b.detach().cpu()  # what is on disk is not where the model is
-    return float(torch.linalg.norm(a - b) / torch.linalg.norm(b).clamp(min=1e-30))
+    return float(torch.linalg.norm(a.detach() - b.detach()) / torch.linalg.norm(b.detach()).clamp(min=1e-30))
 
 
 def randomise(model, seed=0):

@@ -454,7 +454,9 @@ def test_the_pieces_of_accelerators_change_nothing(name, representation, monkeyp
     for large_product in (0, 10**10):
         large = replace(memory.ACCELERATOR, large_product=large_product)
         monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, large)
-        assert oracle.relative(make().mv(v).to_torch(), expected) < 1e-12
+        for budget in (2**30, 2**16):
+            with memory_budget(budget):
+                assert oracle.relative(make().mv(v).to_torch(), expected) < 1e-12
 
 
 def test_what_is_not_observed_together():
@@ -555,6 +557,10 @@ def test_float32_and_bfloat16():
         F = FIM(model, batch, representation)
         assert F.dtype == torch.float32
         assert oracle.relative(F.to_torch().double(), expected) < 0.1
+    v = PVector.from_model(model).detach().to(dtype=torch.float32)
+    F = FIM(model, batch, PMatImplicit)
+    assert F.dtype == torch.float32
+    assert oracle.relative(F.mv(v).to_torch().double(), exact[PMatDense] @ v.to_torch().double()) < 0.1
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -266,7 +266,7 @@ def test_products_of_models_with_activation_checkpoints(matrix):
 
 
 def test_products_are_kept_or_made_again(monkeypatch):
-    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, memory._CPU)
+    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, memory.CPU)
     model, batches = minibatches("convnet", LOSSES["ce"][0])
     lc = LayerCollection.from_model(model)
     v = random_pvector(lc)

@@ -135,7 +135,7 @@ def test_top_ten_of_a_thousand():
 
 
 @pytest.mark.parametrize("entries", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize("cut", [memory._CPU, memory.ACCELERATOR])
+@pytest.mark.parametrize("cut", [memory.CPU, memory.ACCELERATOR])
 def test_sums_over_a_few_entries_at_a_time(cut, entries, monkeypatch):
     monkeypatch.setattr(base, "_PIECE", 8)
     monkeypatch.setitem(memory._GRAINS, torch.empty(0).device.type, cut)
@@ -146,6 +146,16 @@ def test_sums_over_a_few_entries_at_a_time(cut, entries, monkeypatch):
     left, weights = one.clone(), torch.randn(2, 3, 4)
     base.subtract(left, weights, other)
     torch.testing.assert_close(left, one - weights @ other)
+    assert base.inner(one[0, :0], other[0]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("cut", [memory.CPU, memory.ACCELERATOR])
+def test_long_sums_in_single_precision(cut, monkeypatch):
+    monkeypatch.setitem(memory._GRAINS, torch.empty(0).device.type, cut)
+    row = torch.full((1, 3 * 10**6), 0.1, dtype=torch.float32)
+    exact = float(row[0, 0].double() ** 2) * row.shape[1]
+    assert float(base.inner(row, row)) == pytest.approx(exact, rel=5e-5)
+    assert float(base.norms(row)) == pytest.approx(exact**0.5, rel=5e-5)
 
 
 def test_no_ghosts_at_200_steps():

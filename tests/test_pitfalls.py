@@ -342,7 +342,7 @@ def test_mixed_dtypes_and_devices():
     with pytest.raises(ValueError, match=r"more than one dtype \(torch.float32, torch.float64\)"):
         FIM(model, (x,), PMatDense)
     model, x = mlp()
-    with pytest.raises(ValueError, match="but the model is on c"):
+    with pytest.raises(ValueError, match=f"but the model is on {oracle.HERE}"):
         FIM(model, (x,), PMatDense, device="meta")
 
 
@@ -627,6 +627,27 @@ def test_models_that_mix_examples_are_refused(mixture, much, representation):
     batches = [(torch.randn(6, 3),), (torch.randn(6, 3),)]
     with pytest.raises(ValueError, match="depends on the others"):
         FIM(model, batches, representation, function=function).mv(PVector.from_model(model).detach())
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatKFAC, PMatImplicit])
+def test_a_minibatch_with_more_axes_is_looked_at_anew(representation):
+    """Its examples may be along another axis, which is as long here."""
+    one, two = oracle.randomise(nn.Linear(3, 4)), oracle.randomise(nn.Linear(4, 2))
+    model = nn.Sequential(one, two)
+
+    def function(x):
+        return two(one(x)) if x.ndim == 2 else two(one(x.transpose(0, 1)).tanh().mean(0))
+
+    batches = [(torch.randn(5, 3),), (torch.randn(5, 5, 3),)]
+    v = PVector.from_model(model).detach()
+
+    def product(loader):
+        return FIM(model, loader, representation, "regression", function=function).mv(v).to_torch()
+
+    if representation is PMatKFAC:  # of which the factors are means, not the products
+        assert oracle.relative(product(batches), product(batches[::-1])) < 1e-10
+    else:
+        assert oracle.relative(2 * product(batches), sum(map(product, batches))) < 1e-10
 
 
 def test_losses_that_mix_examples_are_refused():

@@ -25,6 +25,7 @@ FLOORS = [
         "data",
         "layers",
         "linalg",
+        "recurrent",
     ],
     ["kinds", "blocks"],
     ["layercollection"],

@@ -13,6 +13,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from ..forms import Lazy
+from ..recurrent import recurrent_without_cudnn
 from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
@@ -86,11 +87,10 @@ def generic(
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
         xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
         gs = tuple(g[first:last, start:stop] for _, g in gys)
-        with _undisturbed(module), warnings.catch_warnings():
+        with _undisturbed(module), recurrent_without_cudnn(module), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             if isinstance(module, _NO_VMAP):
-                with torch.backends.cudnn.flags(enabled=False):  # it has no derivative of them in eval mode
-                    return one_by_one(xs, gs)
+                return one_by_one(xs, gs)
             try:
                 return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
             except RuntimeError as error:

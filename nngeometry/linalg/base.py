@@ -12,7 +12,7 @@ from ..memory import chunk_length, grain
 
 #: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
 Matvec = Callable[[Tensor], Tensor]
-#: Entries of a row at a time in sums over rows, which are in float64.
+#: Entries of a row at a time in sums over rows; those of such pieces are added in float64.
 _PIECE = 2**16
 #: A way to draw probes: ``sampler(count, size, like=, generator=)``.
 Sampler = Callable[..., Tensor]
@@ -57,17 +57,6 @@ def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | 
 # Rows of a basis
 
 
-def _pieces(rows: Tensor) -> list[Tensor]:
-    """A few entries at a time, ``(..., p) -> (n, ..., few)``: one such piece after the other where they stay in a
-    cache, otherwise all of them at once.
-    """
-    if grain(rows.device).in_cache:
-        return [piece.unsqueeze(0) for piece in rows.split(_PIECE, -1)]
-    whole = rows.shape[-1] // _PIECE * _PIECE
-    several = [rows[..., :whole].unflatten(-1, (-1, _PIECE)).movedim(-2, 0)] if whole else []
-    return several if whole == rows.shape[-1] and whole else [*several, rows[..., whole:].unsqueeze(0)]
-
-
 def inner(one: Tensor, other: Tensor) -> Tensor:
     """Inner products of rows, ``(..., k, p), (..., m, p) -> (..., k, m)``, summed in float64, on the CPU: a sum over
     ten million entries in float32 is off by 1e-4.
@@ -75,19 +64,34 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
     >>> inner(torch.ones(1, 3), torch.ones(2, 3))
     tensor([[3., 3.]], dtype=torch.float64)
     """
+    if one.ndim > 2 and not grain(one.device).has_cache:  # several axes in front cannot be multiplied without copies
+        return torch.stack([inner(a, b) for a, b in zip(one, other, strict=True)])
     sums = [a @ b.mT for a, b in zip(_pieces(one), _pieces(other), strict=True)]
-    return torch.cat(sums).double().sum(0).cpu()
+    return _added(sums, one.ndim).sum(0)
 
 
 def norms(rows: Tensor) -> Tensor:
     """The norm of each row, ``(..., p) -> (...)``, summed in float64, on the CPU."""
     sums = [torch.linalg.vector_norm(piece, dim=-1) for piece in _pieces(rows)]
-    return torch.linalg.vector_norm(torch.cat(sums).double(), dim=0).cpu()
+    return torch.linalg.vector_norm(_added(sums, rows.ndim - 1), dim=0)
+
+
+def _pieces(rows: Tensor) -> list[Tensor]:
+    """A few entries of all rows at a time where they stay in a cache; elsewhere ``(n, ..., few)`` and what is left."""
+    if grain(rows.device).has_cache:
+        return list(rows.split(_PIECE, -1))
+    n = rows.shape[-1] // _PIECE
+    return [rows[..., : n * _PIECE].unflatten(-1, (n, _PIECE)).movedim(-2, 0), rows[..., n * _PIECE :]]
+
+
+def _added(sums: Sequence[Tensor], axes: int) -> Tensor:
+    """What was found for each piece, of so many axes, or for several at once: ``(pieces, ...)`` in float64."""
+    return torch.cat([s if s.ndim > axes else s.unsqueeze(0) for s in sums]).cpu().double()
 
 
 def subtract(rows: Tensor, weights: Tensor, basis: Tensor) -> None:
     """``rows -= weights @ basis``, in place."""
-    if not grain(rows.device).in_cache:
+    if not grain(rows.device).has_cache:
         rows -= weights.to(rows) @ basis
         return
     for piece, part in zip(rows.split(_PIECE, -1), basis.split(_PIECE, -1), strict=True):

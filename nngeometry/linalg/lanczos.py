@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import budget, grain
+from ..memory import budget, chunk_length
 from .base import Matvec, gaussian, inner, noise, norms, orthogonalise, orthonormal_rows, to_dense
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
@@ -115,7 +115,7 @@ class _Space:
         """Keep these Ritz vectors only."""
         keep = len(values)
         turn = columns.mT.to(self.rows)
-        few = 2**16 if grain(self.rows.device).in_cache else 2**22
+        few = chunk_length(keep * self.rows.element_size(), self.rows.shape[1], self.rows.device)
         for piece in self.rows.split(few, dim=1):
             piece[:keep] = turn @ piece[: self.count]
         self.full.zero_()

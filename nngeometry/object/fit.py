@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -224,15 +224,20 @@ def lowrank(layers: Sequence[Layer]) -> Estimator:
 
 def exact_block(layer: Layer, representation: str) -> Estimator:
     """The dense block of a layer that has no Kronecker form, if it fits the memory budget."""
-    p = layer.numel()
-    require(
-        8 * p * p,
-        f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of "
-        f"{p} parameters",
-        "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer "
-        "collection",
-    )
-    return dense([layer])
+    exact, p = dense([layer]), layer.numel()
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        require(
+            js[0].dtype.itemsize * p * p,
+            f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of "
+            f"{p} parameters",
+            "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer "
+            "collection",
+            js[0].device,
+        )
+        return exact.observe(js, n)
+
+    return replace(exact, observe=observe)
 
 
 def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
