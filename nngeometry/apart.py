@@ -47,6 +47,10 @@ def _in_a_row(module: nn.Module) -> Iterator[nn.Module]:
             yield from _in_a_row(child)
 
 
+#: Attributes of every module, none of which is a tensor.
+_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
 def altered(module: nn.Module) -> bool:
     """Whether one module may compute something else than its type: through hooks, attributes in place of methods and
     parameters, or parts that its type does not have.
@@ -56,7 +60,7 @@ def altered(module: nn.Module) -> bool:
         return True
     if not own.keys().isdisjoint(_names(of)):  # type: ignore[arg-type]
         return True
-    if any(isinstance(value, Tensor) for value in own.values()):
+    if any(isinstance(own[name], Tensor) for name in own.keys() - _ATTRIBUTES):
         return True
     if any(b is not None and b.requires_grad for b in own["_buffers"].values()):
         return True

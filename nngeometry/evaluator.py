@@ -126,18 +126,16 @@ class Evaluator:
         what is made of them takes half of a work array. made_of_two: from a minibatch to the bytes that are made
         of two of its examples.
         """
-        small = nbytes_of(self.model.parameters()) <= _SMALL_MODEL
 
         def most(batch: data.Batch) -> int:
             room = work_array(self.device) // 2
-            if not small or nbytes_of(data.tensors_of(batch)) > room:
+            if nbytes_of(self.model.parameters()) > _SMALL_MODEL or nbytes_of(data.tensors_of(batch)) > room:
                 return 0
+            keep_freed(self.device)  # there are more minibatches
             if data.count(batch) < 2 or not data.aligned(batch):
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
-        if small:
-            keep_freed(self.device)
         return data.grouped(self.minibatches(examples), most)
 
     def trial(self, batch: data.Batch) -> Trial:
