@@ -8,10 +8,8 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from settings import LARGE, PROBES, SETTINGS, STEPS
+from settings import ALL, PROBES, STEPS
 from torch import nn
-
-_ALL = SETTINGS | LARGE
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,15 @@ def count(setting: str, job: str) -> float | None:
     """The multiplications of a job over those of a gradient, of layers alone; symmetric products count half. None
     where there is no count.
     """
-    if setting not in _ALL or job not in COUNTS:
+    if setting not in ALL or job not in COUNTS:
         return None
-    work = _work(setting, job if job in _ALL[setting].subsets else "")
+    work = _work(setting, job if job in ALL[setting].subsets else "")
     return COUNTS[job](work) / work.gradient
 
 
 @cache
 def _work(setting: str, job: str) -> Work:
-    task = _ALL[setting].load(job)
+    task = ALL[setting].load(job)
     found: list[Product] = []
     handles = [
         layer.register_forward_hook(lambda *call: found.append(_product(*call, not found)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from counts import count
-from report import NAMES, Row, Run, merged, rst_table
+from report import NAMES, Row, Run, merged, processor_of, rst_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
 PICTURE = "benchmarks/sweeps.svg"
@@ -51,7 +51,7 @@ def write(page: Path, name: str, text: str) -> None:
 def origin(report: Report) -> str:
     """What the numbers were measured on, and with which versions."""
     machine, contenders = report["machine"], report["contenders"]
-    first, processor = contenders["ours"], processor_of(report)
+    first, processor = contenders["ours"], processor_of(contenders, machine)
     threads = f"{first['threads']} threads, " if processor == machine["cpu"] else ""
     versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
     rounds = rounds_of(report["runs"])
@@ -61,14 +61,9 @@ def origin(report: Report) -> str:
     return f"{processor}, {machine['system']}, {threads}torch {first['torch']}, {rounds}; {versions}.{elsewhere}{trial}"
 
 
-def processor_of(report: Report) -> str:
-    """What the last numbers were measured on: an accelerator if there was one."""
-    return report["contenders"]["ours"].get("device") or report["machine"]["cpu"]
-
-
 def marks_of(report: Report) -> dict[str, str]:
     """What is put behind jobs that were measured on another processor than the last, for each processor."""
-    last = processor_of(report)
+    last = processor_of(report["contenders"], report["machine"])
     others = sorted({run["cpu"] for run in report["runs"]} - {last})
     return {last: "", **{cpu: " " + "*" * k for k, cpu in enumerate(others, 1)}}
 

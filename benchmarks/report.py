@@ -16,6 +16,11 @@ TOLERANCE = 1e-3
 _COUNTED = ("gradients", "seconds", "gradient_seconds", "first_seconds", "memory")
 
 
+def processor_of(contenders: dict[str, Any], machine: dict[str, Any]) -> str:
+    """What numbers are of: an accelerator, if there was one."""
+    return next(iter(contenders.values())).get("device") or machine["cpu"]
+
+
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several: each job of each setting as the last of them has it that has it at all."""
     latest = {(run["setting"], run["job"]): k for k, report in enumerate(reports) for run in report["runs"]}

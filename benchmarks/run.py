@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from report import NAMES, Run, check_table, cost_table, disagreements, summarise
+from report import NAMES, Run, check_table, cost_table, disagreements, processor_of, summarise
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict[str, Any]) -> Iterator[Run]:
     """Everything once in each round, the contenders taking turns at each job."""
-    known, processor = known_settings(args, described), processor_of(described)
+    known, processor = known_settings(args, described), processor_of(described, machine())
     wanted = chosen(args.jobs, dict.fromkeys(job for jobs in known.values() for job in jobs), "job")
     for count in range(args.rounds):
         for setting in chosen(args.settings, known, "setting"):
@@ -102,11 +102,6 @@ def known_settings(args: argparse.Namespace, described: dict[str, Any]) -> dict[
     return about["settings"] | (about["large"] if args.settings else {})
 
 
-def processor_of(described: dict[str, Any]) -> str:
-    """What the numbers are of."""
-    return next(iter(described.values()))["device"] or machine()["cpu"]
-
-
 def chosen(wanted: list[str] | None, known: Collection[str], what: str) -> list[str]:
     """What is wanted, by default everything; ends the program if there is no such thing."""
     for name in wanted or []:
@@ -121,8 +116,7 @@ class Worker:
     def __init__(self, contender: str, args: argparse.Namespace) -> None:
         self.contender = contender
         self.options = ["--small", "--seconds", "0"] if args.small else ["--seconds", str(args.seconds)]
-        self.device = args.device
-        self.options += ["--device", self.device]
+        self.options += ["--device", args.device]
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NNGEOMETRY_BUDGET")}
         if contender in AT_HOME:
             self.python = Path(sys.executable)
@@ -137,7 +131,7 @@ class Worker:
 
     def describe(self) -> dict[str, Any]:
         """Versions, and what it can do."""
-        lines, error = self._start(["--device", self.device])
+        lines, error = self._start([])
         if not lines:
             sys.exit(f"{self.contender} does not start: {error}")
         return lines[0]
@@ -146,7 +140,7 @@ class Worker:
         """Measure jobs in one process."""
         if not jobs:
             return
-        lines, error = self._start(["--setting", setting, "--jobs", *jobs, *self.options])
+        lines, error = self._start(["--setting", setting, "--jobs", *jobs])
         found = {line["job"]: line for line in lines}
         for job in jobs:
             run = {"contender": self.contender, "setting": setting, **found.get(job, {"job": job, "error": error})}
@@ -156,7 +150,7 @@ class Worker:
 
     def _start(self, options: list[str]) -> tuple[list[dict[str, Any]], str]:
         """The lines of JSON that a process printed, and how it ended."""
-        command = [str(self.python), str(HERE / "worker.py"), self.contender, *options]
+        command = [str(self.python), str(HERE / "worker.py"), self.contender, *self.options, *options]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         complaint = done.stderr.strip().splitlines()[-1:] or ["no message"]

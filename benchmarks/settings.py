@@ -375,3 +375,5 @@ def _sweeps() -> dict[str, Setting]:
 
 #: For pictures of cost against size.
 SWEEPS = _sweeps()
+
+ALL = SETTINGS | LARGE | SWEEPS

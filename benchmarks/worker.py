@@ -18,12 +18,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from settings import LARGE, SETTINGS, SWEEPS, Setting, Task
+from settings import ALL, LARGE, SETTINGS, SWEEPS, Setting, Task
 
 _MOST_REPEATS = 100
 #: How often a gradient is timed before and after each run of a job.
 _GRADIENTS = 3
-_ALL = SETTINGS | LARGE | SWEEPS
 
 
 def describe(contender: Any) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def describe(contender: Any) -> dict[str, Any]:
         "settings": jobs_of(SETTINGS),
         "large": jobs_of(LARGE),
         "sweeps": jobs_of(SWEEPS),
-        "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(_ALL).items()},
+        "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(ALL).items()},
     }
 
 
@@ -113,7 +112,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _finish() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -164,7 +163,7 @@ def main() -> None:
     if args.setting is None:
         print(json.dumps(describe(contender) | {"device": device_name(args.device)}))
         return
-    setting = _ALL[args.setting]
+    setting = ALL[args.setting]
     for job in args.jobs:
         try:
             found = measure(contender, job, setting.load(job, args.small, args.device), args.seconds)

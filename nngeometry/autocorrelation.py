@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
 from math import prod
 
@@ -38,10 +39,7 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
         _moment(_windows(x[some], kernel[1:], padding[1:]), *along_first, bias, others)
         for some in slices(len(x), chunk_length(held, len(x), x.device))
     )
-    total = next(moments)
-    for moment in moments:
-        total += moment
-    return total
+    return reduce(Tensor.add_, moments)
 
 
 def _moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, int]], bias: bool, inner: int) -> Tensor:

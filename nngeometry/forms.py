@@ -775,9 +775,13 @@ def second_moment(x: Tensor) -> Tensor:
     return (x.T @ x if _whole(x) else add_gram(x.new_empty(d, d), x, beta=0)).unsqueeze(0)
 
 
+#: Up to so many vectors, of no more entries, the whole product is as fast as its lower triangle.
+_FEW = 512
+
+
 def _whole(x: Tensor) -> bool:
     """Whether all of ``x^T x`` is as fast as its lower triangle."""
-    return max(x.shape) <= grain(x.device).whole
+    return max(x.shape) <= _FEW
 
 
 def moment_with_one(a: Tensor) -> Tensor:

@@ -174,18 +174,19 @@ class Generator(Evaluator):
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
 
-        def made_of_two(batch: data.Batch) -> int:
+        def planned(batch: data.Batch, measure: bool = False) -> Plan:
             nonlocal plan
             if plan is None or not plan.fits(batch):
-                plan = self._plan(sites, batch, measure=True)
-            trial = plan.trial or self.trial(batch)
+                plan = self._plan(sites, batch, measure)
+            return plan
+
+        def made_of_two(batch: data.Batch) -> int:
+            trial = planned(batch, measure=True).trial or self.trial(batch)
             return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
-            if plan is None or not plan.fits(batches[0]):
-                plan = self._plan(sites, batches[0])
-            yield from self._observe(sites, batches, position, plan, by_example)
+            yield from self._observe(sites, batches, position, planned(batches[0]), by_example)
 
     def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         """The cotangents of minibatches laid end to end, None if their numbers differ."""

@@ -25,14 +25,13 @@ class Grain:
 
     work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
     pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products are made
-    as many columns at a time, up to the diagonal. whole: of no more vectors of no more entries than that, they are made
-    whole. large_product: multiplications from which many small products are faster than one of copies.
+    as many columns at a time, up to the diagonal. large_product: multiplications from which many small products are
+    faster than one of copies.
     """
 
     work_fraction: int
     panel_bytes: int | None
     columns: int
-    whole: int
     large_product: int
 
     @property
@@ -42,9 +41,9 @@ class Grain:
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, whole=512, large_product=10**9)
+CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, large_product=10**9)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
-ACCELERATOR = Grain(work_fraction=4, panel_bytes=None, columns=2048, whole=2048, large_product=2 * 10**10)
+ACCELERATOR = Grain(work_fraction=4, panel_bytes=None, columns=2048, large_product=2 * 10**10)
 _GRAINS = {"cpu": CPU}
 
 

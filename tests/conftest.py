@@ -1,12 +1,15 @@
 """Every test runs in float64, on the device that is asked for."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+
+from nngeometry import memory
 
 TESTS = Path(__file__).resolve().parent
 LIBRARY = TESTS.parent / "nngeometry"
@@ -57,6 +60,12 @@ def _in_tests():
 def pytest_configure(config):
     if config.getoption("--device"):
         On(config.getoption("--device")).__enter__()  # for the whole run, that of the modules included
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """``cut(grain)``: have the work of a test cut into other pieces than those of its device."""
+    return partial(monkeypatch.setitem, memory._GRAINS, torch.empty(0).device.type)
 
 
 @pytest.fixture(autouse=True)

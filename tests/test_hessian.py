@@ -265,8 +265,8 @@ def test_products_of_models_with_activation_checkpoints(matrix):
         assert oracle.relative(ours.mv(v).to_torch(), expected.mv(v).to_torch()) < 1e-12
 
 
-def test_products_are_kept_or_made_again(monkeypatch):
-    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, memory.CPU)
+def test_products_are_kept_or_made_again(cut):
+    cut(memory.CPU)
     model, batches = minibatches("convnet", LOSSES["ce"][0])
     lc = LayerCollection.from_model(model)
     v = random_pvector(lc)

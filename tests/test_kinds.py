@@ -15,11 +15,6 @@ from nngeometry.kinds import affine
 from nngeometry.likelihood import Cotangents
 
 
-def cut(monkeypatch, **sizes):
-    """Have work cut into pieces as on a CPU, but for some sizes."""
-    monkeypatch.setitem(memory._GRAINS, torch.device(oracle.HERE).type, replace(memory.CPU, **sizes))
-
-
 def streamed(model, batch, function, lc=None, budget=2**30):
     """The Jacobian ``(C, n, P)`` from the stream of forms."""
     lc = lc or LayerCollection.from_model(model)
@@ -160,8 +155,8 @@ def test_second_moments(d, groups):
         ((3, 2, 5, 6), (3, 1), [(1, 1), (0, 2)]),
     ],
 )
-def test_moments_of_patches(shape, kernel, padding, bias, panel_bytes, monkeypatch):
-    cut(monkeypatch, panel_bytes=panel_bytes)
+def test_moments_of_patches(shape, kernel, padding, bias, panel_bytes, cut):
+    cut(replace(memory.CPU, panel_bytes=panel_bytes))
     x = torch.randn(shape)
     n = len(kernel)
     patches = torch.nn.functional.pad(x, [p for pair in reversed(padding) for p in pair])
@@ -177,8 +172,8 @@ def test_moments_of_patches(shape, kernel, padding, bias, panel_bytes, monkeypat
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("padding", [0, 1, "same"])
-def test_large_layers_take_the_moment_without_patches(padding, bias, monkeypatch):
-    cut(monkeypatch, large_product=0)
+def test_large_layers_take_the_moment_without_patches(padding, bias, cut):
+    cut(replace(memory.CPU, large_product=0))
     layer = nn.Conv2d(2, 3, (3, 2), padding=padding, bias=bias)
     x = torch.randn(4, 2, 5, 6)
     form = affine.conv(layer, layer(x).detach().unsqueeze(0), x)
@@ -218,9 +213,9 @@ def test_inner_products_of_forms(positions, groups):
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("panel", [2**22, 8 * 3 * 4 * 2 * 3 * 2, 8 * 3 * 4 * 2 * 2, 8 * 3 * 4, 1, None])
-def test_reductions_of_a_jacobian_in_panels(panel, groups, monkeypatch):
+def test_reductions_of_a_jacobian_in_panels(panel, groups, cut):
     """However few entries of J are made at a time, and however the patches come."""
-    cut(monkeypatch, panel_bytes=panel)
+    cut(replace(memory.CPU, panel_bytes=panel))
     x, g = torch.randn(5, 7, groups, 4), torch.randn(3, 5, 7, groups, 2)
     for form in (forms.Outer(x, g), forms.Outer(x, g, lambda x: x.cos(), 4)):
         j = form.dense()

@@ -135,10 +135,10 @@ def test_top_ten_of_a_thousand():
 
 
 @pytest.mark.parametrize("entries", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize("cut", [memory.CPU, memory.ACCELERATOR])
-def test_sums_over_a_few_entries_at_a_time(cut, entries, monkeypatch):
+@pytest.mark.parametrize("grain", [memory.CPU, memory.ACCELERATOR])
+def test_sums_over_a_few_entries_at_a_time(grain, entries, cut, monkeypatch):
     monkeypatch.setattr(base, "_PIECE", 8)
-    monkeypatch.setitem(memory._GRAINS, torch.empty(0).device.type, cut)
+    cut(grain)
     one, other = torch.randn(2, 3, entries), torch.randn(2, 4, entries)
     torch.testing.assert_close(base.inner(one, other), (one @ other.mT).cpu())
     torch.testing.assert_close(base.inner(one[0], other[1]), (one[0] @ other[1].mT).cpu())
@@ -149,9 +149,9 @@ def test_sums_over_a_few_entries_at_a_time(cut, entries, monkeypatch):
     assert base.inner(one[0, :0], other[0]).shape == (0, 4)
 
 
-@pytest.mark.parametrize("cut", [memory.CPU, memory.ACCELERATOR])
-def test_long_sums_in_single_precision(cut, monkeypatch):
-    monkeypatch.setitem(memory._GRAINS, torch.empty(0).device.type, cut)
+@pytest.mark.parametrize("grain", [memory.CPU, memory.ACCELERATOR])
+def test_long_sums_in_single_precision(grain, cut):
+    cut(grain)
     row = torch.full((1, 3 * 10**6), 0.1, dtype=torch.float32)
     exact = float(row[0, 0].double() ** 2) * row.shape[1]
     assert float(base.inner(row, row)) == pytest.approx(exact, rel=5e-5)
