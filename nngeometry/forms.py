@@ -61,17 +61,21 @@ class LayerJacobian(ABC):
         for c, b in _tiling(prod(self.shape) * self.dtype.itemsize, self.cotangents, self.examples, self.device):
             yield c, b, self.narrow(b.start, b.stop, c.start, c.stop)
 
+    def pieces(self) -> Iterator[LayerJacobian]:
+        """Some examples at a time, such that what J is made of stays in the cache."""
+        yield self
+
     def square(self) -> Tensor:
         """Sum of J**2 over cotangents and examples: ``(*shape)``."""
-        return _total(j.square().sum((0, 1)) for j in self._denses())
+        return total_of(j.square().sum((0, 1)) for j in self._denses())
 
     def total(self) -> Tensor:
         """Sum of J over cotangents and examples: ``(*shape)``."""
-        return _total(j.sum((0, 1)) for j in self._denses())
+        return total_of(j.sum((0, 1)) for j in self._denses())
 
     def arrow(self) -> Tensor:
         """Sum of J[..., :-1] * J[..., -1:], each row against its last column: ``(*shape[:-1], cols - 1)``."""
-        return _total((j[..., :-1] * j[..., -1:]).sum((0, 1)) for j in self._denses())
+        return total_of((j[..., :-1] * j[..., -1:]).sum((0, 1)) for j in self._denses())
 
     def sqnorm(self) -> Tensor:
         """Squared norm of J[c, b]: ``(C, B)``."""
@@ -90,7 +94,7 @@ class LayerJacobian(ABC):
 
     def pull(self, u: Tensor) -> Tensor:
         """``sum_cb u[k, c, b] J[c, b]`` for u ``(K, C, B)``: ``(K, *shape)``."""
-        return _total(
+        return total_of(
             torch.einsum("cbp,kcb->kp", piece.dense().flatten(2), u[:, c, b]).view(-1, *self.shape)
             for c, b, piece in self.tiles()
         )
@@ -212,6 +216,12 @@ class Outer(LayerJacobian):
             return Outer(self.a[start:stop], g)
         return Outer(self.inputs[start:stop], g, self.expand, self.shape[2], self.moment)
 
+    def pieces(self) -> Iterator[LayerJacobian]:
+        groups, rows, cols = self.shape
+        size = self.positions * groups * (self.cotangents * rows + cols) * self.dtype.itemsize
+        for b in slices(self.examples, max(1, panel_bytes(self.device) // size)):
+            yield self.narrow(b.start, b.stop)
+
     def fold(self, ratio: int) -> Outer:
         a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
         g = self.g.reshape(self.cotangents, -1, ratio * self.g.shape[2], *self.g.shape[3:])
@@ -224,13 +234,13 @@ class Outer(LayerJacobian):
         r, k = max(1, min(rows, fit)), max(1, min(groups, fit // max(1, rows)))
         patches = self.positions * groups * cols * self.dtype.itemsize
         b = max(1, min(fit // max(1, rows * groups), chunk_length(patches, self.examples, self.device)))
-        g = self.g.permute(1, 3, 0, 4, 2).contiguous()  # (B, G, C, rows, T)
         for examples in slices(self.examples, b):
             a = self.narrow(examples.start, examples.stop, 0, 0).a.transpose(1, 2)
+            g = self.g[:, examples].permute(1, 3, 0, 4, 2).contiguous()  # (b, G, C, rows, T)
             for some in slices(groups, k):
                 right = a[:, some].flatten(0, 1)
                 for part in slices(rows, r):
-                    left = g[examples, some, :, part]
+                    left = g[:, some, :, part]
                     j = torch.bmm(left.flatten(2, 3).flatten(0, 1), right)
                     yield examples, some, part, j.view(*left.shape[:4], cols)
 
@@ -375,10 +385,10 @@ class Outer(LayerJacobian):
             return self.moment(self.inputs), count
         size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
         moments = []
-        for b in slices(self.examples, chunk_length(size, self.examples, self.device)):
+        for b in slices(self.examples, max(1, panel_bytes(self.device) // size)):
             a = self.narrow(b.start, b.stop).a  # what it expands goes with it
             moments.append(second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1)))
-        return _total(iter(moments)), count
+        return total_of(iter(moments)), count
 
 
 class Gather(LayerJacobian):
@@ -603,7 +613,7 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
         return Gather(ids, torch.cat([f.g for f in forms], 2), first.size)  # type: ignore[attr-defined]
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
-        return _total(f.narrow(start, stop, first, last).dense() for f in forms)
+        return total_of(f.narrow(start, stop, first, last).dense() for f in forms)
 
     return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype, first.device)
 
@@ -845,7 +855,8 @@ def _outer_sum(g: Tensor, a: Tensor) -> Tensor:
     return torch.bmm(g.permute(1, 2, 0), a.transpose(0, 1))
 
 
-def _total(pieces: Iterator[Tensor]) -> Tensor:
+def total_of(pieces: Iterator[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
     total = next(pieces)
     for piece in pieces:
         total = total + piece

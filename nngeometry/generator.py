@@ -23,7 +23,7 @@ from .kinds import Packing, is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import Made, chunk_length, nbytes_of, slices, work_array
+from .memory import Made, chunk_length, slices
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -41,14 +41,13 @@ class Observation:
 
     n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
     sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
-    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. large:
-    whether it takes more than half of a work array, and should be let go of before the next one is made.
+    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. It
+    should be let go of before the next one is made.
     """
 
     n: int
     weight: float
     forms: dict[str, LayerJacobian]
-    large: bool
 
 
 class _Output(NamedTuple):
@@ -432,8 +431,7 @@ class Generator(Evaluator):
         self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
     ) -> Observation:
         grads = self._pull([f], [e for c in calls for e in c.edges], [s], last)
-        large = nbytes_of(g for g in grads if g is not None) > work_array(f.device) // 2
-        return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)), large)
+        return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
 
     def _forms(
         self,

@@ -14,7 +14,7 @@ from .. import forms
 from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..data import require_repeatable
 from ..forms import LayerJacobian
-from ..generator import Generator
+from ..generator import Generator, Observation
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import chunk_length, require
@@ -106,23 +106,24 @@ def _run(
         by_example = all(e.by_example for e in estimators)
         for observation in generator.stream(examples, by_example=by_example, join=True):
             total += observation.weight
-            for k, e in enumerate(estimators):
-                js, old = [observation.forms[layer.name] for layer in e.layers], states[k]
-                if old is not None and e.add is not None:
-                    states[k] = e.add(old, js, observation.n)
-                else:
-                    new = e.observe(js, observation.n)
-                    states[k] = new if old is None else merge(old, new)
+            states = [_updated(state, e, observation) for state, e in zip(states, estimators, strict=True)]
             if generator.centred:
                 for e in estimators:
                     for layer in e.layers:
                         j = layer.packing.unpack(observation.forms[layer.name].total())
                         mean[layer.name] = mean[layer.name] + j if layer.name in mean else j
-            if observation.large:
-                del observation
+            del observation  # before the next one is made
         n = total if generator.mean else 1.0
         blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
     return blocks, {name: j / n for name, j in mean.items()} if generator.centred else None
+
+
+def _updated(state: State | None, estimator: Estimator, observation: Observation) -> State:
+    js = [observation.forms[layer.name] for layer in estimator.layers]
+    if state is not None and estimator.add is not None:
+        return estimator.add(state, js, observation.n)
+    new = estimator.observe(js, observation.n)
+    return new if state is None else merge(state, new)
 
 
 def _runs(where: Sequence[slice]) -> tuple[tuple[int, int], ...]:
@@ -301,7 +302,7 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
     to_right = None if not isinstance(right, Dense) else right.mv
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
-        inside = js[0].rotate(to_left, to_right).square()
+        inside = forms.total_of(piece.rotate(to_left, to_right).square() for piece in js[0].pieces())
         return (inside, js[0].sqnorm().sum()) if elsewhere else (inside,)
 
     def finish(state: State, n: float) -> Block:

@@ -68,8 +68,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
         for observation in generator.stream(examples, by_example=True, join=True):
             total += observation.weight
             trace += sum(form.sqnorm().sum() for form in observation.forms.values())
-            if observation.large:
-                del observation
+            del observation  # before the next one is made
     return trace / total if generator.mean else trace
 
 
@@ -94,6 +93,7 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
             total += observation.weight
             for name, form in observation.forms.items():
                 pieces[name] = pieces[name] + layers[name].packing.unpack(form.total())
+            del observation, form  # before the next one is made
     flat = torch.cat(list(pieces.values()))
     return flat / total if generator.mean else flat
 
