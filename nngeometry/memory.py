@@ -24,7 +24,7 @@ class Grain:
     """The size of the pieces in which a sort of device works fastest.
 
     work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
-    pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products are made
+    pieces of at most that many bytes, where there is a cache in which they stay; None for a quarter of a work array. columns: symmetric products are made
     as many columns at a time, up to the diagonal. large_product: multiplications from which many small products are
     faster than one of copies.
     """
@@ -99,7 +99,7 @@ def work_array(device: torch.device) -> int:
 def panel_bytes(device: torch.device) -> int:
     """How many bytes to make at a time of what is only read once."""
     panel, most = grain(device).panel_bytes, work_array(device)
-    return most if panel is None else min(panel, most)
+    return most // 4 if panel is None else min(panel, most)
 
 
 def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
