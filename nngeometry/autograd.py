@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import grain
+
 
 class Pull:
     """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k.
@@ -69,11 +71,30 @@ def accumulate(
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
+        if not grain(outputs[0].device).has_cache:
+            return _in_few_operations(outputs, inputs, weights)
         return list(
             torch.autograd.grad(
                 outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True
             )
         )
+
+
+def _in_few_operations(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations. With
+    a cache that is slower.
+    """
+    reached: list[bool] = []
+
+    def pull(*rows: Tensor) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(outputs, inputs, rows, retain_graph=True, allow_unused=True)
+        reached[:] = [g is not None for g in grads]
+        return tuple(g for g in grads if g is not None)
+
+    found = iter(torch.func.vmap(pull)(*weights))
+    return [next(found) if there else None for there in reached]
 
 
 def _one_by_one(

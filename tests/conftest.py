@@ -60,6 +60,7 @@ def _in_tests():
 def pytest_configure(config):
     if config.getoption("--device"):
         On(config.getoption("--device")).__enter__()  # for the whole run, that of the modules included
+        config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS")  # as threads do that are the first
 
 
 @pytest.fixture

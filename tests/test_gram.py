@@ -450,7 +450,7 @@ def test_a_shuffling_loader_is_read_once():
 
 def test_disk_resumes_and_refuses_another_kernel(tmp_path, monkeypatch):
     model, _batch, loader, _ = case("convnet")
-    expected = GramMatrix(model, loader).to_torch()
+    expected = GramMatrix(model, loader).to_torch().cpu()
     at = FMatMemmap.at(tmp_path / "k")
     from nngeometry.object import kernel as module
 
