@@ -24,9 +24,9 @@ class Grain:
     """The size of the pieces in which a sort of device works fastest.
 
     work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
-    pieces of at most that many bytes, where there is a cache in which they stay; None for a quarter of a work array. columns: symmetric products are made
-    as many columns at a time, up to the diagonal. large_product: multiplications from which many small products are
-    faster than one of copies.
+    pieces of at most that many bytes, where there is a cache in which they stay; None for a quarter of a work array.
+    columns: symmetric products are made as many columns at a time, up to the diagonal. large_product: multiplications
+    from which many small products are faster than one of copies.
     """
 
     work_fraction: int
