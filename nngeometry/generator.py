@@ -23,7 +23,7 @@ from .kinds import Packing, is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import Made, chunk_length, slices
+from .memory import Made, chunk_length, grain, slices
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -402,6 +402,8 @@ class Generator(Evaluator):
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)
         apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count, f.device) >= step
+        if not by_example:  # the inputs are looked at once, however many cotangents there are at a time
+            step = chunk_length(per_cotangent * grain(f.device).busy, count, f.device)
         if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
             return

@@ -23,13 +23,15 @@ _SHARE = 8
 class Grain:
     """The size of the pieces in which a sort of device works fastest.
 
-    work_fraction: work arrays take at most the budget divided by that. panel_bytes: what is only read once is made in
-    pieces of at most that many bytes, where there is a cache in which they stay; None for a quarter of a work array.
-    columns: symmetric products are made as many columns at a time, up to the diagonal. large_product: multiplications
-    from which many small products are faster than one of copies.
+    work_fraction: work arrays take at most the budget divided by that. busy: a work array divided by that keeps the
+    device busy, so that no more is made at once where nothing is made twice. panel_bytes: what is only read once is
+    made in pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products
+    are made as many columns at a time, up to the diagonal. large_product: multiplications from which many small
+    products are faster than one of copies.
     """
 
     work_fraction: int
+    busy: int
     panel_bytes: int | None
     columns: int
     large_product: int
@@ -41,9 +43,9 @@ class Grain:
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Grain(work_fraction=32, panel_bytes=2**22, columns=208, large_product=10**9)
+CPU = Grain(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
-ACCELERATOR = Grain(work_fraction=4, panel_bytes=None, columns=2048, large_product=2 * 10**10)
+ACCELERATOR = Grain(work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10)
 _GRAINS = {"cpu": CPU}
 
 
@@ -98,8 +100,8 @@ def work_array(device: torch.device) -> int:
 
 def panel_bytes(device: torch.device) -> int:
     """How many bytes to make at a time of what is only read once."""
-    panel, most = grain(device).panel_bytes, work_array(device)
-    return most // 4 if panel is None else min(panel, most)
+    panel, most = grain(device).panel_bytes, work_array(device) // grain(device).busy
+    return most if panel is None else min(panel, most)
 
 
 def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
