@@ -55,7 +55,7 @@ def origin(report: Report) -> str:
     threads = f"{first['threads']} threads, " if processor == machine["cpu"] else ""
     versions = ", ".join(f"{name} {about['version']}" for name, about in contenders.items())
     rounds = rounds_of(report["runs"])
-    marked = [f"{mark.strip()} on {cpu}" for cpu, mark in marks_of(report).items() if mark]
+    marked = [f"{mark.strip()} on {name}" for name, mark in marks_of(report).items() if mark]
     elsewhere = f" Rows with {', '.join(marked)}.".replace("*", r"\*") if marked else ""
     trial = " A trial run: the numbers tell nothing." if report["small"] or report.get("budget") else ""
     return f"{processor}, {machine['system']}, {threads}torch {first['torch']}, {rounds}; {versions}.{elsewhere}{trial}"
@@ -64,8 +64,8 @@ def origin(report: Report) -> str:
 def marks_of(report: Report) -> dict[str, str]:
     """What is put behind jobs that were measured on another processor than the last, for each processor."""
     last = processor_of(report["contenders"], report["machine"])
-    others = sorted({run["cpu"] for run in report["runs"]} - {last})
-    return {last: "", **{cpu: " " + "*" * k for k, cpu in enumerate(others, 1)}}
+    others = sorted({run["processor"] for run in report["runs"]} - {last})
+    return {last: "", **{name: " " + "*" * k for k, name in enumerate(others, 1)}}
 
 
 def rounds_of(runs: list[Run]) -> str:

@@ -41,9 +41,9 @@ def summarise(runs: list[Run]) -> list[Row]:
         rounds = found.setdefault((run["setting"], run["job"]), {}).setdefault(run["contender"], {})
         if "error" not in run:
             rounds[run["round"]] = run
-    cpus = {(run["setting"], run["job"]): run["cpu"] for run in runs}
+    processors = {(run["setting"], run["job"]): run["processor"] for run in runs}
     return [
-        {"setting": setting, "job": job, "cpu": cpus[setting, job], **_medians(of)}
+        {"setting": setting, "job": job, "processor": processors[setting, job], **_medians(of)}
         for (setting, job), of in found.items()
     ]
 
@@ -92,7 +92,7 @@ def rst_table(
         lines.append(
             [
                 row["setting"],
-                row["job"] + marks[row["cpu"]],
+                row["job"] + marks[row["processor"]],
                 *costs,
                 best,
                 "-" if counted is None else _number(counted),

@@ -91,7 +91,7 @@ def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict
             for group in [jobs] if together else [[job] for job in jobs]:
                 for name, worker in workers.items():
                     able = [job for job in group if job in described[name]["able"][setting]]
-                    yield from ({"round": count, "cpu": processor, **run} for run in worker.run(setting, able))
+                    yield from ({"round": count, "processor": processor, **run} for run in worker.run(setting, able))
 
 
 def known_settings(args: argparse.Namespace, described: dict[str, Any]) -> dict[str, list[str]]:
