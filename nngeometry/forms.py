@@ -219,10 +219,7 @@ class Outer(LayerJacobian):
     def pieces(self) -> Iterator[LayerJacobian]:
         groups, rows, cols = self.shape
         size = self.positions * groups * (self.cotangents * rows + cols) * self.dtype.itemsize
-        few = max(1, panel_bytes(self.device) // size) if self.positions > 1 else self.examples
-        if few >= self.examples:
-            yield self
-            return
+        few = max(1, panel_bytes(self.device) // size) if self.positions > 1 else self.examples  # a is there already
         for b in slices(self.examples, few):
             yield self.narrow(b.start, b.stop)
 
