@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
-from .memory import chunk_length, grain, panel_bytes, slices
+from .memory import chunk_length, grain, panel_length, slices
 
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
@@ -90,7 +90,7 @@ def _windows(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, int]
 def _interleave(found: dict[tuple[int, int], Tensor], out: Tensor) -> None:
     """Put the products of pixels i <= j into out ``(C, pixels, K, C, pixels, K)``, and their transposes."""
     channels, pixels, inner = out.shape[:3]
-    step = max(1, panel_bytes(out.device) // (out[0].numel() * out.element_size()))
+    step = panel_length(out[0].numel() * out.element_size(), channels, out.device)
     for some in slices(channels, step):  # which stay in the cache, where there is one
         for i, j in product(range(pixels), repeat=2):
             block = found[i, j] if i <= j else found[j, i].T

@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .memory import chunk_length, grain, nbytes_of, panel_bytes, require, slices
+from .memory import chunk_length, grain, nbytes_of, panel_bytes, panel_length, require, slices
 
 Map = Callable[[Tensor], Tensor]
 #: Columns of a packed Jacobian, each with the view of flat ones where they go.
@@ -219,7 +219,7 @@ class Outer(LayerJacobian):
     def pieces(self) -> Iterator[LayerJacobian]:
         groups, rows, cols = self.shape
         size = self.positions * groups * (self.cotangents * rows + cols) * self.dtype.itemsize
-        few = max(1, panel_bytes(self.device) // size) if self.positions > 1 else self.examples  # a is there already
+        few = panel_length(size, self.examples, self.device) if self.positions > 1 else self.examples  # a is there
         for b in slices(self.examples, few):
             yield self.narrow(b.start, b.stop)
 
@@ -384,12 +384,19 @@ class Outer(LayerJacobian):
         count = self.examples * (1 if reduce else self.positions)
         if self.moment is not None and not reduce:
             return self.moment(self.inputs), count
-        size = self.positions * self.shape[0] * self.shape[2] * self.dtype.itemsize
-        moments = []
-        for b in slices(self.examples, max(1, panel_bytes(self.device) // size)):
+        groups, _, cols = self.shape
+        size = self.positions * groups * cols * self.dtype.itemsize
+        # As few as stay in the cache, but not so few that the moment is larger than what it is of.
+        few = max(
+            panel_length(size, self.examples, self.device),
+            min(chunk_length(size, self.examples, self.device), -(-cols * self.examples // max(1, count))),
+        )
+
+        def of(b: slice) -> Tensor:
             a = self.narrow(b.start, b.stop).a  # what it expands goes with it
-            moments.append(second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1)))
-        return total_of(iter(moments)), count
+            return second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1))
+
+        return total_of(map(of, slices(self.examples, few))), count
 
 
 class Gather(LayerJacobian):
@@ -637,7 +644,7 @@ def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing], out: T
     sizes = [prod(f.shape) for f in forms]
     for form, of, own in zip(forms, places, out.split(sizes, -1), strict=True):
         size = form.cotangents * prod(form.shape) * form.dtype.itemsize
-        for b in slices(form.examples, max(1, panel_bytes(form.device) // size)):
+        for b in slices(form.examples, panel_length(size, form.examples, form.device)):
             form.narrow(b.start, b.stop).write(of(own[:, b]))
 
 
@@ -750,7 +757,7 @@ def _add_inner(same: Callable[[slice], Tensor], g: Tensor, h: Tensor, out: Tenso
         inputs = same(slice(None)).view(examples, 1, others, 1).expand(examples, 1, others, d)
         out.view(examples, c, -1).addcmul_(outputs.view(examples, c, -1), inputs.reshape(examples, 1, -1))
         return
-    step = max(1, panel_bytes(g.device) // max(1, others * t * (s + d * o) * g.dtype.itemsize))
+    step = panel_length(others * t * (s + d * o) * g.dtype.itemsize, examples, g.device)
     columns = h.permute(1, 2, 3, 0).reshape(others, s, o * d)
     for k in slices(examples, step):
         m = same(k)
@@ -812,7 +819,7 @@ def _moment_of_columns(x: Tensor) -> Tensor:
     """``(N, G, d, t) -> (G, d, d)``: the sum over N and t of x x^T, for each group."""
     _, groups, d, _ = x.shape
     total = x.new_zeros(groups, d, d)
-    for some in slices(len(x), max(1, panel_bytes(x.device) // (groups * d * d * x.dtype.itemsize))):
+    for some in slices(len(x), panel_length(groups * d * d * x.dtype.itemsize, len(x), x.device)):
         total += (x[some] @ x[some].mT).sum(0)
     return total
 

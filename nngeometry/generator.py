@@ -397,13 +397,12 @@ class Generator(Evaluator):
             return
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
-        step = chunk_length(per_cotangent, cotangents.count, f.device)
         n, count = len(f), cotangents.count
+        busy = 1 if by_example else grain(f.device).busy  # inputs are looked at once, however few cotangents at a time
+        step = chunk_length(per_cotangent * busy, count, f.device)
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)
         apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count, f.device) >= step
-        if not by_example:  # the inputs are looked at once, however many cotangents there are at a time
-            step = chunk_length(per_cotangent * grain(f.device).busy, count, f.device)
         if not (by_example and apart) or step == count or parts < 2:
             yield from self._chunks(f, calls, cotangents, step, weight, plan)
             return

@@ -106,8 +106,16 @@ def panel_bytes(device: torch.device) -> int:
 
 def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
     """How many of ``items`` things of ``bytes_per_item`` bytes to process at once: at least one."""
-    fits = work_array(device) // max(1, bytes_per_item)
-    return max(1, min(items, fits))
+    return _fitting(work_array(device), bytes_per_item, items)
+
+
+def panel_length(bytes_per_item: int, items: int, device: torch.device) -> int:
+    """:func:`chunk_length` of what is only read once."""
+    return _fitting(panel_bytes(device), bytes_per_item, items)
+
+
+def _fitting(nbytes: int, bytes_per_item: int, items: int) -> int:
+    return max(1, min(items, nbytes // max(1, bytes_per_item)))
 
 
 def slices(items: int, length: int) -> Iterator[slice]:

@@ -222,3 +222,15 @@ def test_reductions_of_a_jacobian_in_panels(panel, groups, cut):
         torch.testing.assert_close(form.square(), j.square().sum((0, 1)))
         torch.testing.assert_close(form.arrow(), (j[..., :-1] * j[..., -1:]).sum((0, 1)))
         torch.testing.assert_close(form.sqnorm(), j.flatten(2).square().sum(2))
+
+
+def test_moments_but_the_last_are_of_no_fewer_rows_than_columns(cut, monkeypatch):
+    cut(replace(memory.CPU, panel_bytes=1))
+    rows = []
+    real = forms.second_moment
+    monkeypatch.setattr(forms, "second_moment", lambda x: (rows.append(len(x)), real(x))[1])
+    a = torch.randn(10, 2, 1, 7)
+    found, count = forms.Outer(a, torch.zeros(1, 10, 2, 1, 3)).right_factor(reduce=False)
+    x = a.flatten(0, 2)
+    torch.testing.assert_close(forms.mirror(found)[0], x.T @ x)
+    assert (count, rows) == (20, [8, 8, 4])

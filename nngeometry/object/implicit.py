@@ -80,6 +80,7 @@ def diagonal_of_gram(generator: Generator, examples: Any, names: Sequence[str]) 
             if observation.n:
                 found.append([])
             found[-1].append(sum(observation.forms[name].sqnorm() for name in names))  # type: ignore[arg-type]
+            del observation  # before the next one is made
     return torch.cat([torch.cat(chunks) for chunks in found], 1)
 
 
