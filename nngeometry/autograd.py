@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from .changes import Borrowed, uninterrupted, warnings_ignored
 from .memory import grain
 
 
@@ -48,36 +49,42 @@ class Pull:
 
 
 def accumulate(
-    outputs: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor], into: Sequence[Tensor]
+    outputs: Sequence[Tensor], edges: Sequence[GradientEdge], weights: Sequence[Tensor], into: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of ``sum_j weights_j . outputs_j`` with respect to leaves to ``into`` in place, one at a time.
-    The graph is retained.
+    """Add the gradients of ``sum_j weights_j . outputs_j`` in leaves, of which the edges are given, to ``into`` in
+    place, one at a time. The graph is retained.
 
     >>> x, total = torch.ones(3, requires_grad=True), torch.ones(3)
-    >>> accumulate([2 * x], [x], [torch.arange(3.0)], [total])
+    >>> accumulate([2 * x], [torch.autograd.graph.get_gradient_edge(x)], [torch.arange(3.0)], [total])
     >>> total, x.grad
     (tensor([1., 3., 5.]), None)
     """
+    leaves: list[Tensor] = [edge.node.variable for edge in edges]  # type: ignore[attr-defined]
     before = [x.grad for x in leaves]
     try:
         for x, total in zip(leaves, into, strict=True):
             x.grad = total
-        torch.autograd.backward(list(outputs), list(weights), retain_graph=True, inputs=list(leaves))
+        torch.autograd.backward(list(outputs), list(weights), retain_graph=True, inputs=leaves)
     finally:
         for x, grad in zip(leaves, before, strict=True):
             x.grad = grad
 
 
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        if not grain(outputs[0].device).has_cache:
-            return _in_few_operations(outputs, inputs, weights)
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        )
+    if not grain(outputs[0].device).has_cache:
+        with Borrowed(warnings_ignored(NO_BATCHING_RULE)):
+            return uninterrupted(_in_few_operations, outputs, inputs, weights)
+    return uninterrupted(_batched, outputs, inputs, weights)
+
+
+#: What torch says of operations that it takes one by one.
+NO_BATCHING_RULE = "There is a performance drop"
+
+
+def _batched(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(
+        torch.autograd.grad(outputs, inputs, list(weights), retain_graph=True, allow_unused=True, is_grads_batched=True)
+    )
 
 
 def _in_few_operations(
@@ -108,3 +115,16 @@ def _one_by_one(
     if len(each) == 1:
         return [None if g is None else g.unsqueeze(0) for g in each[0]]
     return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
+
+
+def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graphs of some tensors, once."""
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in roots]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+        yield node

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .composites import COMPOSITES, normalised
 from .operations import OPERATIONS, Maybe, Operation
 
 
@@ -26,6 +27,8 @@ class CheapDerivatives(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.record: Record | None = None
+        #: Whether something will be run again on the way back: inside of activation checkpoints.
+        self.replayed = False
 
     def at_zero(self) -> AbstractContextManager[None]:
         """While ``J^T u`` is recorded for u = 0: values (zeros) are not computed."""
@@ -45,12 +48,18 @@ class CheapDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recognise = OPERATIONS.get(func)
-        if recognise is not None and not _hooked() and _plain(args[0] if args else kwargs["input"]):
-            operation = recognise(*args, **kwargs)
-            if operation is not None:
-                return Value.apply(self, *operation)
-        return func(*args, **kwargs)
+        hooked = _hooked()
+        self.replayed = self.replayed or hooked
+        if not hooked:
+            recognise = OPERATIONS.get(func)
+            if recognise is not None and _plain(args[0] if args else kwargs["input"]):
+                operation = recognise(*args, **kwargs)
+                if operation is not None:
+                    return Value.apply(self, *operation)
+            composite = COMPOSITES.get(func)
+            if composite is not None:
+                return composite(*args, **kwargs)
+        return normalised(func, args, kwargs)
 
 
 def _hooked() -> bool:
@@ -79,6 +88,8 @@ class Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mode: CheapDerivatives, operation: Operation, *inputs: Any) -> Tensor:
         output = operation.value(*inputs)
+        if output._is_view():  # of nothing else, and users may write into it
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         ctx.mode, ctx.operation = mode, operation
         ctx.save_for_backward(*operation.saved(inputs, output))
         return output

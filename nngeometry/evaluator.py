@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import data
 from .apart import called_apart
+from .changes import Borrowed, Change, entered, no_grad, not_compiled, recording
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
 from .recurrent import recurrent_without_cudnn
@@ -65,6 +66,8 @@ class Evaluator:
             raise ValueError(
                 f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
             )
+        #: Whether the model is known to leave its inputs alone.
+        self._reads = False
         #: Half precision is accumulated in single.
         self.dtype = torch.float32 if parameters[0].dtype in (torch.float16, torch.bfloat16) else parameters[0].dtype
 
@@ -100,23 +103,39 @@ class Evaluator:
         versions = [t._version for t in data.tensors_of(batch)]
         f = self.outputs(batch)
         if versions != [t._version for t in data.tensors_of(batch)]:
-            raise ValueError(
-                "the model modifies its inputs in place, so a second look at them would differ: clone them"
-            )
+            raise ValueError(WRITES)
         return f
 
     def outputs_unchecked(self, batch: data.Batch) -> Any:
-        """What the model or the user's function returns for a minibatch."""
+        """What the model or the user's function returns for a minibatch. The first time it gets a copy, so that a model
+        that modifies its inputs is found out before it has modified the user's.
+        """
+        if self._reads:
+            return self._called(batch)
+        own = data.map_tensors(Tensor.clone, batch)
+        f = self._called(own)
+        given, seen = data.tensors_of(batch), data.tensors_of(own)
+        if any(t._version for t in seen) or not all(map(same_entries, given, seen)):
+            raise ValueError(WRITES)
+        self._reads = True
+        return f
+
+    def _called(self, batch: data.Batch) -> Any:
         arguments = data.arguments(batch)
-        with recurrent_without_cudnn(self.model) if self.device.type == "cuda" else nullcontext():
-            if self.function is not None:
-                return self.function(*arguments)
-            if isinstance(arguments[0], Tensor):
-                return self.model(arguments[0])
+        if self.function is not None:
+            return self.function(*arguments)
+        if isinstance(arguments[0], Tensor):
+            return self.model(arguments[0])
         raise TypeError(
             f"minibatches of type {type(arguments[0]).__name__} need function=, "
             "e.g. function=lambda batch: model(**batch).logits"
         )
+
+    def running(self, *changes: Change, record: bool = True) -> Borrowed:
+        """What is in force while the model runs: changes, and whether autograd records."""
+        if self.device.type == "cuda":
+            changes = (entered(recurrent_without_cudnn(self.model)), *changes)
+        return Borrowed(recording(record), not_compiled, *changes)
 
     def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
         """The minibatches, each with its neighbours that may be looked at together with it, and the position of the
@@ -138,13 +157,16 @@ class Evaluator:
 
         return data.grouped(self.minibatches(examples), most)
 
-    def trial(self, batch: data.Batch) -> Trial:
-        """The model on the first two examples. Operations that are not recorded count too: a head may be all that is
-        differentiated.
+    def trial(self, batch: data.Batch, *changes: Change) -> Trial:
+        """The model on the first two examples, under changes. Operations that are not recorded count too: a head may be
+        all that is differentiated.
         """
         pair = data.take(batch, torch.arange(2))
-        with unchanged(self.model), torch.no_grad(), Made() as made:
-            f = self.outputs(pair)
+        state, made = State(self.model), Made()
+        apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
+        with self.running(*changes, state, entered(made), record=not apart):
+            f = self.outputs(pair).detach()
+            state.check()
         return Trial(pair, f, made.nbytes)
 
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
@@ -152,7 +174,9 @@ class Evaluator:
         not be looked at. None if they do not.
         """
         x = data.arguments(batch)[0]
-        return called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
+        called = called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
+        self._reads = self._reads or called is not None
+        return called
 
 
 def check_mode(model: nn.Module) -> None:
@@ -172,54 +196,92 @@ def check_mode(model: nn.Module) -> None:
             )
 
 
-@contextmanager
-def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Switch ``requires_grad`` on for a while."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+class State:
+    """The buffers of a model and the random state as they are, which its forward pass must leave alone.
 
+    It is a change that makes none: what the forward pass did is taken back.
 
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random state back as they were, and raise if the model had changed them."""
-    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [(b, b._version, b.clone()) for _, own in buffers for b in own.values() if b is not None]
-    devices = set()
-    if torch.cuda.is_initialized():
-        devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-    try:
-        yield
-        now = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        if not all(torch.equal(a, b) for a, b in zip(states, now, strict=True)):
+    model: whose buffers. values: whether entries are compared too, and not only how often they were written, which
+    writing through ``.data`` does not count.
+    """
+
+    def __init__(self, model: nn.Module, values: bool = False) -> None:
+        self.model = model
+        self.values = values
+
+    def __call__(self) -> Callable[[], Any]:
+        self._buffers = [
+            (m, dict(m._buffers), set(m._non_persistent_buffers_set)) if m._buffers else (m, _NONE, _NONE)
+            for m in self.model.modules()
+        ]
+        self._before = [
+            (b, b._version, b.clone()) for _, own, _ in self._buffers if own for b in own.values() if b is not None
+        ]
+        self._devices = set()
+        if torch.cuda.is_initialized():
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            self._devices = {t.device for t in tensors if t.device.type == "cuda"}
+        self._random = self._random_state()
+        return self._take_back
+
+    def check(self) -> None:
+        """Raise if the forward pass has changed anything."""
+        if not all(map(torch.equal, self._random, self._random_state())):
             raise ValueError(
                 "the forward pass of the model draws random numbers, so its derivative is random: call model.eval(), "
                 "or switch the noise off"
             )
-        replaced = any(module._buffers.get(k) is not b for module, own in buffers for k, b in own.items())
-        if replaced or any(b._version != version for b, version, _ in values):
-            names = {id(b): name for name, b in model.named_buffers()}
-            changed = [names[id(b)] for b, version, _ in values if b._version != version and id(b) in names]
+        others = [m for m, own, _ in self._buffers if _replaced(m, own)]
+        written = [b for b, version, before in self._before if self._written(b, version, before)]
+        if others or written:
+            found = {id(b) for b in written} | {id(b) for m in others for b in m._buffers.values()}
+            names = [name for name, b in self.model.named_buffers() if id(b) in found]
             raise ValueError(
-                f"the forward pass of the model changes its buffers {', '.join(changed)}, so its output depends on "
-                "the batches before: call model.eval()"
+                f"the forward pass of the model changes its buffers {', '.join(names)}, so its output depends on the "
+                "batches before: call model.eval(), or make them before"
             )
-    finally:
-        for module, own in buffers:
-            module._buffers.update(own)
-        with torch.no_grad():
-            for b, version, before in values:
-                if b._version != version:
+
+    def _written(self, b: Tensor, version: int, before: Tensor) -> bool:
+        return b._version != version or (self.values and not same_entries(b, before))
+
+    def _random_state(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
+
+    def _take_back(self) -> None:
+        for m, own, names in self._buffers:
+            if _replaced(m, own):
+                m._buffers.clear()
+                m._buffers.update(own)
+                m._non_persistent_buffers_set.clear()
+                m._non_persistent_buffers_set.update(names)
+        with no_grad():
+            for b, version, before in self._before:
+                if self._written(b, version, before):
                     b.copy_(before)
-        torch.set_rng_state(states[0])
-        for d, state in zip(devices, states[1:], strict=True):
+        torch.set_rng_state(self._random[0])
+        for d, state in zip(self._devices, self._random[1:], strict=True):
             torch.cuda.set_rng_state(state, d)
+
+
+_NONE: Any = MappingProxyType({})
+
+
+def _replaced(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> bool:
+    """Whether a module has other buffers than it had."""
+    now = module._buffers
+    return len(now) != len(buffers) or any(now.get(k, now) is not b for k, b in buffers.items())
+
+
+def same_entries(a: Tensor, b: Tensor) -> bool:
+    """Whether all entries are equal, those that are not numbers included."""
+    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+
+
+WRITES_PARAMETERS = (
+    "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "
+    "alone in the forward pass"
+)
+WRITES = "the model modifies its inputs in place, so a second look at them would differ: clone them"
 
 
 def _finite(f: Tensor) -> bool:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from math import hypot, prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from . import data, forms
-from .autograd import Pull
-from .evaluator import Evaluator, Trial, check_mode, trainable, unchanged
-from .forms import LayerJacobian, Outer
+from .autograd import Pull, nodes
+from .changes import Change, entered, no_grad, trainable
+from .composites import OneExample
+from .evaluator import WRITES_PARAMETERS, Evaluator, State, Trial, check_mode, same_entries
+from .forms import Gather, LayerJacobian, Outer
 from .kinds import Packing, is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
 from .memory import Made, chunk_length, grain, slices
+from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .weights import Weights
 
 #: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
 #: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
@@ -50,51 +51,25 @@ class Observation:
     forms: dict[str, LayerJacobian]
 
 
-class _Output(NamedTuple):
-    """What is remembered of a leaf of the output of a call, without its entries."""
-
-    leaf: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module, as its forward hook saw it."""
-
-    site: Site
-    inputs: Any
-    versions: list[int]
-    outputs: tuple[_Output, ...]  # the differentiable ones
-    edges: tuple[GradientEdge, ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The axis of examples (or of a multiple of them) in the tensors of one call; None for a tensor without one."""
-
-    inputs: tuple[int | None, ...]
-    outputs: tuple[int | None, ...]
-
-
 @dataclass(frozen=True)
 class Plan:
     """What the types of the modules, or a probe of the model on a few examples, told.
 
-    layouts: of every call. names: the layers in the order of calls. aligned: whether all tensors of a minibatch have a
-    row for each example, so that it can be taken apart. trial: of two examples, if what is made of them was counted.
-    axes: how many each tensor of the minibatch had; a model may do something else with more or fewer.
+    layouts: of every call, None for one that nothing comes of. names: the layers in the order of calls. aligned:
+    whether all tensors of a minibatch have a row for each example, so that it can be taken apart. axes: how many each
+    tensor of the minibatch had; a model may do something else with more or fewer. trial: of two examples, if what is
+    made of them was counted. looked: whether it was found by running the model. one: whether with one example, too.
+    normalises_one: whether something is normalised as one example however many there are.
     """
 
-    layouts: tuple[_Layout, ...]
+    layouts: tuple[Layout | None, ...]
     names: tuple[str, ...]
     aligned: bool
-    trial: Trial | None
     axes: tuple[int, ...]
+    trial: Trial | None = None
+    looked: bool = True
+    one: bool = False
+    normalises_one: bool = False
 
     def fits(self, batch: data.Batch) -> bool:
         """Whether it is for minibatches like this one."""
@@ -158,7 +133,7 @@ class Generator(Evaluator):
             return self.probe(sites, batch, measure)
         names = {id(site.module): site.name for site in sites}
         order = tuple(names[id(module)] for module in called if id(module) in names)
-        return Plan((_Layout((0,), (0,)),) * len(order), order, data.aligned(batch), None, data.axes(batch))
+        return Plan((Layout((0,), (0,)),) * len(order), order, data.aligned(batch), data.axes(batch), looked=False)
 
     def stream(
         self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
@@ -177,6 +152,8 @@ class Generator(Evaluator):
             nonlocal plan
             if plan is None or not plan.fits(batch):
                 plan = self._plan(sites, batch, measure)
+            if plan.looked and not plan.one and data.count(batch) == 1:
+                plan = self._with_one(sites, batch, plan)
             return plan
 
         def made_of_two(batch: data.Batch) -> int:
@@ -220,67 +197,62 @@ class Generator(Evaluator):
             out += torch.einsum("cbk,cb->bk", s, torch.einsum("cbk,bk->cb", s, u.reshape(len(u), -1))).view_as(f)
         return out
 
-    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None) -> tuple[Tensor, list[_Call]]:
+    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None) -> tuple[Tensor, list[Call]]:
         """Run the model once and record every call of the sites."""
-        calls: list[_Call] = []
         n = data.count(batch)
-
-        def record(site: Site) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                if not torch.is_grad_enabled():
-                    raise RuntimeError(
-                        f"layer {site.name!r} ran under torch.no_grad (or activation checkpointing), where its "
-                        "derivative is not recorded: leave it out of the layer collection, or switch checkpointing off"
-                    )
-                if plan is not None and len(calls) < len(plan.layouts) and plan.layouts[len(calls)].outputs == (None,):
-                    # The same output for all examples (position embeddings): give each example its own copy.
-                    output = _examples_first(output, None, n)
-                if len(_differentiable(output)) > 1:
-                    # Outputs that depend on each other: only what passes through a copy is the derivative in it alone.
-                    output = pytree.tree_map_only(Tensor, lambda y: y.view_as(y) if y.requires_grad else y, output)
-                leaves = _differentiable(output)
-                inputs = _detached(_in_order(module, args, kwargs))
-                outputs = tuple(_Output(k, y.shape, y.dtype) for k, y in leaves)
-                calls.append(
-                    _Call(site, inputs, _versions(inputs), outputs, tuple(get_gradient_edge(y) for _, y in leaves))
-                )
-                return output
-
-            return hook
-
-        with ExitStack() as stack:
-            for site in sites:
-                # First of all hooks, so that a user's hook that changes the output is differentiated and not recorded.
-                handle = site.module.register_forward_hook(record(site), prepend=True, with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.enter_context(trainable(_collected(sites)))
-            stack.enter_context(torch.enable_grad())
+        recorder = Recorder(n, () if plan is None else [None if x is None else x.expand for x in plan.layouts])
+        changes: list[Change] = [*recorder.hooks(sites), trainable(_collected(sites))]
+        state = State(self.model)
+        if plan is None or plan.looked:
+            changes.append(state)
+        if n == 1 or (plan is not None and plan.normalises_one):
+            changes.append(entered(OneExample()))
+        with self.running(*changes):
             f = self.outputs_of(batch)
-        for call in calls:
-            if call.versions != _versions(call.inputs):
+            if plan is None or plan.looked:
+                state.check()
+        recorder.check()
+        calls = recorder.calls
+        if plan is not None:
+            if [c.site.name for c in calls] != list(plan.names):
                 raise ValueError(
-                    f"layer {call.site.name!r}: its input was modified in place after the call, so its derivative is "
-                    "lost: replace the in-place operation (+=, relu_, ...) by one that makes a new tensor"
+                    "the model calls its layers differently for different minibatches, which is not supported"
                 )
-        if plan is not None and [c.site.name for c in calls] != list(plan.names):
-            raise ValueError("the model calls its layers differently for different minibatches, which is not supported")
+            for call, layout in zip(calls, plan.layouts, strict=True):
+                if layout is not None:
+                    layout.check(call)
         return f, calls
 
     def probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
         """Find where the examples are in every tensor, and check that the derivative of each is what the forms say.
 
-        The model is run on two examples, and on three in another order: the axis whose length changes is that of
-        examples, and an output that changes has others mixed into it. Then :meth:`_check_derivatives`.
+        The model, at a copy of its parameters and buffers, is run on two examples, and on three in another order: the
+        axis whose length changes is that of examples, and an output that changes has others mixed into it. Then
+        :meth:`_check_derivatives`.
 
         measure: whether to count what the model makes.
         """
         n = data.count(batch)
-        few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
-        with unchanged(self.model):
-            with Made() if measure else nullcontext() as made:
-                f2, two = self._forward(sites, few[0], None)
-            f3, three = self._forward(sites, few[1], None)
-        with unchanged(self.model):
+        parameters = self.layer_collection.parameters(self.model)
+        weights, state = Weights(self.model, parameters), State(self.model, values=True)
+        before, normalises = weights.norms(), OneExample()
+        with self.running(weights.in_place, state):
+            try:
+                few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
+                with Made() if measure else nullcontext() as made:
+                    f2, two = self._forward(sites, few[0], None)
+                with normalises:
+                    f3, three = self._forward(sites, few[1], None)
+            except Exception as error:
+                self._forward(sites, batch, None)  # which may say it in terms of what the user knows
+                raise ValueError(
+                    f"the model runs on a minibatch of {n} examples and not on some of them "
+                    f"({_first_line(error)}), so it cannot be seen whether it treats each by itself: pass a "
+                    "function= that runs on any number of examples"
+                ) from error
+            state.check()
+            if not all(map(same_entries, before, weights.norms())):
+                raise ValueError(WRITES_PARAMETERS)
             check_same(
                 f2,
                 f3[[1, 0]],
@@ -291,18 +263,34 @@ class Generator(Evaluator):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            layouts = tuple(_layout(one, other) for one, other in zip(two, three, strict=True))
+            gradients = self._probed(f3, three)
+            reached = iter(g is not None for g in gradients[0])
+            layouts = tuple(
+                Layout.of(one, other, list(islice(reached, len(other.edges))))
+                for one, other in zip(two, three, strict=True)
+            )
             plan = Plan(
                 layouts,
                 tuple(c.site.name for c in two),
                 data.aligned(batch),
-                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
                 data.axes(batch),
+                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
+                normalises_one=normalises.met,
             )
-            constant = [c.site.name for c, layout in zip(two, layouts, strict=True) if layout.outputs == (None,)]
-            f, calls = self._with_copies(sites, few[1], plan, constant, f3) if constant else (f3, three)
-            self._check_derivatives(f, calls, plan)
+            if any(layout is not None and layout.constant for layout in layouts):
+                plan = self._with_copies(sites, few[1], plan, f3)
+            else:
+                self._check_derivatives(f3, three, plan, *gradients)
+        weights.check_reached(nodes([f3]), [name for name, _ in self.layer_collection.named_parameters(self.model)])
         return plan
+
+    def _with_one(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> Plan:
+        """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
+        weights = Weights(self.model, self.layer_collection.parameters(self.model))
+        with self.running(weights.in_place, State(self.model)):
+            f, calls = self._forward(sites, batch, plan)
+            self._check_derivatives(f, calls, plan, *self._probed(f, calls))
+        return replace(plan, one=True)
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
         through = {id(p) for site in sites if site.name in called for p in site.params.values()}
@@ -316,48 +304,78 @@ class Generator(Evaluator):
                 "calling it, declare that module's type with nngeometry.whole"
             )
 
-    def _with_copies(
-        self, sites: Sequence[Site], batch: data.Batch, plan: Plan, constant: list[str], expected: Tensor
-    ) -> tuple[Tensor, list[_Call]]:
-        """Run the model with a copy for each example of the outputs that have no axis of examples."""
+    def _with_copies(self, sites: Sequence[Site], batch: data.Batch, plan: Plan, expected: Tensor) -> Plan:
+        """The plan with a way to give each example a copy of the outputs that have no axis of examples: one that
+        changes neither what the model returns nor that examples are apart.
+        """
+        constant = [k for k, layout in enumerate(plan.layouts) if layout is not None and layout.constant]
         remedy = (
             "giving it one changes what the model does. Call it with one input for each example (e.g. position ids "
             "expanded to the batch), or leave it out with LayerCollection.exclude"
         )
-        problem = f"layer {', '.join(map(repr, constant))}: its output has no axis of examples, and"
-        try:
-            f, calls = self._forward(sites, batch, plan)
-        except Exception as error:
-            raise ValueError(f"{problem} {remedy} ({error})") from error
-        if f.shape != expected.shape:
-            raise ValueError(f"{problem} {remedy}")
-        check_same(f, expected, expected, problem, remedy)
-        return f, calls
+        problem = f"layer {', '.join(repr(plan.names[k]) for k in constant)}: its output has no axis of examples, and"
+        ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
+        wrong: ValueError | None = None
+        for way in islice(product(*ways), _MOST_WAYS):
+            layouts = list(plan.layouts)
+            for k, expand in zip(constant, way, strict=True):
+                layouts[k] = replace(layouts[k], expand=expand)  # type: ignore[type-var]
+            tried = replace(plan, layouts=tuple(layouts))
+            try:
+                f, calls = self._forward(sites, batch, tried)
+            except Exception as error:
+                wrong = wrong or ValueError(f"{problem} {remedy} ({_first_line(error)})")
+                continue
+            if f.shape != expected.shape or not same_up_to_rounding(f, expected, expected):
+                wrong = wrong or ValueError(f"{problem} {remedy}")
+                continue
+            try:
+                self._check_derivatives(f, calls, tried, *self._probed(f, calls))
+            except ValueError as error:
+                wrong = error
+            else:
+                return tried
+        assert wrong is not None
+        raise wrong
 
-    def _check_derivatives(self, f: Tensor, calls: Sequence[_Call], plan: Plan) -> None:
+    def _probed(self, f: Tensor, calls: Sequence[Call]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """The gradients of a few examples, one between others, in the outputs of calls and in the parameters."""
+        edges = [e for c in calls for e in c.edges]
+        if not edges or not f.requires_grad:
+            raise ValueError("the output of the model does not depend on the collected parameters")
+        cotangent = _generic_cotangent(f)
+        if len(f) > 1:
+            cotangent[::2] = 0.0
+        every: list[Any] = [*edges, *self.layer_collection.parameters(self.model)]
+        found = torch.autograd.grad(f, every, cotangent, allow_unused=True)
+        return found[: len(edges)], found[len(edges) :]
+
+    def _check_derivatives(
+        self,
+        f: Tensor,
+        calls: Sequence[Call],
+        plan: Plan,
+        grads: Sequence[Tensor | None],
+        truth: Sequence[Tensor | None],
+    ) -> None:
         """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
         The cotangent is of one example, between others: its gradient may reach none of these, and its forms must add
         up to the gradient in the parameters.
         """
-        edges = [e for c in calls for e in c.edges]
-        if not edges or not f.requires_grad:
-            raise ValueError("the output of the model does not depend on the collected parameters")
-        cotangent = _generic_cotangent(f)
-        cotangent[::2] = 0.0
-        parameters = self.layer_collection.parameters(self.model)
-        with trainable(parameters):
-            every: list[Any] = [*edges, *parameters]
-            found = torch.autograd.grad(f, every, cotangent, allow_unused=True)
-        grads, truth = found[: len(edges)], found[len(edges) :]
-        where = [(call, axis or 0) for call, layout in zip(calls, plan.layouts, strict=True) for axis in layout.outputs]
-        for (call, axis), g in zip(where, grads, strict=True):
-            if g is not None and _by_example(g, axis, len(f))[::2].any():
-                raise ValueError(
-                    f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
-                    f"derivatives are undefined. {MIXES}"
-                )
+        remaining = iter(grads)
+        for call, layout in zip(calls, plan.layouts, strict=True):
+            for k, y in enumerate(call.outputs):
+                g = next(remaining)
+                if g is None or layout is None or len(f) == 1:
+                    continue
+                if _by_example(g.reshape(y.shape), layout.outputs[k] or 0, len(f))[::2].any():
+                    raise ValueError(
+                        f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
+                        f"derivatives are undefined. {MIXES}"
+                    )
         of_one = [None if g is None else g.unsqueeze(0) for g in grads]
+        parameters = self.layer_collection.parameters(self.model)
         self._check_sum(
             self._forms(calls, plan.layouts, of_one, 1, len(f)),
             [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
@@ -373,7 +391,7 @@ class Generator(Evaluator):
         sizes = [float(norm(expected, dtype=self.dtype)) for expected in every]
         floor = 1e-3 * hypot(*sizes)
         for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
-            with torch.no_grad():
+            with no_grad():
                 wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
             if wrong > tolerance * max(floor, size):
                 raise ValueError(
@@ -387,8 +405,7 @@ class Generator(Evaluator):
         self, sites: Sequence[Site], batches: Sequence[data.Batch], position: int, plan: Plan, by_example: bool
     ) -> Iterator[Observation]:
         batch = data.join(batches)
-        with unchanged(self.model):
-            f, calls = self._forward(sites, batch, plan)
+        f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
         cotangents = self._joint(fixed, batches, position)
         if cotangents is None:
@@ -409,8 +426,7 @@ class Generator(Evaluator):
         del f, calls  # what a work array holds is made again, for a few examples at a time
         for k in range(parts):
             start, stop = k * n // parts, (k + 1) * n // parts
-            with unchanged(self.model):
-                f, calls = self._forward(sites, data.take(batch, torch.arange(start, stop)), plan)
+            f, calls = self._forward(sites, data.take(batch, torch.arange(start, stop)), plan)
             check_same(
                 f, fixed[start:stop], fixed, "the output of the model for an example depends on the others", MIXES
             )
@@ -419,7 +435,7 @@ class Generator(Evaluator):
             del f, calls
 
     def _chunks(
-        self, f: Tensor, calls: Sequence[_Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
+        self, f: Tensor, calls: Sequence[Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
     ) -> Iterator[Observation]:
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
@@ -429,15 +445,22 @@ class Generator(Evaluator):
             yield self._pulled(f, calls, s, plan, n, counted, last)
 
     def _pulled(
-        self, f: Tensor, calls: Sequence[_Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
+        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
     ) -> Observation:
-        grads = self._pull([f], [e for c in calls for e in c.edges], [s], last)
+        edges = [e for c in calls for e in c.edges]
+        with self._back(calls):
+            grads = self._pull([f], edges, [s], last)
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
+
+    def _back(self, calls: Sequence[Call]) -> AbstractContextManager[None]:
+        """What is in force on the way back, where activation checkpoints run modules again."""
+        frozen = [p for p in _collected([call.site for call in calls]) if not p.requires_grad]
+        return self.running(trainable(frozen), record=False) if frozen or self.device.type == "cuda" else nullcontext()
 
     def _forms(
         self,
-        calls: Sequence[_Call],
-        layouts: Sequence[_Layout],
+        calls: Sequence[Call],
+        layouts: Sequence[Layout | None],
         grads: Sequence[Tensor | None],
         cotangents: int,
         examples: int,
@@ -448,57 +471,77 @@ class Generator(Evaluator):
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             gys = [next(remaining) for _ in call.edges]
-            of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
+            if layout is not None:
+                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
+            elif any(g is not None for g in gys):
+                raise ValueError(
+                    f"{call.what}: what it returns reaches the output of the model for some minibatches only, which is "
+                    "not supported: leave it out with LayerCollection.exclude"
+                )
         of_layer: dict[str, list[LayerJacobian]] = {name: [] for name in self.layer_collection}
         for name, of_calls in of_site.items():
             form = forms.add(of_calls)
             for layer, names in sites[name].routes:
                 of_layer[layer.name].append(_routed(form, sites[name], layer, names))
-        return {name: forms.add(of_sites) for name, of_sites in of_layer.items()}
+        return {
+            name: forms.add(of_sites) if of_sites else self._nothing(self.layer_collection[name], cotangents, examples)
+            for name, of_sites in of_layer.items()
+        }
+
+    def _nothing(self, layer: Layer, cotangents: int, examples: int) -> LayerJacobian:
+        """The Jacobian of a layer of which nothing comes."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        shape = layer.packing.shape
+        if not layer.kronecker:
+            return forms.Dense(zero.expand(cotangents, examples, *shape))
+        groups, rows, cols = shape
+        if groups == 1:
+            nowhere = torch.full((examples, 1), -1, device=self.device)
+            return Gather(nowhere, zero.expand(cotangents, examples, 1, rows), cols)
+        return Outer(zero.expand(examples, 1, groups, cols), zero.expand(cotangents, examples, 1, groups, rows))
 
     def _form(
-        self, call: _Call, layout: _Layout, gys: Sequence[Tensor | None], cotangents: int, examples: int
+        self, call: Call, layout: Layout, gys: Sequence[Tensor | None], cotangents: int, examples: int
     ) -> LayerJacobian:
         """The Jacobian of one call of a module with respect to all of its parameters."""
         site = call.site
-        what = f"layer {site.name!r} ({type(site.module).__name__})"
-        leaves = _leaves(call.inputs)
         if not call.outputs:
             raise ValueError(
-                f"{what} returned no tensor that can be differentiated (a {type(site.module).__name__} that returns "
-                "its own class of output, or a detached one): leave it out with LayerCollection.exclude"
+                f"{call.what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
+                "returns its own class of output, or a detached one): leave it out with LayerCollection.exclude"
             )
-        tensors = list(zip((*leaves, *call.outputs), (*layout.inputs, *layout.outputs), strict=True))
-        lengths = {t.shape[axis] for t, axis in tensors if axis is not None}
+        leaves = leaves_of(call.inputs)
+        outputs = [(y, axis) for y, axis, used in zip(call.outputs, layout.outputs, layout.used, strict=True) if used]
+        inputs = zip(leaves, layout.inputs, strict=True)
+        axes = [(t.shape, axis) for t, axis in (*inputs, *outputs) if axis is not None]
+        lengths = {shape[axis] for shape, axis in axes}
         length = lengths.pop() if lengths else examples
         if lengths or length % examples:
             raise NotImplementedError(
-                f"{what}: its inputs and outputs split {examples} examples differently; leave it out with "
+                f"{call.what}: its inputs and outputs split {examples} examples differently; leave it out with "
                 "LayerCollection.exclude"
             )
         fronts = []
-        for y, axis, gy in zip(call.outputs, layout.outputs, gys, strict=True):
+        used_gys = [gy for gy, used in zip(gys, layout.used, strict=True) if used]
+        for (y, axis), gy in zip(outputs, used_gys, strict=True):
             if gy is None:
                 zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
                 gy = zero.expand(cotangents, *y.shape)
-            fronts.append(_to_front(gy, axis or 0, 1))
+            fronts.append(_to_front(gy.reshape(cotangents, *y.shape), axis or 0, 1))
         if site.kind.function is None:
-            of_leaves = [(y.leaf, g) for y, g in zip(call.outputs, fronts, strict=True)]
+            of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
             form: LayerJacobian = generic(
                 site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype
             )
         else:
             (gy,) = fronts
-            for t, axis in tensors:
-                if axis and (not site.kind.features_last or axis == len(t.shape) - 1):
-                    raise NotImplementedError(f"{what}: its examples are along axis {axis}, expected axis 0")
-            inputs = [
-                self._cast(_examples_first(x, axis, length))
-                for x, axis in zip(leaves, layout.inputs, strict=True)
-                if isinstance(x, Tensor)
-            ]
-            with torch.no_grad():
-                form = site.kind.function(site.module, self._cast(gy), *inputs)
+            for shape, axis in axes:
+                if axis and (not site.kind.features_last or axis == len(shape) - 1):
+                    raise NotImplementedError(f"{call.what}: its examples are along axis {axis}, expected axis 0")
+            where = {id(x): axis for x, axis in zip(leaves, layout.inputs, strict=True)}
+            given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
+            with no_grad():
+                form = site.kind.function(site.module, self._cast(gy), *given)
         return form if length == examples else form.fold(length // examples)
 
     def _cast(self, t: Tensor) -> Tensor:
@@ -540,71 +583,26 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
     """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
-    if bool((f - expected).abs().max() > _tolerance(f.dtype) * scale.abs().max()):
+    if not same_up_to_rounding(f, expected, scale):
         raise ValueError(f"{problem}. {remedy}")
 
 
-def _plain(inputs: tuple[Any, dict[str, Any]]) -> bool:
-    """Whether arguments are tensors alone, as nearly all are, which needs no machinery to take apart."""
-    args, kwargs = inputs
-    return not kwargs and all(isinstance(t, Tensor) for t in args)
+def same_up_to_rounding(f: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Whether two tensors differ by rounding of numbers as large as those of ``scale`` alone."""
+    return bool((f - expected).abs().max() <= _tolerance(f.dtype) * scale.abs().max())
 
 
-def _leaves(inputs: tuple[Any, dict[str, Any]]) -> list[Any]:
-    return list(inputs[0]) if _plain(inputs) else pytree.tree_leaves(inputs)
+#: How many ways of giving examples copies of what is alike for them are tried.
+_MOST_WAYS = 16
 
 
-def _versions(inputs: tuple[Any, dict[str, Any]]) -> list[int]:
-    """How often each tensor has been modified in place."""
-    return [t._version for t in _leaves(inputs) if isinstance(t, Tensor)]
-
-
-def _detached(inputs: tuple[Any, dict[str, Any]]) -> Any:
-    if _plain(inputs):
-        return tuple(t.detach() for t in inputs[0]), {}
-    return pytree.tree_map_only(Tensor, Tensor.detach, inputs)
-
-
-def _differentiable(output: Any) -> list[tuple[int, Tensor]]:
-    """The leaves of an output that a gradient can reach, with their positions."""
-    leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output)
-    return [(k, y) for k, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
-
-
-def _in_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Arguments in the order of the module's signature, however they were passed."""
-    if not kwargs:
-        return args, kwargs
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return bound.args, bound.kwargs
+def _first_line(error: Exception) -> str:
+    """What an exception says, in short."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
     return [s.params[k] for s in sites for _, names in s.routes for k in names]
-
-
-def _layout(two: _Call, three: _Call) -> _Layout:
-    """The layout of a call from how its shapes change between two and three examples."""
-
-    def axis(a: torch.Size, b: torch.Size) -> int | None:
-        if a == b:
-            return None
-        changed = [k for k, (m, n) in enumerate(zip(a, b, strict=False)) if m != n]
-        if len(a) == len(b) and len(changed) == 1 and a[changed[0]] * 3 == b[changed[0]] * 2:
-            return changed[0]
-        raise ValueError(
-            f"layer {two.site.name!r}: a tensor of shape {tuple(a)} for two examples and {tuple(b)} for "
-            "three has no axis that is that of examples"
-        )
-
-    inputs = zip(_leaves(two.inputs), _leaves(three.inputs), strict=True)
-    outputs = tuple(axis(a.shape, b.shape) for a, b in zip(two.outputs, three.outputs, strict=True))
-    if len(outputs) != 1 and None in outputs:
-        raise NotImplementedError(
-            f"layer {two.site.name!r} ({type(two.site.module).__name__}) has several outputs, some without an axis of "
-            "examples: leave it out with LayerCollection.exclude"
-        )
-    return _Layout(tuple(axis(a.shape, b.shape) if isinstance(a, Tensor) else None for a, b in inputs), outputs)
 
 
 def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
@@ -613,9 +611,10 @@ def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
 
 
 def _examples_first(x: Tensor, axis: int | None, examples: int) -> Tensor:
+    """An input with a row for each example, of which one without an axis of examples has copies."""
     if axis is not None:
         return _to_front(x, axis, 0)
-    return x.expand(examples, *x.shape[1:]) if x.ndim > 0 and x.shape[0] == 1 else x.expand(examples, *x.shape)
+    return in_first(x, examples) if x.ndim > 0 and x.shape[0] == 1 else in_front(x, examples)
 
 
 def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]) -> LayerJacobian:

@@ -147,7 +147,7 @@ class LossCurvature(Evaluator):
         """The Hessian as an operator."""
 
         def total(batch: data.Batch) -> tuple[Tensor, float]:
-            f = self.outputs(batch)
+            f = self.outputs_of(batch)
             targets = data.targets(batch)
             return self.loss.total(f, *targets), self.loss.weight(f.detach(), *targets)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import data
 from .blocks import Direct, LowRank, Part
+from .changes import no_grad
 from .generator import Generator
 from .hessian import GGN
 from .kinds import Packing
@@ -73,7 +74,7 @@ def ggn_by_class(
     generator = Generator(model, lc, cotangents, function=function, device=device, verbose=verbose)
     sums: dict[tuple[int, str], Tensor] = {}
     first = 0
-    with torch.no_grad():
+    with no_grad():
         for observation in generator.stream(loader):
             first = 0 if observation.n else first
             for name, form in observation.forms.items():

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from . import blocks, data, generator, gram, layercollection, layers, likelihood, metrics
 from . import object as objects
 from .blocks import Block, Dense, Diag, Direct, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
-from .evaluator import unchanged
+from .changes import Borrowed, recording
+from .evaluator import State
 from .generator import Generator
 from .hessian import LossCurvature
 from .kinds import Packing
@@ -880,9 +881,11 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
     function: Any = source.function
     certain = isinstance(source, TorchFuncHessianBackend)
     try:
-        with torch.no_grad(), unchanged(source.model):
+        state = State(source.model)
+        with Borrowed(state, recording(False)):
             f = source.model(data.arguments(batch)[0])
             value = function(f, *data.targets(batch))
+            state.check()
     except Exception:
         if certain:
             raise

@@ -258,6 +258,8 @@ class FixedNorm(Operation):
 
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         x, w, _ = saved
+        if len(x) == 1:  # whose order in memory torch gets wrong: composites.normalised
+            x, cotangent = x.contiguous(), cotangent.contiguous()
         # Statistics of the batch there are none of, which elsewhere than on a CPU must be there and empty.
         at_least_single = torch.promote_types(x.dtype, torch.float32)
         none = None if x.device.type == "cpu" else x.new_empty(0, dtype=at_least_single)

@@ -13,9 +13,11 @@ ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it.
 FLOORS = [
     [
+        "changes",
         "memory",
         "autograd",
         "autocorrelation",
+        "composites",
         "operations",
         "derivatives",
         "forms",
@@ -26,10 +28,11 @@ FLOORS = [
         "layers",
         "linalg",
         "recurrent",
+        "weights",
     ],
     ["kinds", "blocks"],
     ["layercollection"],
-    ["evaluator"],
+    ["evaluator", "recording"],
     ["generator"],
     ["object"],
     ["metrics"],

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from ..autograd import NO_BATCHING_RULE
+from ..changes import Borrowed, Change, Changed, entered, recording, uninterrupted, warnings_ignored
+from ..composites import OneExample
 from ..forms import Lazy
 from ..recurrent import recurrent_without_cudnn
 from .kind import whole
@@ -58,9 +60,9 @@ def generic(
     def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         leaf = {k: p.clone().requires_grad_() for k, p in primals.items()}
         rows = []
-        with torch.enable_grad():
+        with Changed(recording(True)):
             for b in range(gs[0].shape[1]):
-                ys = outputs(leaf, [x[b] if m == 0 else x for x, m in zip(xs, mapped, strict=True)])
+                ys = uninterrupted(outputs, leaf, [x[b] if m == 0 else x for x, m in zip(xs, mapped, strict=True)])
                 for c in range(len(gs[0])):
                     grads = torch.autograd.grad(
                         ys,
@@ -84,15 +86,20 @@ def generic(
                 "with nngeometry.kind"
             ) from error
 
+    def vectorised(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
+        return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
+
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
         xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
         gs = tuple(g[first:last, start:stop] for _, g in gys)
-        with _undisturbed(module), recurrent_without_cudnn(module), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        changes = [_undisturbed(module), warnings_ignored(NO_BATCHING_RULE), entered(OneExample())]
+        if gs[0].device.type == "cuda":
+            changes.append(entered(recurrent_without_cudnn(module)))
+        with Borrowed(*changes):
             if isinstance(module, _NO_VMAP):
                 return one_by_one(xs, gs)
             try:
-                return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
+                return uninterrupted(vectorised, xs, gs)
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
             warnings.warn(
@@ -106,25 +113,29 @@ def generic(
     return Lazy(compute, cotangents, examples, (numel,), dtype, gys[0][1].device)
 
 
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Call a module without the user's hooks on it (they see the recorded call already), its plain tensor
-    attributes kept.
+def _undisturbed(module: nn.Module) -> Change:
+    """A module called without the user's hooks on it (they see the recorded call already), its plain tensor attributes
+    kept.
 
     The hooks of torch.nn.utils stay: the old weight_norm computes the weight in one, and stores it.
     """
-    kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    before = [dict(h) for h in hooks]
-    try:
+
+    def change() -> Callable[[], Any]:
+        kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        before = [dict(h) for h in hooks]
         for hook in hooks:
             for key, function in list(hook.items()):
                 if not type(function).__module__.startswith("torch.nn.utils"):
                     del hook[key]
-        yield
-    finally:
-        for hook, all_of_them in zip(hooks, before, strict=True):
-            hook.clear()
-            hook.update(all_of_them)
-        for m, attributes in kept:
-            vars(m).update(attributes)
+
+        def undo() -> None:
+            for hook, all_of_them in zip(hooks, before, strict=True):
+                hook.clear()
+                hook.update(all_of_them)
+            for m, attributes in kept:
+                vars(m).update(attributes)
+
+        return undo
+
+    return change

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import forms
 from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from ..changes import no_grad
 from ..data import require_repeatable
 from ..forms import LayerJacobian
 from ..generator import Generator, Observation
@@ -102,7 +103,7 @@ def _run(
     states: list[State | None] = [None] * len(estimators)
     mean: dict[str, Tensor] = {}
     total = 0.0
-    with torch.no_grad():
+    with no_grad():
         by_example = all(e.by_example for e in estimators)
         for observation in generator.stream(examples, by_example=by_example, join=True):
             total += observation.weight

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..blocks import Block, Operator
+from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from .fit import diag, fit
 from .pmat import PMat
@@ -36,22 +36,22 @@ def operator(generator: Generator, examples: Any) -> Operator:
     """The matrix of a generator as an operator."""
     products = gauss_newton(generator, examples)
     size = generator.layer_collection.numel()
-    like = torch.empty(0, dtype=generator.dtype, device=products.parameters[0].device)
+    like = torch.empty(0, dtype=generator.dtype, device=products.device)
 
     def trace() -> Tensor:
-        with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
+        with Borrowed(products.weights.in_place):
             return trace_of(generator, examples)
 
     def diagonal() -> Tensor:
         layers = list(generator.layer_collection.layers.values())
-        with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
+        with Borrowed(products.weights.in_place):
             return torch.cat(
                 [part.block.diag() for part in fit(generator, examples, [diag(layer) for layer in layers])]
             )
 
     if not generator.centred:
         return Operator(products, size, trace, diagonal, like, psd=True)
-    with at(generator.model, generator.layer_collection.parameters(generator.model), products.parameters):
+    with Borrowed(products.weights.in_place):
         mean = mean_jacobian(generator, examples)
 
     def centred(V: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
     """The exact trace, not centred: the sum of the squared norms of the Jacobian, layer by layer."""
     trace = torch.zeros((), dtype=generator.dtype, device=generator.device)
     total = 0.0
-    with torch.no_grad():
+    with no_grad():
         for observation in generator.stream(examples, by_example=True, join=True):
             total += observation.weight
             trace += sum(form.sqnorm().sum() for form in observation.forms.values())
@@ -75,7 +75,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
 def diagonal_of_gram(generator: Generator, examples: Any, names: Sequence[str]) -> Tensor:
     """The squared norms of the rows of a Jacobian over some layers: ``(C, n)``."""
     found: list[list[Tensor]] = []
-    with torch.no_grad():
+    with no_grad():
         for observation in generator.stream(examples):
             if observation.n:
                 found.append([])
@@ -89,7 +89,7 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
     layers = generator.layer_collection.layers
     pieces = {name: torch.zeros((), dtype=generator.dtype, device=generator.device) for name in layers}
     total = 0.0
-    with torch.no_grad():
+    with no_grad():
         for observation in generator.stream(examples, join=True):
             total += observation.weight
             for name, form in observation.forms.items():
@@ -97,16 +97,3 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
             del observation, form  # before the next one is made
     flat = torch.cat(list(pieces.values()))
     return flat / total if generator.mean else flat
-
-
-@contextmanager
-def at(model: nn.Module, parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """The model with other values of some parameters, for a while; a pending backward does not notice."""
-    before = [p.data for p in parameters]
-    try:
-        for p, v in zip(parameters, values, strict=True):
-            p.data = v.detach()
-        yield
-    finally:
-        for p, data in zip(parameters, before, strict=True):
-            p.data = data

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import data, forms
 from ..blocks import Block, Diag, Direct, Eye, Kron, Part, Spectral
+from ..changes import no_grad
 from ..forms import Gather, LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
@@ -43,7 +44,7 @@ def slabs(generator: Generator, examples: Any, plan: Plan | None = None) -> Iter
     """One slab for each minibatch."""
     pending: list[Forms] = []
     n = 0
-    with torch.no_grad():
+    with no_grad():
         for observation in generator.stream(examples, plan):
             if observation.n and pending:
                 yield _slab(n, pending)
@@ -190,7 +191,7 @@ def stacked_rows(
             shape = slab.outputs, examples, layer_collection.numel()
             require(prod(shape) * form.dtype.itemsize, what, remedy, form.device)
             out = torch.empty(shape, dtype=form.dtype, device=form.device)
-        with torch.no_grad():  # not around the loop: generators that are not finished share its mode
+        with no_grad():  # not around the loop: generators that are not finished share its mode
             mine = [slab.forms[name] for name in layers]
             forms.write_rows(mine, _places(layers), out[:, start : start + slab.examples])
         start += slab.examples
@@ -346,7 +347,7 @@ class Kernel:
                 if (b.start, e.start) in wanted:
                     make = symmetric_tile if self.right is None and b == e else tile
                     outs = {group: place(group, b, e) for group in self.groups}
-                    with torch.no_grad():
+                    with no_grad():
                         for group, out in outs.items():
                             make(one.left, two.right, self.layout, self.groups[group], out)
                             if self.scale != 1:

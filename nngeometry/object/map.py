@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import data, forms
 from ..blocks import Block
+from ..changes import no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
@@ -293,13 +294,13 @@ class PFMapFactored(PFMap):
     def _jvp(self, V: Tensor) -> Tensor:
         slices = self.layer_collection.slices()
         packed = {n: layer.packing.pack(V[:, slices[n]]) for n, layer in self.layer_collection.layers.items()}
-        with torch.no_grad():
+        with no_grad():
             return torch.cat([sum(f.dot(packed[n]) for n, f in p.forms.items()) for p in self.pieces], 2)  # type: ignore[misc]
 
     def _vjp(self, S: Tensor) -> Tensor:
         total: dict[str, Tensor] = {}
         start = 0
-        with torch.no_grad():
+        with no_grad():
             for piece in self.pieces:
                 u = S[:, :, start : start + piece.examples]
                 start += piece.examples
@@ -318,7 +319,7 @@ class PFMapFactored(PFMap):
             return super()._inner(other)
         lc = self.layer_collection
         layout = Full((self.shape[0], other.shape[0]), (self.shape[1], other.shape[1]))
-        with torch.no_grad():
+        with no_grad():
             left = [sides(p, None, lc, other.shape[1]).left for p in self.pieces]
             right = left if other is self else [sides(p, None, lc, self.shape[1]).right for p in other.pieces]
             rows = [torch.cat([tile(a, b, layout, list(lc)) for b in right], 2) for a in left]
@@ -419,7 +420,7 @@ class PFMapImplicit(PFMap):
                     linear.add_vjp(some, into)
             return total
 
-        like = torch.empty(0, dtype=generator.dtype, device=maps.parameters[0].device)
+        like = torch.empty(0, dtype=generator.dtype, device=maps.device)
         return cls(generator.layer_collection, (shapes[0][1], sum(n for n, _ in shapes)), jvp, vjp, like)
 
     @property

@@ -8,6 +8,7 @@ gradient on padding).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,23 +17,24 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import get_gradient_edge
 
 from .. import data
-from ..autograd import Pull, accumulate
-from ..derivatives import CheapDerivatives, Pulled, Value
-from ..evaluator import Evaluator, check_mode, unchanged
+from ..autograd import Pull, accumulate, nodes
+from ..changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
+from ..derivatives import Bent, CheapDerivatives, Pulled, Value
+from ..evaluator import WRITES_PARAMETERS, Evaluator, State, check_mode
 from ..generator import MIXES, Generator, check_same
 from ..memory import budget, chunk_length
+from ..weights import Weights
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
 Product = Callable[[Tensor, Tensor], None]
-#: From the parameters (leaves of autograd), neighbouring minibatches and the position of the first to the linear map of
-#: them, what they count in the mean, and the tensors from which autograd will start.
-Linearise = Callable[[list[Tensor], list[data.Batch], int], tuple[Any, float, Sequence[Tensor]]]
+#: From neighbouring minibatches and the position of the first to the linear map of them, what they count in the mean,
+#: and the tensors from which autograd will start.
+Linearise = Callable[[list[data.Batch], int], tuple[Any, float, Sequence[Tensor]]]
 
 #: From a minibatch to the sum of its losses and what a mean counts it as.
 Total = Callable[[data.Batch], tuple[Tensor, float]]
@@ -69,11 +71,16 @@ class Linearisations:
         self.examples = examples
         self.linearise = linearise
         named = evaluator.layer_collection.named_parameters(evaluator.model)
-        self.names, parameters = zip(*[(name, p.detach().clone().requires_grad_()) for name, p in named], strict=True)
-        self.parameters: list[Tensor] = list(parameters)
+        self.names, parameters = zip(*named, strict=True)
+        self.weights = Weights(evaluator.model, parameters)
+        self.values = self.weights.values
+        self.edges = self.weights.edges
+        self.dtype, self.device = self.values[0].dtype, self.values[0].device
         self._kept: list[tuple[Any, float, int]] | None = None
         self._pull = Pull()
         self._used = False
+        #: What must be in force on the way back: nothing, unless something of the model is run again there.
+        self._replay: tuple[Change, ...] | None = None
         self.checked = False
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
@@ -84,7 +91,7 @@ class Linearisations:
     def _linearised(self) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
-        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b).made)
+        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b, self.weights.in_place).made)
         head = list(islice(groups, 2))
         once, self._used = _SINGLE.get() and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
@@ -98,35 +105,57 @@ class Linearisations:
         self._kept = keep
 
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
-        with unchanged(self.evaluator.model), torch.enable_grad(), differentiable_attention():
-            made, weight, roots = self.linearise(self.parameters, batches, position)
-        return made, weight, saved_bytes(roots)
+        first = not self.checked
+        state, before = State(self.evaluator.model, values=first), self.weights.norms() if first else []
+        with self.evaluator.running(self.weights.in_place, state, differentiable_attention), _operations_named():
+            made, weight, roots = self.linearise(batches, position)
+            state.check()
+        if first:
+            if not all(map(torch.equal, before, self.weights.norms())):
+                raise ValueError(WRITES_PARAMETERS)
+            self.weights.check_reached(nodes(roots), self.names)
+            self.checked = True
+        # What is made again on the way back would be made to be counted: it is taken for too much to keep.
+        held = saved_bytes(roots) if self._replay is None else budget(self.evaluator.device) + 1
+        return made, weight, held
+
+    def recorded(self, function: Callable[..., Any], *arguments: Any) -> tuple[CheapDerivatives, Any]:
+        """``function(*arguments)`` with operations that have cheap derivatives, and their mode."""
+        derivatives = CheapDerivatives()
+        with Changed(entered(derivatives)):
+            found = function(*arguments)
+        if derivatives.replayed:
+            self.replay()
+        return derivatives, found
+
+    def replay(self) -> None:
+        """From now on have the model as it was on the way back too: it is run again there, by activation checkpoints or
+        a user's backward.
+        """
+        self._replay = (self.weights.in_place, differentiable_attention)
+
+    def _back(self) -> Borrowed:
+        """What is in force on the way back."""
+        return Borrowed() if self._replay is None else self.evaluator.running(*self._replay, record=False)
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Vector-Jacobian products for every row of ``weights``, zero for an input that is not used."""
-        grads = self._pull(outputs, inputs, weights)
+        with self._back(), _operations_named():
+            grads = self._pull(outputs, inputs, weights)
         k = len(weights[0])
         return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
     def add_pulled(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], into: Tensor) -> None:
         """Add vector-Jacobian products with respect to the parameters, for every row of ``weights``, to ``(k, P)``."""
-        if len(into) == 1 and into.dtype == self.parameters[0].dtype:
-            accumulate(outputs, self.parameters, [w[0] for w in weights], split_like(into[0], self.parameters))
-            return
-        pieces = into.split([p.numel() for p in self.parameters], 1)
-        for piece, grad in zip(pieces, self._pull(outputs, self.parameters, weights), strict=True):
+        with self._back(), _operations_named():
+            if len(into) == 1 and into.dtype == self.dtype:
+                accumulate(outputs, self.edges, [w[0] for w in weights], split_like(into[0], self.values))
+                return
+            grads = self._pull(outputs, self.edges, weights)
+        pieces = into.split([p.numel() for p in self.values], 1)
+        for piece, grad in zip(pieces, grads, strict=True):
             if grad is not None:
-                piece += grad.reshape(len(piece), -1)
-
-    def outputs(self, batch: data.Batch) -> Tensor:
-        """The output of the model with the kept parameters in place of its own."""
-        return self.evaluate(self.evaluator.outputs, batch)
-
-    def evaluate(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(*arguments)`` while the model has the kept parameters."""
-        module = _Function(self.evaluator.model, function)
-        named = {f"model.{name}": p for name, p in zip(self.names, self.parameters, strict=True)}
-        return functional_call(module, named, arguments)
+                piece += (grad.to_dense() if grad.is_sparse else grad).reshape(len(piece), -1)
 
 
 class Products(Linearisations):
@@ -138,7 +167,7 @@ class Products(Linearisations):
 
     def __call__(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, P)``."""
-        V = V.detach().to(self.parameters[0].dtype)
+        V = V.detach().to(self.dtype)
         out = torch.zeros_like(V, dtype=self.evaluator.dtype)
         total = 0.0
         for product, weight, held in self:
@@ -149,31 +178,17 @@ class Products(Linearisations):
         return out.div_(total) if self.mean else out
 
 
-class _Function(nn.Module):
-    """A function that uses a model as a module, so that the parameters of the model can be substituted."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-
 class Linear:
     """The Jacobian J of one minibatch: ``J v`` is the derivative of the linear map from u to ``J^T u``."""
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
         self.maps = maps
-        derivatives = CheapDerivatives()
-        with derivatives:
-            self.f = maps.outputs(batch)
-        if not self.f.requires_grad:
-            raise ValueError("the output of the model does not depend on the collected parameters")
+        derivatives, self.f = maps.recorded(maps.evaluator.outputs_of, batch)
+        if any(custom(node) for node in nodes([self.f])):
+            maps.replay()
         self.u = torch.zeros_like(self.f, requires_grad=True)
         with derivatives.at_zero():
-            self.pulled = _differentiable(_gradient(self.f, maps.parameters, self.u))
+            self.pulled = _differentiable(_gradient(self.f, maps, self.u, "the output of the model"))
 
     @property
     def roots(self) -> list[Tensor]:
@@ -182,7 +197,7 @@ class Linear:
 
     def jvp(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, *output)``."""
-        (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], _shares(V, self.maps.parameters, self.pulled))
+        (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], _shares(V, self.maps.values, self.pulled))
         return jv
 
     def add_vjp(self, S: Tensor, into: Tensor) -> None:
@@ -195,24 +210,23 @@ class Linear:
         """
         if self.maps.checked:
             return False
-        self.maps.checked = True
-        if self.maps.evaluator.called_apart(batch) is None:
-            with torch.no_grad():
-                n = len(self.f)
-                some = [n // 2, 0][:n]  # in another order: examples may depend on those before
-                alone = self.maps.outputs(data.take(batch, torch.tensor(some)))
-                check_same(alone, self.f[some], self.f, "the output for one example depends on the others", MIXES)
+        evaluator = self.maps.evaluator
+        if evaluator.called_apart(batch) is None:
+            n = len(self.f)
+            some = [n // 2, 0][:n]  # in another order: examples may depend on those before
+            alone = evaluator.outputs_of(data.take(batch, torch.tensor(some))).detach()
+            check_same(
+                alone, self.f.detach()[some], self.f.detach(), "the output for one example depends on the others", MIXES
+            )
         if any(custom(node) for node in nodes([self.f])):
-            check_transpose(self.maps.parameters, self.f, self.u, self.pulled)
+            check_transpose(self.maps.edges, self.f, self.u, self.pulled)
         return True
 
 
 def gauss_newton(generator: Generator, examples: Any) -> Products:
     """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
 
-    def linearise(
-        params: list[Tensor], batches: list[data.Batch], position: int
-    ) -> tuple[Product, float, Sequence[Tensor]]:
+    def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
         linear = Linear(products, batch := data.join(batches))
         fixed = linear.f.detach()
         rows = data.split(fixed, batches)
@@ -233,9 +247,7 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
 def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
     """The Jacobian of every minibatch, as a :class:`Linear`."""
 
-    def linearise(
-        params: list[Tensor], batches: list[data.Batch], position: int
-    ) -> tuple[Linear, float, Sequence[Tensor]]:
+    def linearise(batches: list[data.Batch], position: int) -> tuple[Linear, float, Sequence[Tensor]]:
         linear = Linear(maps, batch := data.join(batches))
         linear.check(batch)
         return linear, len(linear.f), linear.roots
@@ -244,7 +256,7 @@ def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
     return maps
 
 
-def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:
+def check_transpose(params: Sequence[Any], f: Tensor, u: Tensor, pulled: Sequence[tuple[int, Tensor]]) -> None:
     """Raise unless J v, by double backward, is the transpose of J^T u: not so if a custom backward hides from
     autograd.
     """
@@ -252,8 +264,8 @@ def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence
     v = [torch.sin(torch.arange(1, g.numel() + 1, dtype=g.dtype, device=g.device)).view(g.shape) for _, g in pulled]
     jv = torch.autograd.grad([g for _, g in pulled], u, v, retain_graph=True, allow_unused=True)[0]
     inputs = [params[k] for k, _ in pulled]
-    jw = torch.autograd.grad(f, inputs, w, retain_graph=True, allow_unused=True, materialize_grads=True)
-    with torch.no_grad():
+    jw = torch.autograd.grad(f, inputs, w, retain_graph=True)
+    with no_grad():
         one = 0.0 if jv is None else float((w * jv).sum())
         other = float(sum((a * b).sum() for a, b in zip(v, jw, strict=True)))
         size = float(sum((a * b).abs().sum() for a, b in zip(v, jw, strict=True)))
@@ -267,19 +279,17 @@ def check_transpose(params: list[Tensor], f: Tensor, u: Tensor, pulled: Sequence
 def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Products:
     """Products with the Hessian of a loss: the derivative of its gradient along a vector."""
 
-    def linearise(
-        params: list[Tensor], batches: list[data.Batch], position: int
-    ) -> tuple[Product, float, Sequence[Tensor]]:
-        derivatives = CheapDerivatives()
-        with derivatives:
-            value, weight = products.evaluate(total, data.join(batches))
+    def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
+        derivatives, (value, weight) = products.recorded(total, data.join(batches))
         check_second_derivatives(value)
+        if any(custom(node) for node in nodes([value])):
+            products.replay()
         with derivatives.without_values():
-            curved = _differentiable(_gradient(value, params, None))
+            curved = _differentiable(_gradient(value, products, None, "the loss"))
 
         def product(V: Tensor, into: Tensor) -> None:
             if curved:
-                products.add_pulled([g for _, g in curved], _shares(V, params, curved), into)
+                products.add_pulled([g for _, g in curved], _shares(V, products.values, curved), into)
 
         return product, weight, [value, *(g for _, g in curved)]
 
@@ -298,26 +308,25 @@ def finite_difference(
     vector's largest entry.
     """
 
-    def linearise(
-        params: list[Tensor], batches: list[data.Batch], position: int
-    ) -> tuple[Product, float, Sequence[Tensor]]:
+    def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
         batch = data.join(batches)
-        with torch.no_grad():
-            _, weight = products.evaluate(total, batch)
+        _, weight = total(batch)
 
         def gradient(shift: list[Tensor]) -> Tensor:
-            moved = [(p + s).detach().requires_grad_() for p, s in zip(params, shift, strict=True)]
-            named = {f"model.{name}": p for name, p in zip(products.names, moved, strict=True)}
-            with torch.enable_grad():
-                value, _ = functional_call(_Function(evaluator.model, total), named, (batch,))
-                grads = torch.autograd.grad(value, moved, allow_unused=True, materialize_grads=True)
-                return torch.cat([g.flatten() for g in grads])
+            moved = [(p + s).requires_grad_() for p, s in zip(products.values, shift, strict=True)]
+            edges = [get_gradient_edge(m) for m in moved]
+            with evaluator.running(products.weights.moved(moved), State(evaluator.model)):
+                value, _ = total(batch)
+                grads = torch.autograd.grad(value, edges, allow_unused=True)
+            return torch.cat(
+                [p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, moved, strict=True)]
+            )
 
         def product(V: Tensor, into: Tensor) -> None:
             for v, row in zip(V, into, strict=True):
                 size = float(v.abs().max())
                 if size > 0:
-                    shift = split_like(v * (step / size), params)
+                    shift = split_like(v * (step / size), products.values)
                     difference = gradient(shift) - gradient([-s for s in shift])
                     row += difference * (size / (2 * step))
 
@@ -327,11 +336,16 @@ def finite_difference(
     return products
 
 
-def _gradient(value: Tensor, params: list[Tensor], weight: Tensor | None) -> list[Tensor]:
+def _gradient(value: Tensor, maps: Linearisations, weight: Tensor | None, what: str) -> list[Tensor]:
     """A gradient that can be differentiated again."""
-    return list(
-        torch.autograd.grad(value, params, weight, create_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    found: Sequence[Tensor | None] = [None] * len(maps.edges)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, maps.edges, weight, create_graph=True, allow_unused=True)
+    if all(g is None for g in found):
+        raise ValueError(
+            f"{what} does not depend on the collected parameters: does function= use another model, or a copy?"
+        )
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, maps.values, strict=True)]
 
 
 def _differentiable(gradient: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -367,22 +381,30 @@ def check_second_derivatives(value: Tensor) -> None:
             )
 
 
-def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graphs of some tensors, once."""
-    seen: set[Any] = set()
-    stack = [t.grad_fn for t in roots]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
-        yield node
+#: What torch says of an operation that it cannot differentiate twice.
+_NO_SECOND = re.compile(r"derivative for aten::_?(\w+?)(?:_backward\w*)? is not implemented|@?(once_differentiable)")
+
+
+@contextmanager
+def _operations_named() -> Iterator[None]:
+    """Say which operation torch cannot differentiate twice, and what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = _NO_SECOND.search(str(error))
+        if found is None:
+            raise
+        what = f"operation {found[1]}" if found[1] else "custom autograd function of the model (once_differentiable)"
+        raise NotImplementedError(
+            f"the {what} has a backward that cannot be differentiated: use a representation that is made of Jacobians "
+            "instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and GGN or products=FiniteDifference() "
+            "instead of Hessian"
+        ) from error
 
 
 def custom(node: Any) -> bool:
     """Whether a node is a backward written in Python, which need not be differentiable, and not one of ours."""
-    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled)  # type: ignore[attr-defined]
+    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled | Bent)  # type: ignore[attr-defined]
 
 
 @cache
@@ -400,15 +422,3 @@ def saved_bytes(roots: Sequence[Tensor]) -> int:
                 if isinstance(t, Tensor) and t.layout == torch.strided:
                     sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), t.numel() * t.element_size())
     return sum(sizes.values())
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """The fused attention kernels cannot be differentiated twice, the plain ones can."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

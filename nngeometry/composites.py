@@ -1,0 +1,117 @@
+"""Operations of torch that are put together of others, which have the derivatives that theirs lack or get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Of torch's own the backward has no derivative."""
+    found = F.relu6(input + 3) / 6
+    return input.copy_(found) if inplace else found
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a dense gradient."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, False)
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Of torch's own the backward has no derivative. Bags are filled up to the longest."""
+    if max_norm is not None or scale_grad_by_freq:  # not the derivative of anything
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
+        return F.embedding_bag(input, weight, offsets, *options, padding_idx)
+    ids, factors, there = input, per_sample_weights, torch.ones_like(input, dtype=torch.bool)
+    if input.ndim == 1:
+        assert offsets is not None
+        starts = offsets[:-1] if include_last_offset else offsets
+        ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
+        longest = max(1, int((ends - starts).amax()) if len(starts) else 1)
+        index = starts.unsqueeze(1) + torch.arange(longest, device=input.device)
+        there = index < ends.unsqueeze(1)
+        index = index.clamp(max=max(0, len(input) - 1))
+        ids = input[index] if len(input) else input.new_zeros(index.shape)
+        factors = None if factors is None else factors[index]
+    if padding_idx is not None:
+        there = there & (ids != padding_idx % len(weight))
+    rows = F.embedding(ids, weight)
+    if mode == "max":
+        largest = rows.masked_fill(~there.unsqueeze(2), -torch.inf).max(1).values
+        return largest.masked_fill(~there.any(1, keepdim=True), 0.0)
+    factors = there.to(rows.dtype) if factors is None else factors * there
+    total = (rows * factors.unsqueeze(2)).sum(1)
+    return total if mode == "sum" else total / there.sum(1, keepdim=True).clamp(min=1)
+
+
+#: From a function of torch to what is used in its place where derivatives of derivatives are wanted.
+COMPOSITES: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
+}
+
+_NORMALISATIONS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}
+
+
+def normalised(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``function(*args, **kwargs)``, of a batch or instance normalisation of one example such that its derivative is
+    right.
+
+    On a CPU torch (2.13, 2.14) takes one of input and cotangent for the other's order in memory where there is one
+    example, whose stride says nothing: strides (C, 1, W C, C) beside contiguous ones give values wrong by their size.
+    """
+    if not _of_one(function, args, kwargs):
+        return function(*args, **kwargs)
+    if args:
+        y = function(args[0].contiguous(), *args[1:], **kwargs)
+    else:
+        y = function(**{**kwargs, "input": kwargs["input"].contiguous()})
+    if y.requires_grad:
+        y.register_hook(Tensor.contiguous)
+    return y
+
+
+def _of_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if function not in _NORMALISATIONS:
+        return False
+    x = args[0] if args else kwargs["input"]
+    return bool(x.ndim > 2 and x.shape[0] == 1)
+
+
+class OneExample(TorchFunctionMode):
+    """Inside of it, normalisations of one example are as :func:`normalised` says. met: whether there was one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.met = self.met or _of_one(func, args, kwargs)
+        return normalised(func, args, kwargs)

@@ -1,0 +1,126 @@
+"""All tensors of a model at one moment, to be put in their places again later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from .changes import other_tensors
+
+
+class Weights:
+    """Copies of the parameters and buffers of a model as they are now.
+
+    model: whose. wanted: the parameters in which derivatives are taken; their copies are leaves of autograd, all others
+    are constants.
+
+    >>> model = nn.Linear(2, 1)
+    >>> weights = Weights(model, [model.weight])
+    >>> with torch.no_grad():
+    ...     _ = model.weight.zero_()
+    >>> from nngeometry.changes import Borrowed
+    >>> with Borrowed(weights.in_place):
+    ...     bool(model.weight.any())
+    True
+    >>> bool(model.weight.any())
+    False
+    """
+
+    def __init__(self, model: nn.Module, wanted: Sequence[Tensor]) -> None:
+        chosen = {id(p) for p in wanted}
+        #: Where modules hold their tensors.
+        self._places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (held, name, t)
+            for module in model.modules()
+            for held in _held(module)
+            for name, t in held.items()
+            if t is not None and not _computed(t)
+        ]
+        theirs = {id(t): t for _, _, t in self._places}
+        theirs.update((id(p), p) for p in wanted)
+        self._theirs = list(theirs.values())
+        copies = {key: t.detach().clone().requires_grad_(key in chosen) for key, t in theirs.items()}
+        self._ours = list(copies.values())
+        self._wanted = {id(p): k for k, p in enumerate(wanted)}
+        self._leaves = [copies[id(p)] for p in wanted]
+        self._inside = 0
+        #: The values of the wanted parameters, and where gradients in them arrive, whoever holds them.
+        self.values = [leaf.detach() for leaf in self._leaves]
+        self.edges = [get_gradient_edge(leaf) for leaf in self._leaves]
+
+    def in_place(self) -> Callable[[], Any]:
+        """A change: the model at these; once, however often it is made inside of itself."""
+        take_back = self.moved(self._leaves)() if self._inside == 0 else None
+        self._inside += 1
+
+        def undo() -> None:
+            self._inside -= 1
+            if take_back is not None:
+                take_back()
+
+        return undo
+
+    def moved(self, leaves: Sequence[Tensor]) -> Callable[[], Callable[[], Any]]:
+        """A change: the model at these, with other tensors for the wanted parameters."""
+        ours = list(self._ours)
+        for k, t in enumerate(self._theirs):
+            if id(t) in self._wanted:
+                ours[k] = leaves[self._wanted[id(t)]]
+        swap = other_tensors(self._theirs, ours)
+
+        def change() -> Callable[[], Any]:
+            # Modules may have got other parameters in the meantime.
+            replaced = [
+                (held, name, t, held.get(name, _ABSENT)) for held, name, t in self._places if held.get(name) is not t
+            ]
+            for held, name, t, _ in replaced:
+                held[name] = t
+            take_back = swap()
+
+            def undo() -> None:
+                take_back()
+                for held, name, _, other in replaced:
+                    if other is _ABSENT:
+                        del held[name]
+                    else:
+                        held[name] = other
+
+            return undo
+
+        return change
+
+    def norms(self) -> list[Tensor]:
+        """Of all copies, by which one sees whether something has written into them."""
+        return [torch.linalg.vector_norm(t.detach()) for t in self._ours if t.is_floating_point()]
+
+    def check_reached(self, nodes: Iterable[Any], names: Sequence[str]) -> None:
+        """Raise, naming it, if a graph that was recorded of the copies goes to a parameter of the model itself: through
+        a tensor that was computed from it before, of which the derivative would be missed.
+
+        names: of the wanted parameters.
+        """
+        for node in nodes:
+            if type(node).__name__ == "AccumulateGrad" and id(node.variable) in self._wanted:
+                name = names[self._wanted[id(node.variable)]]
+                raise ValueError(
+                    f"layer {name.rpartition('.')[0]!r}: its parameters also act outside of its forward: {name!r} "
+                    "through a tensor that was computed from it before the call (a stored transpose, a cached "
+                    "product), whose derivative is not seen. Compute that in the forward, or leave the layer out with "
+                    "LayerCollection.exclude"
+                )
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
+
+
+_ABSENT: Any = object()
+
+
+def _computed(t: Tensor) -> bool:
+    """Whether a buffer is the result of a recorded computation, of which a copy would not be."""
+    return t.grad_fn is not None
