@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -584,6 +585,16 @@ class Lazy(LayerJacobian):
         self.compute = compute
         self.origin = origin
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lazy:
+        return self  # nothing of it changes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "the Jacobian of a layer without a form of its own is computed by its module when it is asked for, so it "
+            "cannot be pickled: pickle a dense one, to_dense() or representation=PFMapDense"
+        )
+
+    @torch.no_grad()  # the module reads parameters that are not those of this layer
     def dense(self) -> Tensor:
         b, c = self.origin
         return self.compute(b, b + self.examples, c, c + self.cotangents)

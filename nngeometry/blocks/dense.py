@@ -53,11 +53,16 @@ class Dense(Block):
             out = torch.einsum(self.data, [*axes, n, n + 1], V, [*free, *axes, n + 1], [*free, *axes, n])
         return out.reshape(*lead, *self.shape)
 
+    @property
+    def _factor(self) -> Tensor:
+        """The matrices, or the only one of a batch, which multiplies faster. (One row is no batch of one.)"""
+        return self.data[0] if self.data.ndim > 2 and len(self.data) == 1 else self.data
+
     def on_columns(self, V: Tensor) -> Tensor:
-        return V @ (self.data[0] if len(self.data) == 1 else self.data).mT
+        return V @ self._factor.mT
 
     def on_rows(self, V: Tensor) -> Tensor:
-        return (self.data[0] if len(self.data) == 1 else self.data) @ V
+        return self._factor @ V
 
     def to_dense(self) -> Tensor:
         batch = self.data.shape[:-2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..memory import budget, require, slices
 from .layouts import Layout
 
 Forms = dict[str, LayerJacobian]
+Item = TypeVar("Item")
 #: From the name of a matrix and the examples of a tile to where its values ``(G, r, c)`` are made.
 Place = Callable[[str, slice, slice], Tensor]
 
@@ -44,16 +45,27 @@ def slabs(generator: Generator, examples: Any, plan: Plan | None = None) -> Iter
     """One slab for each minibatch."""
     pending: list[Forms] = []
     n = 0
-    with no_grad():
-        for observation in generator.stream(examples, plan):
-            if observation.n and pending:
-                yield _slab(n, pending)
-                pending = []
-            n = observation.n or n
-            pending.append(observation.forms)
-        yield _slab(n, pending)
+    for observation in without_grad(generator.stream(examples, plan)):
+        if observation.n and pending:
+            yield _slab(n, pending)
+            pending = []
+        n = observation.n or n
+        pending.append(observation.forms)
+    yield _slab(n, pending)
 
 
+def without_grad(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each made outside of autograd. Between them the mode is the caller's, also of one who stops early."""
+    end = object()
+    while True:
+        with no_grad():
+            item: Any = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
+@torch.no_grad()
 def _slab(n: int, chunks: Sequence[Forms]) -> Slab:
     joined = {name: forms.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return Slab(n, next(iter(joined.values())).cotangents, joined)
@@ -67,6 +79,7 @@ class Sides:
     right: Slab
 
 
+@torch.no_grad()
 def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
     """The two sides of ``J M J'^T``, kept as is best for inner products with that many examples."""
 
@@ -91,6 +104,7 @@ def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
     return total
 
 
+@torch.no_grad()
 def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
     """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
     left = left_of(metric, found, layer_collection)
@@ -104,6 +118,7 @@ def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> t
     return left, right
 
 
+@torch.no_grad()
 def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
     """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
     left = dict(found)
