@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from torch import Tensor
 from .. import data
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
+from .fingerprint import differences, fingerprint, is_fingerprint
 from .fspace import FMat, FMatDense, dense_root, root_of_products
-from .kernel import Kernel, Tape
+from .kernel import Kernel
 from .layouts import Layout
 
 
@@ -51,8 +56,12 @@ class FMatMemmap(FMat):
     """All entries, on disk: for kernels larger than memory, ``GramMatrix(..., representation=FMatMemmap.at(folder))``.
 
     Tiles that were written are not computed again when a program that was interrupted runs again on the same folder,
-    model and data. Products read the file; solve and eig(k) are matrix-free, and what needs all
-    eigenvalues (logdet, eigenvalues) raises: ``FMatDense`` has them.
+    with the same layers, model, function, data and metric, which is looked at: tensors, and what the model returns.
+    Raises ``ValueError`` if the folder holds another kernel, foreign or damaged files, and ``OSError`` before anything
+    is computed if the disk has no room for the entries.
+
+    Products read the file; solve and eig(k) are matrix-free, and what needs all eigenvalues (logdet, eigenvalues)
+    raises: ``FMatDense`` has them.
     """
 
     @classmethod
@@ -63,11 +72,10 @@ class FMatMemmap(FMat):
     @classmethod
     def fill(cls, path: Path, kernel: Kernel, verbose: bool = False) -> dict[str, FMatMemmap]:
         """Write every matrix of a kernel."""
-        files = [File(path / f"{k}.npy", kernel.layout, kernel.left.dtype) for k in range(len(kernel.groups))]
+        files = [File(path / f"{k}.npy", kernel.layout.shape, kernel.left.dtype) for k in range(len(kernel.groups))]
         by_name = dict(zip(kernel.groups, files, strict=True))
-        log = _Log(path, _fingerprint(kernel))
-        for file in files:
-            file.create(keep=log.resumed)
+        log = _Log(path, kernel)
+        _allocate(files, log)
         tiles = kernel.tiles(partial(_new, kernel), log.done)
         for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
             where = kernel.layout.where(tile.rows, tile.cols)
@@ -76,52 +84,93 @@ class FMatMemmap(FMat):
                 if kernel.right is None and tile.rows != tile.cols:
                     by_name[name].write((where[0], where[2], where[1]), value.mT)
             log.note(tile.rows, tile.cols)
-        return {name: cls(file, kernel) for name, file in by_name.items()}
-
-    def __init__(self, file: File, kernel: Kernel) -> None:
         metric = kernel.left.metric
+        definite = metric is None or metric.definite
+        return {name: cls(file, kernel.layout, kernel.right is None, definite) for name, file in by_name.items()}
+
+    def __init__(self, file: File, layout: Layout, symmetric: bool, definite: bool) -> None:
         root = root_of_products(
             file.product,
             file.transposed_product,
-            kernel.layout,
+            layout,
             torch.empty(0, dtype=file.dtype),
-            symmetric=kernel.right is None,
-            definite=metric is None or metric.definite,
+            symmetric=symmetric,
+            definite=definite,
             trace=lambda: file.diagonal().sum(),
             diagonal=file.diagonal,
         )
-        super().__init__(root, kernel.layout)
+        super().__init__(root, layout)
         self.file = file
+        self._of = file, layout, symmetric, definite
 
     def to_torch(self) -> Tensor:
         """All entries, as :class:`FMat` says, mapped from the file: changes to them are not written."""
         return self.layout.view(self.file.open())
 
+    def __reduce__(self) -> Any:
+        return type(self), self._of  # the entries stay where they are
+
 
 class File:
     """Entries ``(G, r, c)`` in a file in numpy's format."""
 
-    def __init__(self, path: Path, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.path = path
-        self.shape = layout.shape
+        self.shape = shape
         self.dtype = dtype
 
-    def create(self, keep: bool) -> None:
-        if keep and self.path.exists():
-            return
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        np.lib.format.open_memmap(self.path, mode="w+", dtype=dtype, shape=self.shape).flush()
+    @property
+    def nbytes(self) -> int:
+        """Of the entries."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def create(self) -> None:
+        """A new file of zeros that has all of its room on the disk. (Of a sparse file, a write into mapped memory ends
+        the program when the disk is full.)
+        """
+        entries = {
+            "descr": np.lib.format.dtype_to_descr(torch.empty(0, dtype=self.dtype).numpy().dtype),
+            "fortran_order": False,
+            "shape": self.shape,
+        }
+        with self.path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, entries)
+            file.flush()
+            reserve(file.fileno(), file.tell(), self.nbytes)
+
+    def reserve(self) -> None:
+        """Room on the disk for what there is, which a copy of the file may lack."""
+        with self.path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            reserve(file.fileno(), end - self.nbytes, self.nbytes)
 
     def write(self, where: tuple[slice, slice, slice], value: Tensor) -> None:
-        entries = np.load(self.path, mmap_mode="r+")
+        entries = self.mapped("r+")
         entries[where] = value.cpu().numpy()
         entries.flush()  # and unmapped at the end of this method, so that its pages do not stay resident
 
     def open(self) -> Tensor:
-        return torch.from_numpy(np.load(self.path, mmap_mode="c"))
+        return torch.from_numpy(self.mapped("c"))
 
     def read(self, rows: slice) -> Tensor:
-        return torch.from_numpy(np.load(self.path, mmap_mode="r")[:, rows].copy())
+        return torch.from_numpy(self.mapped("r")[:, rows].copy())
+
+    def mapped(self, mode: Any) -> Any:
+        """The entries as an array in mapped memory; ``ValueError`` if the file does not hold them."""
+        wanted = torch.empty(0, dtype=self.dtype).numpy().dtype
+        try:
+            entries = np.load(self.path, mmap_mode=mode)
+            problem = "" if (entries.shape, entries.dtype) == (self.shape, wanted) else "holds another array"
+        except FileNotFoundError:
+            problem = "is missing"
+        except (ValueError, EOFError, OSError) as error:
+            problem = f"is cut short, or no array of numpy's ({error})"
+        if problem:
+            raise ValueError(
+                f"FMatMemmap: {self.path} {problem}, but {self.path.parent / 'tiles.json'} says that entries of shape "
+                f"{self.shape} were written to it: delete the folder and build the kernel again"
+            )
+        return entries
 
     def product(self, V: Tensor) -> Tensor:
         """``(k, G c) -> (k, G r)``."""
@@ -147,22 +196,90 @@ class File:
         return [slice(a, min(a + step, r)) for a in range(0, r, step)]
 
 
+def reserve(descriptor: int, start: int, length: int) -> None:
+    """Have a file hold so many bytes from ``start`` on, those that are new being zero, or raise ``OSError``."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, start, max(length, 1))
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    end = os.fstat(descriptor).st_size
+    for at in range(max(start, end), start + length, _ZEROS):
+        os.pwrite(descriptor, bytes(min(_ZEROS, start + length - at)), at)
+    os.fsync(descriptor)
+
+
+#: Bytes of zeros that are written at a time where the system cannot reserve room.
+_ZEROS = 2**20
+
+
+def _allocate(files: Sequence[File], log: _Log) -> None:
+    """All files of a kernel, those that hold tiles as they are."""
+    for file in files:
+        if log.tiles:
+            file.mapped("r")
+        elif not log.resumed and file.path.exists():
+            raise ValueError(
+                f"FMatMemmap: there is a file {file.path} that no kernel was written to: give another folder, or "
+                "delete it"
+            )
+    log.begin()
+    folder, made = files[0].path.parent, []
+    new = [file for file in files if not log.tiles]
+    for file in new:
+        file.path.unlink(missing_ok=True)
+    try:
+        need, free = sum(file.nbytes for file in new), shutil.disk_usage(folder).free
+        if need > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for file in files:
+            made += [file] if file in new else []
+            file.create() if file in new else file.reserve()
+    except OSError as error:
+        for file in made:
+            with suppress(OSError):
+                file.path.unlink(missing_ok=True)
+        total, free = sum(file.nbytes for file in files), shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"FMatMemmap: the kernel takes {total} bytes in {folder}, where {free} are free ({error.strerror}): give a "
+            'folder on a larger disk, or use output="trace" or "diag"',
+        ) from error
+
+
 class _Log:
     """Which tiles are on disk, one line each, under the fingerprint of what they are of."""
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, kernel: Kernel) -> None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"FMatMemmap: {path} is a file, not a folder: give another path")
         path.mkdir(parents=True, exist_ok=True)
         self.file = path / "tiles.json"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        written = self.file.read_text(errors="replace") if self.file.exists() else ""
+        complete = written[: written.rfind("\n") + 1]  # a line that was cut short is of a tile that is made again
+        lines = complete.splitlines()
         self.resumed = bool(lines)
-        if lines and json.loads(lines[0]) != fingerprint:
-            raise ValueError(
-                f"FMatMemmap: {path} holds the kernel of another model, data, output or metric: give another folder, "
-                "or delete it"
-            )
-        if not lines:
-            self.file.write_text(json.dumps(fingerprint) + "\n")
-        self.tiles = {tuple(json.loads(line)) for line in lines[1:]}
+        if written and not lines:
+            raise ValueError(f"FMatMemmap: {self.file} is damaged or foreign: give another folder, or delete it")
+        self.mark = fingerprint(kernel)
+        if lines:
+            before = _parsed(self.file, lines[0])
+            other = differences(before, self.mark)
+            if other and (len(lines) > 1 or not is_fingerprint(before)):  # otherwise nothing is lost
+                raise ValueError(
+                    f"FMatMemmap: {path} holds the kernel of another model, data, output or metric (different: "
+                    f"{', '.join(other)}): give another folder, or delete it"
+                )
+            if written != complete:
+                os.truncate(self.file, len(complete.encode()))
+        self.tiles = {_place(self.file, line, kernel.layout) for line in lines[1:]}
+
+    def begin(self) -> None:
+        """Say what the tiles will be of."""
+        if not self.tiles:
+            self.file.write_text(json.dumps(self.mark) + "\n")
 
     def done(self, rows: slice, cols: slice) -> bool:
         return (rows.start, rows.stop, cols.start, cols.stop) in self.tiles
@@ -172,24 +289,19 @@ class _Log:
             log.write(json.dumps([rows.start, rows.stop, cols.start, cols.stop]) + "\n")
 
 
-def _fingerprint(kernel: Kernel) -> str:
-    """A hash of the parameters, data and layout of a kernel (functions cannot be told apart)."""
-    digest = hashlib.sha256(repr((kernel.layout, list(kernel.groups), kernel.scale)).encode())
+def _parsed(file: Path, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"FMatMemmap: {file} is damaged or foreign: give another folder, or delete it") from error
 
-    def add(t: Tensor) -> None:
-        digest.update(repr((tuple(t.shape), t.dtype)).encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
-    def side(tape: Tape) -> None:
-        for p in (*tape.generator.model.parameters(), *tape.generator.model.buffers()):
-            add(p)
-        for batch in tape.batches:
-            for t in data.tensors_of(batch):
-                add(t)
-        for t in () if tape.metric is None else tape.metric.tensors():
-            add(t)
-
-    side(kernel.left)
-    if kernel.right is not None:
-        side(kernel.right)
-    return digest.hexdigest()
+def _place(file: Path, line: str, layout: Layout) -> tuple[int, ...]:
+    """The examples of a tile."""
+    found = _parsed(file, line)
+    n, m = layout.examples
+    if isinstance(found, list) and len(found) == 4 and all(isinstance(x, int) for x in found):
+        a, b, c, d = found
+        if 0 <= a < b <= n and 0 <= c < d <= m:
+            return a, b, c, d
+    raise ValueError(f"FMatMemmap: {file} is damaged or foreign: give another folder, or delete it")
