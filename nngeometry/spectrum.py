@@ -98,10 +98,10 @@ class Spectrum:
     def logdet(self, regul: float = 0.0) -> Estimate:
         """``log det(F + regul)``. Raises ``ValueError`` if that is not positive definite."""
         lowest = min(float(self.nodes.min()), *self.outliers.tolist(), inf)
-        if not lowest + regul > 0:
+        if not lowest + regul > self.bulk.rounding:
             raise ValueError(
-                f"logdet: the matrix has an eigenvalue near {lowest:.3g}, so F + {regul:.3g} is not positive definite: "
-                "give a larger regul"
+                f"logdet: the matrix has an eigenvalue near {lowest:.3g}, so F + {regul:.3g} is not positive definite "
+                "to working precision: give a larger regul"
             )
         return self.sum(lambda l: (l + regul).log())
 

@@ -22,6 +22,8 @@ from ..memory import require
 Map = Callable[[Tensor], Tensor]
 #: One number, or a positive one for each coordinate.
 Regul = float | Tensor
+#: What rounding leaves of a Ritz value of zero is below so many eps of the largest, whatever the size of the matrix.
+_ROUNDING = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +113,7 @@ class Block(ABC):
 
     def norm(self, ord: int | float | str | None = None) -> Tensor:
         """Frobenius (None, "fro"), spectral (2), smallest singular value (-2), or nuclear norm ("nuc")."""
+        check_order(ord)
         if ord is None or ord == "fro":
             return self._frobenius()
         if ord == 2 and self.by_products:
@@ -119,9 +122,7 @@ class Block(ABC):
             return self.eigenvalues().abs().max()
         if ord == -2:
             return self.eigenvalues().abs().min()
-        if ord == "nuc":
-            return self.eigenvalues().abs().sum()
-        raise ValueError(f"norm: ord={ord!r} is not one of None, 'fro', 2, -2, 'nuc'")
+        return self.eigenvalues().abs().sum()
 
     def _frobenius(self) -> Tensor:
         return torch.linalg.vector_norm(self._as_dense("norm").data)
@@ -213,7 +214,7 @@ class Block(ABC):
         if exponent == 1:
             return self
         if self.by_products:
-            return self.apply(_power(exponent))
+            return self.apply(_Power(float(exponent), self.definite, _ROUNDING * torch.finfo(self.dtype).eps))
         spectral = self.eig()
         l = spectral.eigenvalues()
         if exponent < 0:
@@ -326,6 +327,12 @@ def _make(name: str, *arguments: Any) -> Any:
     return Block.kinds[name](*arguments)
 
 
+def check_order(ord: Any) -> None:
+    """Raise ``ValueError`` unless there is a norm of that order."""
+    if not (ord is None or (isinstance(ord, str | int | float) and ord in ("fro", 2, -2, "nuc"))):
+        raise ValueError(f"norm: ord={ord!r} is not one of None, 'fro', 2, -2, 'nuc'")
+
+
 def check_invertible(l: Tensor, regul: float) -> None:
     """Raise ``ValueError`` unless ``l + regul`` stays away from zero by more than rounding."""
     if l.numel() == 0:
@@ -382,13 +389,22 @@ def _from_state(value: Any) -> Any:
     return value
 
 
-def _power(exponent: float) -> Map:
-    """Lambda**exponent, NaN where it is undefined; rounding below zero counts as zero."""
+@dataclass(frozen=True)
+class _Power:
+    """Ritz values to an exponent, NaN where that is undefined: those of zero, as far as rounding lets one know, to a
+    negative exponent, and negative ones to a fractional exponent.
 
-    def f(l: Tensor) -> Tensor:
-        noise = l.numel() * torch.finfo(l.dtype).eps * l.abs().max()
-        if exponent == int(exponent):
-            return l**exponent
-        return torch.where(l < -100 * noise, torch.nan, l.clamp(min=0) ** exponent)
+    definite: whether none is negative but for rounding. eps: the size of rounding, relative to the largest.
+    """
 
-    return f
+    exponent: float
+    definite: bool
+    eps: float
+
+    def __call__(self, l: Tensor) -> Tensor:
+        noise = self.eps * l.abs().max()
+        whole = self.exponent == int(self.exponent)
+        power = l**self.exponent if whole else l.clamp(min=0) ** self.exponent
+        if self.exponent < 0:
+            power = torch.where(l.abs() <= noise, torch.nan, power)
+        return power if whole or self.definite else torch.where(l < -noise, torch.nan, power)

@@ -473,5 +473,9 @@ def _first_column(f: Callable[[Tensor], Tensor], matrices: Tensor, live: Tensor)
     values, weights, columns = quadrature_of(matrices)
     mapped = torch.where((weights > 0) & live.unsqueeze(1), f(values), 0.0)
     if not bool(mapped.isfinite().all()):
-        raise ValueError(f"funm: f is not finite at a Ritz value of {float(values[~mapped.isfinite()][0]):.3g}")
+        raise ValueError(
+            f"funm: f is not finite at a Ritz value of {float(values[~mapped.isfinite()][0]):.3g}, where the largest "
+            f"is {float(values.abs().max()):.3g}: the matrix is singular to working precision, or not positive, and f "
+            "needs that it is not: add regul, or use the pseudo-inverse"
+        )
     return (columns @ (mapped * columns[:, 0]).unsqueeze(2)).squeeze(2)

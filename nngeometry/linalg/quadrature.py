@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import budget
-from .base import Estimate, Matvec, Sampler, mean_of, rademacher, to_dense
+from .base import Estimate, Matvec, Sampler, mean_of, noise, rademacher, to_dense
 from .lanczos import quadrature_of, tridiagonals
 
 
@@ -34,7 +34,7 @@ class Quadrature:
     they differ, the quadrature is biased, and this is part of every error. Where the bias falls only slowly, as it
     does for the logarithm of eigenvalues over many decades, that is its size rather than a bound: take more steps
     until it no longer matters. closed: ``(probes,)``, whether the space of a probe is invariant, so that its values
-    are eigenvalues. exact: they are all eigenvalues.
+    are eigenvalues. exact: they are all eigenvalues. rounding: what it may leave of a value of zero.
     """
 
     values: Tensor
@@ -44,6 +44,7 @@ class Quadrature:
     coarse: tuple[Tensor, Tensor]
     closed: Tensor
     exact: bool = False
+    rounding: float = 0.0
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """The trace of f(A). f: acts on a tensor of Ritz values. Raises ``ValueError`` where f is not finite.
@@ -62,8 +63,12 @@ class Quadrature:
 
     def logdet(self, regul: float = 0.0) -> Estimate:
         """The logarithm of the determinant of A + regul; ``ValueError`` unless that is positive definite."""
-        if bool((self.values[self.weights > 0] + regul <= 0).any()):
-            raise ValueError("logdet: the matrix is not positive definite: add regul")
+        smallest = float(self.values[self.weights > 0].min()) + regul
+        if not smallest > self.rounding:
+            raise ValueError(
+                f"logdet: the matrix plus regul={regul:.3g} is not positive definite to working precision (one of its "
+                f"eigenvalues is near {smallest:.3g}): add regul"
+            )
         return self.trace_of(lambda l: torch.log(l + regul))
 
     def density(self, grid: int | Tensor = 1000, sigma: float | None = None) -> Density:
@@ -167,7 +172,8 @@ def slq(
         values = torch.linalg.eigvalsh((dense + dense.mT) / 2).unsqueeze(0)
         weights = torch.full_like(values, 1 / free)
         closed = torch.ones(1, dtype=torch.bool)
-        return Quadrature(values, weights, free, size, (values, weights), closed, exact=True)
+        lost = _rounding(values, like)
+        return Quadrature(values, weights, free, size, (values, weights), closed, exact=True, rounding=lost)
     if probes < 2:
         raise ValueError("slq: an error needs at least two probes")
 
@@ -195,7 +201,14 @@ def slq(
         for out, order in ((fine, m), (coarse, m if done else max(1, m // 2))):
             values, weights, _ = quadrature_of(matrices[:, :order, :order])
             out.append((values, weights * mass))
-    return Quadrature(*_stack(fine), free, spent, _stack(coarse), torch.cat(invariant))
+    values, weights = _stack(fine)
+    lost = _rounding(values, like)
+    return Quadrature(values, weights, free, spent, _stack(coarse), torch.cat(invariant), rounding=lost)
+
+
+def _rounding(values: Tensor, like: Tensor) -> float:
+    """What rounding may leave of a Ritz value of zero, in products of the dtype of ``like``."""
+    return noise(like) * float(values.abs().max())
 
 
 def _average(f: Callable[[Tensor], Tensor], values: Tensor, weights: Tensor) -> Tensor:
