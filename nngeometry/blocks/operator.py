@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -13,8 +13,21 @@ from .base import Block, Map
 from .composite import Adjointed
 
 
+class Functions:
+    """What is given as functions: they hold a model and data, so it stays in the program that made it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing of it changes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a matrix known by its products alone cannot be pickled: it holds the model, the data and functions of "
+            "yours. Make it again from these where it is needed, or pickle a representation that holds its entries"
+        )
+
+
 @dataclass(frozen=True, eq=False)
-class Operator(Block):
+class Operator(Functions, Block):
     """A symmetric matrix given as functions.
 
     matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
@@ -74,7 +87,7 @@ class Operator(Block):
 
 
 @dataclass(frozen=True, eq=False)
-class Rectangular(Block):
+class Rectangular(Functions, Block):
     """Any linear map, given as functions: matvec ``(k, c) -> (k, r)`` and rmatvec, its transpose."""
 
     matvec: Map

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block, Dense, Operator, Rectangular
-from ..blocks.base import Map
+from ..blocks.base import Map, check_order
 from ..memory import require
+from .arguments import how_many, number, shown
 from .arithmetic import VectorSpace
 from .layouts import Layout, Traced, centre, positions, take
-from .regul import Relative
+from .regul import Relative, regul_number
 from .vector import FVector
 
 
@@ -33,18 +34,17 @@ class FMat(VectorSpace):
 
     def mv(self, u: FVector) -> FVector:
         """``K u``."""
-        n = self.layout.examples[1]
-        if u.size(1) != n or not (isinstance(self.layout, Traced) or u.size(0) == self.layout.outputs[1]):
-            raise ValueError(f"the FVector has {tuple(u.size())} outputs and examples, the columns of {self} do not")
-        return self._unpack(self.root.mv(self._pack(u, self.layout.transpose())))
+        return self._unpack(self.root.mv(self._pack(u, self.layout.transpose(), "columns")))
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, FVector):
             return self.mv(other)
         if not isinstance(other, FMat):
             return NotImplemented
-        if type(self.layout) is not type(other.layout) or self.layout.examples[1] != other.layout.examples[0]:
+        same = type(self.layout) is type(other.layout) and self.layout.examples[1] == other.layout.examples[0]
+        if not same or not (isinstance(self.layout, Traced) or self.layout.outputs[1] == other.layout.outputs[0]):
             raise ValueError(f"{self} @ {other}: the columns of one are not the rows of the other")
+        self._check_kind(other, "@")
         layout = type(self.layout)(
             (self.layout.outputs[0], other.layout.outputs[1]), (self.layout.examples[0], other.layout.examples[1])
         )
@@ -57,6 +57,7 @@ class FMat(VectorSpace):
 
     def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
         """``u^T K v``, a scalar, v being u if it is left out."""
+        self._pack(u, self.layout)  # for the checks in there
         return u.dot(self.mv(u if v is None else v))
 
     @property
@@ -76,10 +77,12 @@ class FMat(VectorSpace):
         """
         self._check_square("solve")
         r = self._regul(regul)
+        rtol = None if rtol is None else number("solve: rtol", rtol, low=0.0)
         if isinstance(b, FVector):
             return self._unpack(self._solve(self._pack(b, self.layout), r, rtol))
         if not isinstance(b, FMat) or not isinstance(b.root, Dense):
-            raise TypeError(f"solve: expected an FVector or a dense FMat, got {type(b).__name__}")
+            raise TypeError(f"solve: expected an FVector or a dense FMat, got {shown(b)}")
+        self._check_rows(b, "solve")
         columns = b.root.data.permute(2, 0, 1)
         x = self._solve(columns.reshape(len(columns), *self.root.shape), r, rtol)
         return FMatDense(dense_root(x.reshape(columns.shape).permute(1, 2, 0), b.layout, False), b.layout)
@@ -104,7 +107,7 @@ class FMat(VectorSpace):
         ``output="trace"`` are of one output.)
         """
         self._check_square("eig")
-        l, vectors = self.root.top(k)
+        l, vectors = self.root.top(how_many("eig", k, self.root.numel))
         return l, [self._unpack(v) for v in vectors]
 
     def eigenvalues(self) -> Tensor:
@@ -136,9 +139,8 @@ class FMat(VectorSpace):
         if ord is None or ord == "fro":
             return torch.linalg.vector_norm(self._held("norm"))
         s = self.singular_values()
+        check_order(ord)
         found: dict[Any, Tensor] = {2: s[0], -2: s[-1], "nuc": s.sum()}
-        if ord not in found:
-            raise ValueError(f"norm: ord={ord!r} is not one of None, 'fro', 2, -2, 'nuc'")
         return found[ord]
 
     def trace(self) -> Tensor:
@@ -181,6 +183,7 @@ class FMat(VectorSpace):
             return NotImplemented
         if self.layout != other.layout:
             raise ValueError(f"{self} and {other} are of other outputs or examples")
+        self._check_kind(other, "+")
         if isinstance(self.root, Dense) and isinstance(other.root, Dense):
             symmetric = self.root.symmetric and other.root.symmetric
             return FMatDense(dense_root(self.root.data + weight * other.root.data, self.layout, symmetric), self.layout)
@@ -223,12 +226,13 @@ class FMat(VectorSpace):
         if isinstance(other, FMat):
             if self.layout != other.layout:
                 raise ValueError(f"{self} and {other} are of other outputs or examples")
+            self._check_kind(other, "align")
             a, b = self._held("align"), other._held("align")
             return (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
         self._check_square("align")
         y = other if isinstance(other, FVector) else self._one_hot(other)
         groups, r, _ = self.layout.shape
-        rows = self.layout.pack(y.to_torch()).reshape(-1, groups, r)
+        rows = self._pack(y, self.layout).reshape(-1, groups, r)
         inner = (rows * self.root.mv(rows.reshape(-1, *self.root.shape)).reshape(rows.shape)).sum()
         return inner / (self.norm() * torch.linalg.vector_norm(torch.einsum("kgr,lgr->gkl", rows, rows)))
 
@@ -266,9 +270,18 @@ class FMat(VectorSpace):
         Source: Jacot, Gabriel and Hongler (2018), 1806.07572; Lee et al. (2019), 1902.06720.
         """
         self._check_square("regress")
+        for vector in [targets] if start is None else [targets, start]:
+            self._pack(vector, self.layout)  # for the checks in there
+        if cross is not None:
+            self._check_columns(cross, "regress")
         residual = targets if start is None else targets - start
         if cross is not None and (start is None) != (cross_start is None):
             raise ValueError("regress: give the outputs at both, start= and cross_start=, or at neither")
+        if cross is None and cross_start is not None:
+            raise ValueError("regress: cross_start= is for queries: give their kernel with cross=, or leave it out")
+        if cross is not None and cross_start is not None:
+            cross._pack(cross_start, cross.layout)
+        time = None if time is None else number("regress: time", time, low=0.0)
         if time is None:
             weights = self.solve(residual, regul)
         else:
@@ -285,6 +298,9 @@ class FMat(VectorSpace):
         training examples; prior: of the queries. noise: variance of the targets about the function. (Rasmussen and
         Williams 2006, section 2.2.)
         """
+        self._check_columns(cross, "gp_posterior")
+        if not isinstance(prior, FMat):
+            raise TypeError(f"gp_posterior: expected the kernel of the queries as prior, an FMat, got {shown(prior)}")
         mean = self.regress(targets, cross, regul=noise)
         cov = prior - cross @ self.solve(cross.T, noise)
         data = cov._held("gp_posterior")
@@ -315,8 +331,16 @@ class FMat(VectorSpace):
     def _empty(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def _pack(self, u: FVector, layout: Layout) -> Tensor:
+    def _pack(self, u: FVector, layout: Layout, side: str = "rows") -> Tensor:
         """The values of a vector as the block of a layout's rows takes them."""
+        if not isinstance(u, FVector):
+            raise TypeError(f"expected an FVector, got {shown(u)}: make one with FVector(tensor) of shape (C, n)")
+        (c, _), (n, _) = layout.outputs, layout.examples
+        if u.size(1) != n or not (isinstance(layout, Traced) or u.size(0) == c):
+            wanted = f"(any, {n})" if isinstance(layout, Traced) else f"{(c, n)}"
+            raise ValueError(
+                f"the FVector has {tuple(u.size())} outputs and examples, the {side} of {self} have {wanted}"
+            )
         flat = u.to_torch()
         if flat.dtype != self.dtype or flat.device != self.device:
             raise ValueError(
@@ -340,9 +364,31 @@ class FMat(VectorSpace):
         )
 
     def _regul(self, regul: float | Relative) -> float:
-        if isinstance(regul, Relative):
-            return regul.factor * float(self.trace()) / self.root.numel
-        return float(regul)
+        mean = float(self.trace()) / self.root.numel if isinstance(regul, Relative) else 1.0
+        return regul_number("regul", regul, mean)
+
+    def _check_rows(self, other: FMat, operation: str) -> None:
+        """Raise unless the rows of another matrix are those of this one."""
+        same = type(other.layout) is type(self.layout) and other.layout.examples[0] == self.layout.examples[0]
+        if not same or not (isinstance(self.layout, Traced) or other.layout.outputs[0] == self.layout.outputs[0]):
+            raise ValueError(f"{operation}: the rows of {other} are not those of {self}")
+        self._check_kind(other, operation)
+
+    def _check_columns(self, other: Any, operation: str) -> None:
+        """Raise unless the columns of another matrix are those of this one."""
+        if not isinstance(other, FMat):
+            raise TypeError(f"{operation}: expected the kernel of queries with training examples, got {shown(other)}")
+        same = type(other.layout) is type(self.layout) and other.layout.examples[1] == self.layout.examples[1]
+        if not same or not (isinstance(self.layout, Traced) or other.layout.outputs[1] == self.layout.outputs[1]):
+            raise ValueError(f"{operation}: the columns of {other} are not those of {self}")
+        self._check_kind(other, operation)
+
+    def _check_kind(self, other: FMat, operation: str) -> None:
+        if other.dtype != self.dtype or other.device != self.device:
+            raise ValueError(
+                f"{operation}: kernels of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move "
+                "one of them with .to(device, dtype)"
+            )
 
     def _is_square(self) -> bool:
         _, r, c = self.layout.shape
@@ -370,8 +416,16 @@ class FMat(VectorSpace):
         return forward(torch.eye(c, dtype=self.dtype, device=self.device)).T.reshape(1, r, c)
 
     def _one_hot(self, classes: Tensor) -> FVector:
-        if classes.ndim != 1 or classes.is_floating_point():
-            raise TypeError("labels: expected an FVector (C, n), or a tensor of integer classes (n,)")
+        wanted = isinstance(classes, Tensor) and classes.ndim == 1
+        if not wanted or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            raise TypeError(
+                f"labels: expected an FVector (C, n), or a tensor of integer classes (n,), got {shown(classes)}"
+            )
+        if len(classes) != self.layout.examples[0] or bool((classes < 0).any()):
+            raise ValueError(
+                f"labels: expected one class of at least 0 for each of {self.layout.examples[0]} examples, got "
+                f"{len(classes)}, the smallest {int(classes.min()) if len(classes) else 'missing'}"
+            )
         count = max(int(classes.max()) + 1, self.layout.outputs[0])
         return FVector(torch.nn.functional.one_hot(classes, count).T.to(self._empty()))
 

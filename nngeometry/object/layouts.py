@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..forms import LayerJacobian
+from .arguments import shown
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,14 @@ def centre(entries: Tensor, axes: tuple[int, int]) -> Tensor:
 
 def positions(examples: Any, n: int, device: torch.device) -> Tensor:
     """The positions among n of some examples: a slice, an index, a sequence or tensor of indices, or a mask."""
-    wanted = examples if isinstance(examples, slice | int) else torch.as_tensor(examples, device=device)
-    return torch.arange(n, device=device)[wanted].reshape(-1)
+    try:
+        wanted = examples if isinstance(examples, slice | int) else torch.as_tensor(examples, device=device)
+        return torch.arange(n, device=device)[wanted].reshape(-1)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise IndexError(
+            f"{shown(examples)} selects no examples: expected positions below {n}, a slice, or a mask of {n} entries "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def take(entries: Tensor, axes: tuple[int, int], index: Tensor, other: Tensor) -> Tensor:

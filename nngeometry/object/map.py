@@ -15,12 +15,13 @@ from ..changes import no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
+from .arguments import layer_of, shown
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile
 from .layouts import Full, positions
 from .products import jacobians
-from .vector import FlatArray, FVector, PVector, check_same_space
+from .vector import Array, FlatArray, FVector, PVector, check_same_space
 
 
 class PFMap(VectorSpace, ABC):
@@ -55,14 +56,28 @@ class PFMap(VectorSpace, ABC):
 
     def jvp(self, v: PVector) -> FVector:
         """``J v``."""
+        if not isinstance(v, PVector):
+            raise TypeError(f"jvp: expected a PVector, got {shown(v)}: make one with PVector(layer_collection, tensor)")
         check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        self._check_like(v)
         return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
 
     def vjp(self, u: FVector) -> PVector:
         """``J^T u``."""
+        if not isinstance(u, FVector):
+            raise TypeError(f"vjp: expected an FVector, got {shown(u)}: make one with FVector(tensor) of shape (C, n)")
+        self._check_like(u)
         if tuple(u.size()) != self.shape[:2]:
             raise ValueError(f"the FVector has {tuple(u.size())} outputs and examples, {self} has {self.shape[:2]}")
         return PVector(self.layer_collection, self._vjp(u.to_torch().unsqueeze(0))[0])
+
+    def _check_like(self, v: Any) -> None:
+        """Raise unless a vector, map or matrix is of the same dtype on the same device."""
+        if v.dtype != self.dtype or v.device != self.device:
+            raise ValueError(
+                f"the {type(v).__name__} is {v.dtype} on {v.device}, the map is {self.dtype} on {self.device}: move "
+                "one of them with .to(device, dtype)"
+            )
 
     def adjoint(self) -> Adjoint:
         """``J^T``."""
@@ -88,11 +103,13 @@ class PFMap(VectorSpace, ABC):
             return self._kernel(other.map)
         if hasattr(other, "root") and hasattr(other, "layer_collection"):
             check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            self._check_like(other)
             return self.through(other.root.transpose())
         return NotImplemented
 
     def _kernel(self, other: PFMap) -> FMat:
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        self._check_like(other)
         (c, n, _), (d, m, _) = self.shape, other.shape
         what = f"the dense kernel {self} @ {other}.T"
         require(c * n * d * m * self.dtype.itemsize, what, "use GramMatrix", self.device)
@@ -123,7 +140,7 @@ class PFMap(VectorSpace, ABC):
 
     def layer(self, name: str) -> PFMap:
         """The columns of one layer, as a map from its parameters alone."""
-        lc = LayerCollection({name: self.layer_collection[name]})
+        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
         where, p = self.layer_collection.slices()[name], self.shape[2]
 
         def pad(V: Tensor) -> Tensor:
@@ -148,6 +165,7 @@ class PFMap(VectorSpace, ABC):
         if not isinstance(other, PFMap):
             return NotImplemented
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        self._check_like(other)
         if other.shape != self.shape:
             raise ValueError(f"{self} and {other} have other outputs or examples")
         return PFMapImplicit(
@@ -233,6 +251,11 @@ class PFMapDense(FlatArray, PFMap):
         c, n, p = self._flat.shape
         return c, n, p
 
+    def _check_same_space(self, other: Array) -> None:
+        super()._check_same_space(other)
+        if isinstance(other, PFMapDense) and other.shape != self.shape:
+            raise ValueError(f"{self} and {other} have other outputs or examples")
+
     def _like(self, flat: Tensor) -> PFMapDense:
         return PFMapDense(self.layer_collection, flat)
 
@@ -253,7 +276,7 @@ class PFMapDense(FlatArray, PFMap):
         return self._like(self._flat[:, index])
 
     def layer(self, name: str) -> PFMapDense:
-        lc = LayerCollection({name: self.layer_collection[name]})
+        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
         return PFMapDense(lc, self._flat[..., self.layer_collection.slices()[name]])
 
     def centred(self) -> PFMapDense:
@@ -340,7 +363,7 @@ class PFMapFactored(PFMap):
         return PFMapFactored(self.layer_collection, pieces)
 
     def layer(self, name: str) -> PFMapFactored:
-        lc = LayerCollection({name: self.layer_collection[name]})
+        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
         return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
 
     def _scaled(self, c: float) -> PFMapFactored:
@@ -352,6 +375,7 @@ class PFMapFactored(PFMap):
         ]:
             return super()._combined(other, weight)
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        self._check_like(other)
         pieces = []
         for one, two in zip(self.pieces, other.pieces, strict=True):
             if one.outputs != two.outputs:
@@ -389,6 +413,15 @@ class PFMapImplicit(PFMap):
         self._jvp_of = jvp_of
         self._vjp_of = vjp_of
         self.like = like
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PFMapImplicit:
+        return self  # nothing of it changes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a map known by its products alone cannot be pickled: it holds the model, the data and functions of yours. "
+            "Make it again from these where it is needed, or pickle to_dense()"
+        )
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapImplicit:

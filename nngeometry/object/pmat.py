@@ -15,10 +15,12 @@ from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
 from . import fit
+from .arguments import check_flag, check_generator, how_many, layer_of, number, shown
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
 from .products import single_product
-from .regul import Relative
+from .regul import Relative, regul_number
+from .saved import FORMAT, check_whole, read
 from .vector import FlatArray, PVector, check_same_space
 
 #: What ``regul=`` accepts: a number, Relative(factor), or one of these for each layer by name.
@@ -92,6 +94,7 @@ class PMat(VectorSpace):
         """``M v`` for a PVector, or ``M`` on each row of a map (PFMap). Differentiable in v."""
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
             check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+            self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
         return v._like(self._mv(flat))
@@ -111,10 +114,10 @@ class PMat(VectorSpace):
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag".
         Differentiable in the map.
         """
-        j = self._of(pfmap)
-        forms = (j * self._mv(j)).sum(-1)
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
+        j = self._of(pfmap)
+        forms = (j * self._mv(j)).sum(-1)
         return forms.sum() if reduction == "sum" else forms
 
     def __matmul__(self, other: Any) -> Any:
@@ -137,11 +140,12 @@ class PMat(VectorSpace):
         Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
         """
         flat, r = self._of(b), self._regul(regul)
+        rtol = None if rtol is None else number("solve: rtol", rtol, low=0.0)
+        inverse = None if preconditioner is None else self._other(preconditioner)
         if not self.root.by_products:
             return b._like(self.root.solve(flat, r))
-        if preconditioner is None:
+        if inverse is None:
             return b._like(self.root.iterate(flat, r, rtol))
-        inverse = self._other(preconditioner)
         return b._like(self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r)))
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
@@ -152,7 +156,7 @@ class PMat(VectorSpace):
         """Pseudo-inverse; eigenvalues smaller than ``rtol`` (by default the rounding error) times the largest count
         as zero.
         """
-        return self._with(self.root.pinv(rtol))
+        return self._with(self.root.pinv(None if rtol is None else number("pinv: rtol", rtol, low=0.0)))
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
@@ -162,9 +166,11 @@ class PMat(VectorSpace):
 
     def pow(self, exponent: float) -> PMat:
         """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise
-        ``ValueError``.
+        ``ValueError``: of a matrix known by its products alone, when it is multiplied with a vector and an eigenvalue
+        that the vector meets is zero to working precision. Such products also raise ``RuntimeError`` where the
+        iteration does not converge.
         """
-        return self._with(self.root.pow(exponent))
+        return self._with(self.root.pow(number("pow: exponent", exponent)))
 
     __pow__ = pow
 
@@ -172,7 +178,7 @@ class PMat(VectorSpace):
         """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their
         eigenvectors.
         """
-        l, vectors = self.root.top(k)
+        l, vectors = self.root.top(how_many("eig", k, self.size(0)))
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
     def eigenvalues(self) -> Tensor:
@@ -189,12 +195,16 @@ class PMat(VectorSpace):
         estimator: for a matrix known by its products only, e.g. ``functools.partial(linalg.xtrace, products=60)``;
         the result is then an :class:`~nngeometry.linalg.Estimate`, with its standard error.
         """
+        check_flag("trace: per_layer", per_layer)
+        if estimator is not None and per_layer:
+            raise ValueError("trace: an estimator gives one number: use per_layer=True without it, or block(name)")
         if estimator is not None:
-            return estimator(self.root.mv, self.size(0), like=self._like())
+            return self._estimated(estimator)
         return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
 
     def sample(self, generator: torch.Generator | None = None) -> PVector:
         """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
+        check_generator("sample", generator)
         (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
@@ -202,9 +212,7 @@ class PMat(VectorSpace):
 
     def get_diag(self, estimator: Estimator | None = None) -> Any:
         """The diagonal ``(P,)``, in flat parameter order. estimator: as in :meth:`trace`, e.g. ``linalg.xdiag``."""
-        if estimator is not None:
-            return estimator(self.root.mv, self.size(0), like=self._like())
-        return self.root.diag()
+        return self.root.diag() if estimator is None else self._estimated(estimator)
 
     def to_torch(self) -> Tensor:
         """The dense matrix ``(P, P)``."""
@@ -223,9 +231,7 @@ class PMat(VectorSpace):
 
     def block(self, name: str) -> PMat:
         """The diagonal block of one layer, as a matrix on that layer alone."""
-        if name not in self.layer_collection:
-            raise KeyError(f"block: no layer {name!r}, the collection has {', '.join(self.layer_collection)}")
-        lc = LayerCollection({name: self.layer_collection[name]})
+        lc = LayerCollection({name: layer_of(self.layer_collection, name, "block")})
         root = self.root.restrict(self.layer_collection.slices()[name])
         return PMat(lc, data=root) if type(self) is PMat else type(self)._of_blocks(lc, root)
 
@@ -276,20 +282,29 @@ class PMat(VectorSpace):
             }
             for layer in self.layer_collection.layers.values()
         ]
-        torch.save({"format": 1, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+        torch.save({"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
-        """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run."""
-        saved = torch.load(path, map_location=device, weights_only=True)
-        layers = {}
-        for entry in saved["layers"]:
-            shape, view, perm, bias = entry["packing"]
-            packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
-            params = tuple((k, tuple(size)) for k, size in entry["params"])
-            layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
-        kind = PMat.classes.get(saved["class"], PMat)
-        return kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+        """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run.
+
+        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else.
+        """
+        saved = read(path, device)
+        try:
+            layers = {}
+            for entry in saved["layers"]:
+                shape, view, perm, bias = entry["packing"]
+                packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+                params = tuple((k, tuple(size)) for k, size in entry["params"])
+                layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
+            kind = PMat.classes.get(saved["class"], PMat)
+            found: PMat = kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+            check_whole(found.root, found.layer_collection)
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise ValueError(f"PMat.load: the matrix in {path} is damaged ({reason}): save it again") from error
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "generator": None}  # a generator holds the model and user functions
@@ -313,6 +328,14 @@ class PMat(VectorSpace):
 
     # Helpers
 
+    def _estimated(self, estimator: Estimator) -> Any:
+        if not callable(estimator):
+            raise TypeError(
+                f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
+                f"products=60), got {shown(estimator)}"
+            )
+        return estimator(self.root.mv, self.size(0), like=self._like())
+
     def _like(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
@@ -320,18 +343,22 @@ class PMat(VectorSpace):
         """The flat values of a vector or map, checked to be of this space."""
         if not isinstance(v, FlatArray):
             raise TypeError(
-                f"expected a PVector or a PFMapDense, got {type(v).__name__}: make one with "
-                "PVector(layer_collection, tensor)"
+                f"expected a PVector or a PFMapDense, got {shown(v)}: make one with PVector(layer_collection, tensor)"
             )
         check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        self._check_like(v)
+        return v.to_torch()
+
+    def _check_like(self, v: FlatArray | PFMap) -> None:
         if v.device != self.device or v.dtype != self.dtype:
             raise ValueError(
                 f"the {type(v).__name__} is {v.dtype} on {v.device}, the matrix is {self.dtype} on {self.device}: "
                 "move one of them with .to(device, dtype)"
             )
-        return v.to_torch()
 
     def _other(self, other: PMat) -> Block:
+        if not isinstance(other, PMat):
+            raise TypeError(f"expected a matrix, a PMat, got {shown(other)}")
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         if other.device != self.device or other.dtype != self.dtype:
             raise ValueError(
@@ -345,20 +372,20 @@ class PMat(VectorSpace):
             missing = set(regul) ^ set(self.layer_collection)
             if missing:
                 raise ValueError(
-                    f"regul: give one value for each layer; {', '.join(sorted(missing))} do not match the collection"
+                    f"regul: give one value for each layer; {', '.join(sorted(map(str, missing)))} do not match the "
+                    "collection"
                 )
             traces = self.trace(per_layer=True) if any(isinstance(r, Relative) for r in regul.values()) else {}
             values = []
             for name, layer in self.layer_collection.layers.items():
-                r = regul[name]
-                value = r.factor * float(traces[name]) / layer.numel() if isinstance(r, Relative) else float(r)
+                mean = float(traces[name]) / layer.numel() if isinstance(regul[name], Relative) else 1.0
+                value = regul_number(f"regul of layer {name!r}", regul[name], mean)
                 values.append(torch.full((layer.numel(),), value, dtype=self.dtype, device=self.device))
             return torch.cat(values)
-        if isinstance(regul, Relative):
-            return regul.factor * float(self.trace()) / self.size(0)
-        return float(regul)
+        return regul_number("regul", regul, float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0)
 
     def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
+        check_flag("per_layer", per_layer)
         if not per_layer:
             return flat.sum()
         return {name: flat[s].sum() for name, s in self.layer_collection.slices().items()}

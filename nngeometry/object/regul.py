@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from .arguments import number, shown
 
 
 @dataclass(frozen=True)
@@ -15,3 +18,15 @@ class Relative:
     """
 
     factor: float
+
+
+def regul_number(what: str, regul: Any, mean: float) -> float:
+    """What a regularisation is as a number; mean: the mean eigenvalue, which ``Relative`` is in units of.
+
+    Raises ``TypeError`` or ``ValueError``, naming what it is, if that is no finite number.
+    """
+    if isinstance(regul, type):
+        raise TypeError(f"{what}: expected a number or Relative(factor), got {shown(regul)}")
+    if isinstance(regul, Relative):
+        return number(f"{what}: the factor of Relative", regul.factor) * mean
+    return number(what, regul)
