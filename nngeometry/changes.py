@@ -17,11 +17,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Makes a change and returns what takes it back.
 Change = Callable[[], Callable[[], Any]]
@@ -203,6 +207,17 @@ def no_grad() -> Changed:
     False
     """
     return Changed(recording(False))
+
+
+def unrecorded(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run inside of :func:`no_grad`."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def warnings_ignored(message: str) -> Change:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .changes import unrecorded
 from .memory import chunk_length, grain, nbytes_of, panel_bytes, panel_length, require, slices
 
 Map = Callable[[Tensor], Tensor]
@@ -594,7 +595,7 @@ class Lazy(LayerJacobian):
             "cannot be pickled: pickle a dense one, to_dense() or representation=PFMapDense"
         )
 
-    @torch.no_grad()  # the module reads parameters that are not those of this layer
+    @unrecorded  # the module reads parameters that are not those of this layer
     def dense(self) -> Tensor:
         b, c = self.origin
         return self.compute(b, b + self.examples, c, c + self.cotangents)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .changes import unrecorded
 from .generator import Generator
 from .likelihood import Loss
 from .metrics import gradients_of
@@ -69,7 +70,7 @@ class Influence:
         self._query = generator(loss if query_loss is None else query_loss)
         self._inverse = None if refine is not None else matrix.inv(regul).root
 
-    @torch.no_grad()
+    @unrecorded
     def scores(self, queries: Any, train: Any, per_layer: bool = False) -> Any:
         """``(q, t)``: the influence of every training example on every query.
 
@@ -81,7 +82,7 @@ class Influence:
         shares = {name: torch.cat([tiles[name] for tiles in columns], 1) for name in names}
         return shares if per_layer else _sum(shares)
 
-    @torch.no_grad()
+    @unrecorded
     def self_scores(self, train: Any, per_layer: bool = False) -> Any:
         """``(t,)``: the influence of every training example on itself, large for atypical and mislabelled ones."""
         shares: list[dict[str, Tensor]] = []
@@ -95,7 +96,7 @@ class Influence:
         joined = {name: torch.cat([one[name] for one in shares]) for name in self.matrix.layer_collection}
         return joined if per_layer else _sum(joined)
 
-    @torch.no_grad()
+    @unrecorded
     def top(self, queries: Any, train: Any, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest (or smallest) scores for each query, in one pass over them.
 

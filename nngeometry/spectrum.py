@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .changes import no_grad
 from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
 from .linalg.base import Matvec
 from .linalg.lanczos import Which
@@ -216,7 +217,7 @@ def spectral_density(
         rows = rows - (rows @ basis.mT) @ basis
         return rows * (free**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    with torch.no_grad(), _progress(F.root.mv, verbose) as matvec:
+    with no_grad(), _progress(F.root.mv, verbose) as matvec:
         if outliers:
             exact, basis, _, spent = eigsh(matvec, size, outliers, which="magnitude", like=like)
         bulk = slq(
@@ -273,7 +274,7 @@ def extreme_eigenpairs(
 
     Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22.
     """
-    with torch.no_grad(), _progress(F.root.mv, verbose) as matvec:
+    with no_grad(), _progress(F.root.mv, verbose) as matvec:
         pairs = eigsh(matvec, F.size(0), k, which=which, like=_like(F), **options)
     vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]
     return ExtremePairs(pairs.values, vectors, pairs.residuals, pairs.products)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..changes import no_grad
 from ..linalg import cg, eigsh, minres
 from ..memory import require
 
@@ -157,7 +158,7 @@ class Block(ABC):
                 f"solve: {self.describe()} is not symmetric and known by its products alone, which conjugate gradients "
                 "and MINRES do not solve: use a representation that holds its entries, or nngeometry.linalg.lsmr"
             )
-        with torch.no_grad():
+        with no_grad():
             b = V.reshape(-1, self.numel)
             shift = regul.reshape(-1) if isinstance(regul, Tensor) else regul
             tolerance = max(1e-6, 100 * torch.finfo(self.dtype).eps) if rtol is None else rtol
@@ -173,7 +174,7 @@ class Block(ABC):
 
     def _product(self, rows: Tensor) -> Tensor:
         """``(k, p) -> (k, p)``, outside of autograd."""
-        with torch.no_grad():
+        with no_grad():
             return self.mv(rows.reshape(-1, *self.shape)).reshape(-1, self.numel)
 
     def _empty(self) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .. import data
 from ..blocks import Block
+from ..changes import no_grad
 from ..layercollection import LayerCollection
 from .kernel import Kernel, Tape, sides, slabs, tile
 
@@ -106,7 +107,7 @@ def _mark(t: Tensor) -> Mark:
 
 
 def _outputs(tape: Tape) -> list[Mark]:
-    with torch.no_grad():
+    with no_grad():
         return [_mark(tape.generator.outputs_of(batch)) for batch in tape.batches]
 
 
@@ -127,7 +128,7 @@ def _outline(value: Any, numbers: list[float]) -> Any:
 def _products(metric: Block, layer_collection: LayerCollection) -> list[Mark]:
     """Of the products with two fixed vectors, layer by layer."""
     rows = torch.randn(2, metric.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with no_grad():
         images = metric.mv(rows.to(metric.device, metric.dtype).reshape(-1, *metric.shape)).reshape(2, -1)
     return [_mark(row[s]) for row in images for s in layer_collection.slices().values()]
 
@@ -137,7 +138,7 @@ def _entries(kernel: Kernel) -> list[Mark]:
     left = _first(kernel.left)
     right = left if kernel.right is None else _first(kernel.right)
     lc = kernel.left.generator.layer_collection
-    with torch.no_grad():
+    with no_grad():
         one = sides(left, kernel.left.metric, lc, right.examples).left
         two = sides(right, kernel.left.metric, lc, left.examples).right
         return [_mark(tile(one, two, kernel.layout, names)) for names in kernel.groups.values()]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import data, forms
 from ..blocks import Block, Diag, Direct, Eye, Kron, Part, Spectral
-from ..changes import no_grad
+from ..changes import no_grad, unrecorded
 from ..forms import Gather, LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
@@ -65,7 +65,7 @@ def without_grad(items: Iterator[Item]) -> Iterator[Item]:
         yield item
 
 
-@torch.no_grad()
+@unrecorded
 def _slab(n: int, chunks: Sequence[Forms]) -> Slab:
     joined = {name: forms.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return Slab(n, next(iter(joined.values())).cotangents, joined)
@@ -79,7 +79,7 @@ class Sides:
     right: Slab
 
 
-@torch.no_grad()
+@unrecorded
 def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
     """The two sides of ``J M J'^T``, kept as is best for inner products with that many examples."""
 
@@ -104,7 +104,7 @@ def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
     return total
 
 
-@torch.no_grad()
+@unrecorded
 def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
     """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
     left = left_of(metric, found, layer_collection)
@@ -118,7 +118,7 @@ def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> t
     return left, right
 
 
-@torch.no_grad()
+@unrecorded
 def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
     """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
     left = dict(found)

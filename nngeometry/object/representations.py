@@ -11,6 +11,7 @@ import torch
 
 from .. import blocks
 from ..blocks import Block
+from ..changes import no_grad
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
@@ -202,7 +203,7 @@ class PMatLowRank(PMat):
         if not matrix.root.symmetric:
             raise ValueError(f"{cls.__name__}: the matrix is not symmetric, as a product of two matrices need not be")
         like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-        with torch.no_grad():
+        with no_grad():
             near = algorithm(
                 matrix.root.mv,
                 matrix.size(0),
