@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
 
 from .. import data
 from ..autograd import Pull, accumulate, nodes
@@ -292,45 +291,6 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
                 products.add_pulled([g for _, g in curved], _shares(V, products.values, curved), into)
 
         return product, weight, [value, *(g for _, g in curved)]
-
-    products = Products(evaluator, examples, linearise, mean)
-    return products
-
-
-def finite_difference(
-    evaluator: Evaluator,
-    examples: Any,
-    total: Total,
-    mean: bool,
-    step: float,
-) -> Products:
-    """Products with the Hessian of a loss by central differences of its gradient, at ``step`` in the unit of the
-    vector's largest entry.
-    """
-
-    def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        batch = data.join(batches)
-        _, weight = total(batch)
-
-        def gradient(shift: list[Tensor]) -> Tensor:
-            moved = [(p + s).requires_grad_() for p, s in zip(products.values, shift, strict=True)]
-            edges = [get_gradient_edge(m) for m in moved]
-            with evaluator.running(products.weights.moved(moved), State(evaluator.model)):
-                value, _ = total(batch)
-                grads = torch.autograd.grad(value, edges, allow_unused=True)
-            return torch.cat(
-                [p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, moved, strict=True)]
-            )
-
-        def product(V: Tensor, into: Tensor) -> None:
-            for v, row in zip(V, into, strict=True):
-                size = float(v.abs().max())
-                if size > 0:
-                    shift = split_like(v * (step / size), products.values)
-                    difference = gradient(shift) - gradient([-s for s in shift])
-                    row += difference * (size / (2 * step))
-
-        return product, weight, ()
 
     products = Products(evaluator, examples, linearise, mean)
     return products
