@@ -18,7 +18,7 @@ from .changes import Change, entered, no_grad, trainable
 from .composites import OneExample
 from .evaluator import WRITES_PARAMETERS, Evaluator, State, Trial, check_mode, same_entries
 from .forms import Gather, LayerJacobian, Outer
-from .kinds import Packing, is_ours
+from .kinds import is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
@@ -234,7 +234,7 @@ class Generator(Evaluator):
         """
         n = data.count(batch)
         parameters = self.layer_collection.parameters(self.model)
-        weights, state = Weights(self.model, parameters), State(self.model, values=True)
+        weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before, normalises = weights.norms(), OneExample()
         with self.running(weights.in_place, state):
             try:
@@ -286,7 +286,7 @@ class Generator(Evaluator):
 
     def _with_one(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> Plan:
         """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
-        weights = Weights(self.model, self.layer_collection.parameters(self.model))
+        weights = Weights([self.model], self.layer_collection.parameters(self.model))
         with self.running(weights.in_place, State(self.model)):
             f, calls = self._forward(sites, batch, plan)
             self._check_derivatives(f, calls, plan, *self._probed(f, calls))
@@ -542,6 +542,11 @@ class Generator(Evaluator):
             given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
             with no_grad():
                 form = site.kind.function(site.module, self._cast(gy), *given)
+            if not is_ours(site.kind) and form.shape != site.packing.shape:
+                raise ValueError(
+                    f"{call.what}: its registered kind {site.kind.name!r} returned a Jacobian in the shape "
+                    f"{form.shape}, but its parameters {', '.join(site.params)} are packed in {site.packing.shape}"
+                )
         return form if length == examples else form.fold(length // examples)
 
     def _cast(self, t: Tensor) -> Tensor:
@@ -628,20 +633,22 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         return form
     if isinstance(form, Outer) and layer.kronecker:
         return form.without_last_column()
+    if layer.kronecker:
+        raise NotImplementedError(
+            f"layer {layer.name!r} ({layer.kind_name}): the factors of a {type(form).__name__} cannot be cut to "
+            f"{', '.join(names)}: collect all of {', '.join(site.params)}, or register the kind without kronecker=True"
+        )
     numel = [p.numel() for p in site.params.values()]
     sizes = [prod(shape) for _, shape in layer.params]
-    unpack = (
-        Packing.flat(sum(numel)) if site.kind.packing is None else site.kind.packing(site.module, "bias" in site.params)
-    )
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
-        whole = dict(
-            zip(site.params, unpack.unpack(form.narrow(start, stop, first, last).dense()).split(numel, -1), strict=True)
-        )
-        mine = {k: whole[name] for name, k in names.items()}
-        one = next(iter(mine.values()))
-        zeros = [one.new_zeros(1).expand(*one.shape[:-1], size) for size in sizes]
-        flat = torch.cat([mine.get(k, zero) for k, zero in enumerate(zeros)], -1)
-        return layer.packing.pack(flat)
+        flat = site.packing.unpack(form.narrow(start, stop, first, last).dense())
+        whole = dict(zip(site.params, flat.split(numel, -1), strict=True))
+        mine: dict[int, Tensor] = {}
+        for name, k in names.items():  # a parameter may have several names
+            mine[k] = mine[k] + whole[name] if k in mine else whole[name]
+        zero = flat.new_zeros(1)
+        pieces = [mine.get(k, zero.expand(*flat.shape[:-1], size)) for k, size in enumerate(sizes)]
+        return layer.packing.pack(torch.cat(pieces, -1))
 
     return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)

@@ -183,8 +183,8 @@ class LossCurvature(Evaluator):
         if self.products is None:
             matvec = hessian(self, examples, total, self.loss.mean)
         else:
-            modules = [m for m in (self.model, self.loss.loss) if isinstance(m, nn.Module)]
+            others = [self.loss.loss] if isinstance(self.loss.loss, nn.Module) else []
             step, rtol = self.products.step, self.products.rtol
-            matvec = Differences(self, examples, total, modules, self.loss.mean, step, rtol)
+            matvec = Differences(self, examples, total, others, self.loss.mean, step, rtol)
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return Operator(matvec, self.layer_collection.numel(), None, None, like, psd=False)

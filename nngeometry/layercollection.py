@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from .kinds import Kind, Packing, kind_of, own_parameters
+from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 
 
 @dataclass(frozen=True)
 class Layer:
     """The parameters that one module owns: their names (relative to the module), shapes and packing.
 
-    name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors.
+    name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors. kind_name: the
+    type of the module. served_by: the function of its kind, or "generic".
     """
 
     name: str
@@ -25,9 +27,10 @@ class Layer:
     kronecker: bool
     kind_name: str = field(default="?", compare=False)
     module_type: type[nn.Module] | None = field(default=None, compare=False)
+    served_by: str = field(default="?", compare=False)
 
     def __reduce__(self) -> Any:  # the type may be one that cannot be pickled
-        return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name)
+        return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name, None, self.served_by)
 
     def numel(self) -> int:
         """Number of scalar parameters."""
@@ -56,8 +59,8 @@ class Layer:
 class Site:
     """A module of a model through which collected parameters act, and where each of them belongs.
 
-    params: all parameters that the module owns or shares. routes: for each layer that takes part, which of the module's
-    parameters (by name) are which of the layer's (by position).
+    params: all parameters that the module's Jacobian is with respect to, in its order. routes: for each layer that
+    takes part, which of the module's parameters (by name) are which of the layer's (by position).
     """
 
     name: str
@@ -65,6 +68,11 @@ class Site:
     kind: Kind
     params: dict[str, nn.Parameter]
     routes: tuple[tuple[Layer, dict[str, int]], ...]
+
+    @cached_property
+    def packing(self) -> Packing:
+        """How ``params`` are packed in the module's Jacobian."""
+        return self.kind.packing_of(self.module, self.params)
 
 
 class LayerCollection:
@@ -91,7 +99,7 @@ class LayerCollection:
         parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
         first of them.
 
-        Raises ``ValueError`` if nothing is left.
+        Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
         """
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
@@ -100,7 +108,9 @@ class LayerCollection:
                 owner.setdefault(id(p), (name, pname))
                 uses[id(p)] = uses.get(id(p), 0) + 1
         layers = {}
+        registered = False
         for name, module, kind, params in _modules(model):
+            registered = registered or not is_ours(kind)
             own = {k: p for k, p in params.items() if owner[id(p)] == (name, k) and (frozen or p.requires_grad)}
             if own:
                 shared = any(uses[id(p)] > 1 for p in own.values())
@@ -111,6 +121,8 @@ class LayerCollection:
         if not collection.layers:
             hint = "" if frozen else "; pass frozen=True to collect parameters with requires_grad=False"
             raise ValueError(f"no parameters to collect in {type(model).__name__}{hint}")
+        if registered:
+            collection.sites(model)  # raises where a kind cannot apply
         return collection
 
     def add_layer(self, name: str, layer: Layer) -> None:
@@ -217,7 +229,10 @@ class LayerCollection:
                     layer, k = home[id(p)]
                     routes.setdefault(layer.name, (layer, {}))[1][pname] = k
             if routes:
-                sites.append(Site(name, module, kind, own, tuple(routes.values())))
+                site = Site(name, module, kind, kind.known(own), tuple(routes.values()))
+                if not is_ours(kind):
+                    _check_applies(site)
+                sites.append(site)
         return sites
 
     def __getitem__(self, name: str) -> Layer:
@@ -243,7 +258,8 @@ class LayerCollection:
         lines = [f"LayerCollection of {len(self)} layers, {self.numel()} parameters"]
         for layer in self.layers.values():
             shapes = ", ".join(f"{pname} {shape}" for pname, shape in layer.params)
-            lines.append(f"  {layer.name or '(root)'}: {layer.kind_name} ({shapes})")
+            served = "" if layer.served_by == "?" else f", {layer.served_by}"
+            lines.append(f"  {layer.name or '(root)'}: {layer.kind_name} ({shapes}){served}")
         return "\n".join(lines)
 
 
@@ -268,15 +284,34 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
         kind = kind_of(module)
         if kind.whole:
             inside = (*inside, name + "." if name else "")
-            params = dict(module.named_parameters())
+            params = dict(module.named_parameters(remove_duplicate=False))
         else:
             params = own_parameters(module)
             if any(isinstance(child, _LISTS) for child in module._modules.values()):
                 for k, child in module.named_children():
                     if isinstance(child, _LISTS):  # it has no forward: its parameters act in that of its owner
                         params.update({f"{k}.{j}": p for j, p in child.named_parameters()})
+            kind = serving(kind, params)
         if params:
             yield name, module, kind, params
+
+
+def _check_applies(site: Site) -> None:
+    """Raise, naming the module, if a kind that the user registered cannot serve it."""
+    what = f"layer {site.name!r} ({type(site.module).__name__}): its registered kind {site.kind.name!r}"
+    unknown = [k for _, names in site.routes for k in names if k not in site.params]
+    if unknown:
+        raise ValueError(
+            f"{what} is for parameters named {', '.join(site.kind.parameters)}, but it has {', '.join(unknown)}: name "
+            "all of them in kind(..., parameters=...), freeze what is not to be collected, or give the module a type "
+            "of its own (a subclass), which the generic kind serves"
+        )
+    numel = sum(p.numel() for p in site.params.values())
+    if site.packing.numel() != numel:
+        raise ValueError(
+            f"{what} has a packing of shape {site.packing.shape}, which is {site.packing.numel()} numbers, but its "
+            f"parameters {', '.join(site.params)} are {numel}: mend packing= or parameters= of nngeometry.kind"
+        )
 
 
 def _layer(
@@ -288,11 +323,14 @@ def _layer(
     shared: bool,
 ) -> Layer:
     shapes = tuple((k, tuple(p.shape)) for k, p in own.items())
-    natural = kind.packing is not None and not shared and next(iter(own)) == "weight"
-    if natural and (own.keys() == params.keys() or kind.kronecker):
-        assert kind.packing is not None
-        return Layer(
-            name, shapes, kind.packing(module, "bias" in own), kind.kronecker, type(module).__name__, type(module)
-        )
     numel = sum(p.numel() for p in own.values())
-    return Layer(name, shapes, Packing.flat(numel), False, type(module).__name__, type(module))
+    packing, kronecker = Packing.flat(numel), False
+    if kind.packing is not None and not shared:
+        known = kind.known(params)
+        if [*own] == [*known]:
+            packing, kronecker = kind.packing_of(module, known), kind.kronecker
+        elif kind.kronecker and [*own] == [*known][:-1]:  # all but the bias
+            full = kind.packing_of(module, known)
+            if full.bias and full.without_bias().numel() == numel:
+                packing, kronecker = full.without_bias(), True
+    return Layer(name, shapes, packing, kronecker, type(module).__name__, type(module), kind.name)

@@ -226,9 +226,15 @@ class Layout:
 
     @classmethod
     def of(cls, two: Call, three: Call, used: Sequence[bool]) -> Layout | None:
-        """From how its shapes change between two and three examples; None for a call of which nothing is used."""
+        """From how its shapes change between two and three examples; None where that cannot be told, for a call of
+        which nothing is used.
+        """
         if not any(used) and two.outputs:
-            return None
+            try:
+                found = cls.of(two, three, [True] * len(used))
+            except (ValueError, NotImplementedError):
+                return None
+            return None if found is None or None in found.outputs else found
         one, other = leaves_of(two.inputs), leaves_of(three.inputs)
         if len(one) != len(other) or len(two.outputs) != len(three.outputs):
             raise NotImplementedError(

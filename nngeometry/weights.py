@@ -15,11 +15,11 @@ from .changes import other_tensors
 class Weights:
     """Copies of the parameters and buffers of a model as they are now.
 
-    model: whose. wanted: the parameters in which derivatives are taken; their copies are leaves of autograd, all others
-    are constants.
+    modules: whose, the model and what else takes part, a loss. wanted: the parameters in which derivatives are taken;
+    their copies are leaves of autograd, all others are constants.
 
     >>> model = nn.Linear(2, 1)
-    >>> weights = Weights(model, [model.weight])
+    >>> weights = Weights([model], [model.weight])
     >>> with torch.no_grad():
     ...     _ = model.weight.zero_()
     >>> from nngeometry.changes import Borrowed
@@ -30,12 +30,13 @@ class Weights:
     False
     """
 
-    def __init__(self, model: nn.Module, wanted: Sequence[Tensor]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], wanted: Sequence[Tensor]) -> None:
         chosen = {id(p) for p in wanted}
         #: Where modules hold their tensors.
         self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (held, name, t)
-            for module in model.modules()
+            for top in modules
+            for module in top.modules()
             for held in _held(module)
             for name, t in held.items()
             if t is not None and not _computed(t)
@@ -64,9 +65,11 @@ class Weights:
 
         return undo
 
-    def moved(self, leaves: Sequence[Tensor]) -> Callable[[], Callable[[], Any]]:
-        """A change: the model at these, with other tensors for the wanted parameters."""
-        ours = list(self._ours)
+    def moved(
+        self, leaves: Sequence[Tensor], cast: Callable[[Tensor], Tensor] | None = None
+    ) -> Callable[[], Callable[[], Any]]:
+        """A change: the model at these, with other tensors for the wanted parameters. cast: what becomes of others."""
+        ours = list(self._ours) if cast is None else list(map(cast, self._ours))
         for k, t in enumerate(self._theirs):
             if id(t) in self._wanted:
                 ours[k] = leaves[self._wanted[id(t)]]

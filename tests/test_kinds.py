@@ -9,9 +9,28 @@ import torch
 from models import CASES
 from torch import nn
 
-from nngeometry import Gaussian, Generator, LayerCollection, forms, memory, memory_budget
+from nngeometry import (
+    FIM,
+    Gaussian,
+    Generator,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatImplicit,
+    PMatKFAC,
+    PMatLowRank,
+    PMatQuasiDiag,
+    PVector,
+    forms,
+    kind,
+    memory,
+    memory_budget,
+)
 from nngeometry.autocorrelation import patch_moment
-from nngeometry.kinds import affine
+from nngeometry.kinds import Packing, affine
+from nngeometry.kinds.kind import _TABLE as table
 from nngeometry.likelihood import Cotangents
 
 
@@ -234,3 +253,328 @@ def test_moments_but_the_last_are_of_no_fewer_rows_than_columns(cut, monkeypatch
     x = a.flatten(0, 2)
     torch.testing.assert_close(forms.mirror(found)[0], x.T @ x)
     assert (count, rows) == (20, [8, 8, 4])
+
+
+class Adapter(nn.Module):
+    """y = x W0^T + x A^T B^T + c, some of it frozen."""
+
+    def __init__(self, c=True):
+        super().__init__()
+        self.W0 = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+        self.A, self.B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(3, 2))
+        self.c = nn.Parameter(torch.randn(3)) if c else None
+
+    def forward(self, x):
+        y = x @ self.W0.T + x @ self.A.T @ self.B.T
+        return y if self.c is None else y + self.c
+
+
+class Matrix(nn.Module):
+    """An affine layer with names of its own."""
+
+    def __init__(self, offset=True):
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(4)) if offset == "first" else None
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+        if offset is True:
+            self.offset = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        y = x @ self.matrix.T
+        return y if self.offset is None else y + self.offset
+
+
+def adapter_pieces(module, gy, x):
+    return {
+        "W0": torch.einsum("cbo,bi->cboi", gy, x),
+        "A": torch.einsum("cbo,or,bi->cbri", gy, module.B, x),
+        "B": torch.einsum("cbo,br->cbor", gy, x @ module.A.T),
+        "c": gy,
+    }
+
+
+@pytest.fixture
+def registered():
+    """Kinds that are registered for the time of one test, and the calls of them."""
+    before = dict(table)
+    calls = []
+
+    def register_adapter(*names):
+        @kind(Adapter, parameters=names)
+        def adapter(module, gy, x):
+            calls.append("adapter")
+            pieces = adapter_pieces(module, gy, x)
+            present = [name for name in names if getattr(module, name) is not None]
+            return forms.Dense(torch.cat([pieces[name].flatten(2) for name in present], 2))
+
+    def packing(module, bias):
+        return Packing.matrix((1, 4, 4), (0, 1, 2), (1, 4), bias)
+
+    @kind(Matrix, parameters=("matrix", "offset"), packing=packing, kronecker=True)
+    def matrix(module, gy, x):
+        calls.append("matrix")
+        ones = [] if module.offset is None else [torch.ones(len(x), 1)]
+        return forms.Outer(torch.cat([x, *ones], 1)[:, None, None], gy[:, :, None, None])
+
+    yield register_adapter, calls
+    table.clear()
+    table.update(before)
+
+
+REPRESENTATIONS = [PMatDense, PMatBlockDiag, PMatDiag, PMatImplicit, PMatLowRank]
+
+
+def check_every_representation(model, lc=None):
+    """Jacobian and representations of a model of vectors of four, against loops."""
+    batch = (torch.randn(5, 4),)
+    lc = lc or LayerCollection.from_model(model)
+    assert oracle.relative(streamed(model, batch, None, lc), oracle.jacobian(model, batch, None, lc)) < 1e-10
+    M = oracle.fim(model, [batch], "regression", None, lc)
+    blocks = torch.zeros_like(M)
+    for s in lc.slices().values():
+        blocks[s, s] = M[s, s]
+    expected = {PMatBlockDiag: blocks, PMatDiag: M.diag().diag()}
+    for representation in REPRESENTATIONS:
+        F = FIM(model, batch, representation, "regression", layer_collection=lc)
+        V = torch.randn(len(M), 2)
+        found = torch.stack([F.mv(PVector(lc, v)).to_torch() for v in V.T], 1)
+        assert oracle.relative(found, expected.get(representation, M) @ V) < 1e-9
+    FIM(model, batch, PMatQuasiDiag, "regression", layer_collection=lc)
+    return lc
+
+
+NAMES = [("W0", "A", "B", "c"), ("A", "B", "c"), ("c", "B", "A"), ("B", "A", "c", "W0")]
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("frozen", [(), ("A",), ("B", "c"), ("A", "B")])
+@pytest.mark.parametrize("c", [True, False])
+def test_a_low_rank_adapter(registered, names, frozen, c):
+    register_adapter, calls = registered
+    register_adapter(*names)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Adapter(c))
+    oracle.randomise(model)
+    for name in frozen:
+        if getattr(model[2], name) is not None:
+            getattr(model[2], name).requires_grad_(False)
+    lc = check_every_representation(model)
+    if "2" in lc:
+        assert repr(lc).endswith(", adapter")
+        assert "W0" not in dict(lc["2"].params)
+        assert calls
+
+
+def test_the_frozen_weight_of_an_adapter_too(registered):
+    register_adapter, calls = registered
+    register_adapter("W0", "A", "B", "c")
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 4), Adapter()))
+    check_every_representation(model, LayerCollection.from_model(model, frozen=True))
+    assert calls
+    register_adapter("A", "B", "c")
+    LayerCollection.from_model(model)
+    LayerCollection.from_model(model, "0", frozen=True)
+    with pytest.raises(
+        ValueError, match=r"layer '1' \(Adapter\): its registered kind 'adapter' is for .* A, B, c, but it has W0"
+    ):
+        LayerCollection.from_model(model, frozen=True)
+
+
+@pytest.mark.parametrize("frozen", [(), ("matrix",), ("offset",)])
+@pytest.mark.parametrize("offset", [True, False, "first"])
+def test_kronecker_factors_by_other_names(registered, offset, frozen):
+    model = nn.Sequential(Matrix(), nn.Tanh(), Matrix(offset))
+    oracle.randomise(model)
+    for name in frozen:
+        if getattr(model[2], name) is not None:
+            getattr(model[2], name).requires_grad_(False)
+    lc = check_every_representation(model)
+    assert registered[1]
+    assert lc["0"].kronecker
+    if "2" in lc:
+        collected = [name for name, _ in lc["2"].params]
+        assert lc["2"].kronecker == (collected in (["matrix"], ["matrix", "offset"]))
+    # The factors are those of the Linear layers that these are.
+    if offset == "first":
+        return
+    linear = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4, bias=offset))
+    with torch.no_grad():
+        for one, other in ((model[0], linear[0]), (model[2], linear[2])):
+            other.weight.copy_(one.matrix).requires_grad_(one.matrix.requires_grad)
+            if one.offset is not None:
+                other.bias.copy_(one.offset).requires_grad_(one.offset.requires_grad)
+    batch = (torch.randn(5, 4),)
+    for representation in (PMatKFAC, PMatEKFAC):
+        found, expected = (FIM(m, batch, representation, "regression") for m in (model, linear))
+        v = torch.randn(lc.numel())
+        assert (
+            oracle.relative(
+                found.mv(PVector(lc, v)).to_torch(),
+                expected.mv(PVector(expected.layer_collection, v)).to_torch(),
+            )
+            < 1e-9
+        )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_and_tied_kinds_of_the_user(registered, frozen):
+    register_adapter, calls = registered
+    register_adapter("W0", "A", "B", "c")
+    one, other = Adapter(), Adapter()
+    other.A, other.c = one.A, one.c
+    first, second = Matrix(), Matrix()
+    second.matrix = first.matrix
+    twice = nn.Linear(3, 4)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.one, self.up, self.second, self.other = first, one, twice, second, other
+
+        def forward(self, x):
+            h = self.up(self.one(torch.tanh(self.first(self.first(x)))))
+            return self.other(torch.tanh(self.second(h))) + self.other(h)
+
+    model = oracle.randomise(Net())
+    first.matrix.requires_grad_(not frozen)
+    one.A.requires_grad_(not frozen)
+    check_every_representation(model)
+    assert {"adapter", "matrix"} <= set(calls)
+
+
+@pytest.mark.usefixtures("registered")
+def test_one_parameter_by_two_names():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = self.right = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.left @ self.right
+
+    model = oracle.randomise(nn.Sequential(Square(), nn.Linear(4, 3)))
+    check_every_representation(model)
+
+    @kind(Square, parameters=["left", "right"])
+    def square(module, gy, x):
+        left = torch.einsum("bi,cbj->cbij", x, gy @ module.right.T)
+        right = torch.einsum("bi,cbj->cbij", x @ module.left, gy)
+        return forms.Dense(torch.cat([left.flatten(2), right.flatten(2)], 2))
+
+    lc = check_every_representation(model)
+    assert lc["0"].served_by == "square"
+    norm = oracle.randomise(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    norm[1].bias = norm[1].weight
+    check_every_representation(norm)
+
+
+LIBRARY = {
+    "linear": lambda: nn.Sequential(nn.Linear(4, 3)),
+    "conv": lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1)),
+    "conv-transpose": lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.ConvTranspose2d(1, 3, 2)),
+    "batch-norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+    "layer-norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+    "group-norm": lambda: nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4)),
+}
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_frozen_parameters_of_the_kinds_of_the_library(name, which):
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 4), LIBRARY[name]()))
+    getattr(model[1][-1], which).requires_grad_(False)
+    lc = check_every_representation(model)
+    assert all(layer.served_by != "generic" for layer in lc.layers.values())
+
+
+def test_a_frozen_embedding():
+    model = oracle.randomise(nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3)))
+    model[0].weight.requires_grad_(False)
+    batch = (torch.randint(5, (6, 2)),)
+    for frozen in (False, True):
+        lc = LayerCollection.from_model(model, frozen=frozen)
+        assert ("0" in lc) == frozen
+        assert oracle.relative(streamed(model, batch, None, lc), oracle.jacobian(model, batch, None, lc)) < 1e-10
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_kind_that_cannot_apply_is_named():
+    @kind(Adapter)  # for weight and bias
+    def usual(module, gy, x):
+        raise AssertionError
+
+    model = nn.Sequential(nn.Linear(4, 4), Adapter())
+    with pytest.raises(ValueError, match=r"layer '1' \(Adapter\): .*'usual' is for parameters named weight, bias, but"):
+        LayerCollection.from_model(model)
+    LayerCollection.from_model(model, "0")
+    model[1].requires_grad_(False)
+    assert list(LayerCollection.from_model(model)) == ["0"]
+
+    @kind(Adapter, parameters=["A", "B", "c"], packing=lambda module, bias: Packing.flat(7))
+    def short(module, gy, x):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"'short' has a packing of shape \(7,\).* A, B, c are 17: mend packing="):
+        LayerCollection.from_model(nn.Sequential(Adapter()))
+
+    @kind(Adapter, parameters=["A", "B", "c"])
+    def part(module, gy, x):
+        return forms.Dense(gy)
+
+    model = nn.Sequential(Adapter())
+    with pytest.raises(ValueError, match=r"layer '0' \(Adapter\): .*'part' returned .* \(3,\), .* shape \(17,\)"):
+        streamed(model, (torch.randn(5, 4),), None)
+
+    @kind(Adapter, parameters=["A", "B", "c"])
+    def wrong(module, gy, x):
+        pieces = adapter_pieces(module, gy, x)
+        return forms.Dense(torch.cat([pieces[name].flatten(2) * 2 for name in ("A", "B", "c")], 2))
+
+    with pytest.raises(ValueError, match=r"layer '0'.*do not add up"):
+        streamed(model, (torch.randn(5, 4),), None)
+
+
+def test_a_tied_parameter_that_a_kind_does_not_know_is_named(registered):
+    register_adapter, _ = registered
+    register_adapter("A", "B", "c")
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), Adapter())
+    model[2].W0 = model[0].weight
+    with pytest.raises(ValueError, match=r"layer '2' .*but it has W0"):
+        LayerCollection.from_model(model)
+
+
+def test_other_instances_and_subclasses_of_a_users_type(registered):
+    _, calls = registered
+
+    class Sub(Matrix):
+        def forward(self, x):
+            return super().forward(x) * self.matrix.sum()
+
+    lc = check_every_representation(oracle.randomise(nn.Sequential(Sub())))
+    assert lc["0"].served_by == "generic"
+    parametrised = nn.utils.parametrizations.weight_norm(Matrix(), "matrix")
+    lc = check_every_representation(oracle.randomise(nn.Sequential(parametrised)))
+    assert lc["0"].served_by == "generic"
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "change", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_instances_that_torch_changed_stay_generic(change):
+    model = nn.Sequential(nn.Linear(4, 4), change(nn.Linear(4, 3)))
+    lc = LayerCollection.from_model(oracle.randomise(model))
+    assert [layer.served_by for layer in lc.layers.values()] == ["linear", "generic"]
+    batch = (torch.randn(5, 4),)
+    assert oracle.relative(streamed(model, batch, None, lc), oracle.jacobian(model, batch, None, lc)) < 1e-10
+
+
+def test_what_is_registered_is_a_type_of_modules_with_names():
+    for wrong in (nn.Linear(2, 2), "Linear", int):
+        with pytest.raises(TypeError, match="is not a type of modules"):
+            kind(wrong)
+    with pytest.raises(TypeError, match="name the types"):
+        kind()
+    for names in ((), ("a", "a"), (1,)):
+        with pytest.raises(ValueError, match="must be different names"):
+            kind(Adapter, parameters=names)

@@ -104,5 +104,10 @@ def test_frozen():
 
 def test_repr_names_everything():
     text = repr(LayerCollection.from_model(nn.Sequential(nn.Linear(2, 3))))
-    assert "0: Linear (weight (3, 2), bias (3,))" in text
+    assert "0: Linear (weight (3, 2), bias (3,)), linear" in text
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.utils.spectral_norm(nn.Linear(2, 3)), nn.GRU(3, 2))
+    text = repr(LayerCollection.from_model(model))
+    assert "bias (2,)), batch_norm" in text
+    assert "weight_orig (3, 2)), generic" in text
+    assert "bias_hh_l0 (6,)), generic" in text
     assert isinstance(LayerCollection.from_model(nn.Linear(2, 3))[""], Layer)

@@ -1,7 +1,7 @@
 """Layer kinds: for each type of module, how what its hooks saw becomes a form of its Jacobian."""
 
 from . import affine, generic, norm
-from .kind import GENERIC, Kind, Packing, is_ours, kind, kind_of, own_parameters, whole
+from .kind import GENERIC, Kind, Packing, is_ours, kind, kind_of, own_parameters, serving, whole
 
 __all__ = [
     "GENERIC",
@@ -14,5 +14,6 @@ __all__ = [
     "kind_of",
     "norm",
     "own_parameters",
+    "serving",
     "whole",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -43,6 +43,14 @@ class Packing:
     ) -> Packing:
         """The weight viewed as ``view``, permuted by ``perm``, as ``(*rows, cols)`` plus a column for the bias."""
         return cls((*rows, prod(view) // prod(rows) + bias), view, perm, bias)
+
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    def without_bias(self) -> Packing:
+        """The same of the weight alone."""
+        return Packing((*self.shape[:-1], self.shape[-1] - 1), self.view, self.perm)
 
     @property
     def _in_order(self) -> bool:
@@ -96,17 +104,19 @@ class Packing:
 
 #: ``(module, gy, *inputs) -> form``, see :func:`kind`.
 KindFunction = Callable[..., LayerJacobian]
-#: ``(module, bias) -> packing``, with or without a column for the module's bias.
+#: ``(module, bias) -> packing``, with or without a column for the module's last parameter.
 PackingFunction = Callable[[Any, bool], Packing]
+_USUAL = ("weight", "bias")
 
 
 @dataclass(frozen=True)
 class Kind:
     """How modules of one exact type give their Jacobian.
 
-    function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of
-    ``packing(module, bias)``; None for the generic kind, which differentiates the module itself. kronecker: the
-    form has Kronecker factors. whole: the module owns all parameters below it (its children are not layers).
+    function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of the packing; None
+    for the generic kind, which differentiates the module itself. packing: see :func:`kind`. kronecker: the form has
+    Kronecker factors. whole: the module owns all parameters below it (its children are not layers). parameters: the
+    names of those that the form is with respect to, in its order.
     """
 
     function: KindFunction | None
@@ -114,6 +124,24 @@ class Kind:
     kronecker: bool = False
     features_last: bool = False
     whole: bool = False
+    parameters: tuple[str, ...] = _USUAL
+
+    @property
+    def name(self) -> str:
+        """The name of its function."""
+        if self.function is None:
+            return "generic"
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def known(self, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of a module's parameters that the form is with respect to, in its order."""
+        return params if self.function is None else {k: params[k] for k in self.parameters if k in params}
+
+    def packing_of(self, module: nn.Module, known: dict[str, nn.Parameter]) -> Packing:
+        """How the parameters of a module that are known are packed in the form."""
+        if self.packing is None:
+            return Packing.flat(sum(p.numel() for p in known.values()))
+        return self.packing(module, len(self.parameters) > 1 and self.parameters[-1] in known)
 
 
 GENERIC = Kind(None)
@@ -122,29 +150,55 @@ _TABLE: dict[type[nn.Module], Kind] = {}
 
 
 def kind(
-    *types: type[nn.Module], packing: PackingFunction, kronecker: bool = False, features_last: bool = False
+    *types: type[nn.Module],
+    packing: PackingFunction | None = None,
+    parameters: Sequence[str] = _USUAL,
+    kronecker: bool = False,
+    features_last: bool = False,
 ) -> Callable[[KindFunction], KindFunction]:
-    """Register a function as the Jacobian of modules of exactly these types (a subclass may compute something else).
+    """Register a function as the Jacobian of modules of exactly these types.
+
+    A subclass may compute something else: it is left to the generic kind, which is exact, until it is registered
+    itself.
 
     The function receives ``(module, gy, *inputs)``: the cotangents of the module's output, ``(C, B, *y)``, and its
-    tensor inputs, ``(B, *x)``, and returns a form of :mod:`nngeometry.forms` in the shape that ``packing(module,
-    bias)`` says.
+    tensor inputs, ``(B, *x)``, and returns a form of :mod:`nngeometry.forms`. It is compared with autograd on a few
+    examples before it is used.
+
+    parameters: the names of the module's own parameters that the form is with respect to, in its order, frozen ones
+    too: what is not collected is cut out. A module may lack some of them (a bias that is None). It may have others if
+    they are not collected, e.g. because they are frozen. packing: from the module, and whether it has the last
+    of these parameters, to how they are laid out in the form; by default end to end, ``(C, B, p)``. kronecker: the form
+    has Kronecker factors (an ``Outer`` of a first parameter, and maybe a bias in its last column). features_last: the
+    function takes any number of axes in front of the last one.
+
+    Raises ``TypeError`` for what is not a type of modules, ``ValueError`` for names that are none. A module that has
+    collected parameters with other names is an error of :meth:`LayerCollection.from_model`.
 
     >>> class Scale(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.weight = nn.Parameter(torch.ones(1))
+    ...         self.factor = nn.Parameter(torch.ones(1))
     ...     def forward(self, x):
-    ...         return self.weight * x
+    ...         return self.factor * x
     >>> from nngeometry.forms import Dense
-    >>> @kind(Scale, packing=lambda module, bias: Packing.flat(1))
+    >>> @kind(Scale, parameters=["factor"])
     ... def scale(module, gy, x):
     ...     return Dense((gy * x).flatten(2).sum(2, keepdim=True))
     """
+    for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"kind: {t!r} is not a type of modules: write @kind(TheModule, ...) above the function")
+    if not types:
+        raise TypeError("kind: name the types of modules: write @kind(TheModule, ...) above the function")
+    names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"kind: parameters={parameters!r} must be different names of parameters")
 
     def register(function: KindFunction) -> KindFunction:
+        _register_imported()
         for t in types:
-            _TABLE[t] = Kind(function, packing, kronecker, features_last)
+            _TABLE[t] = Kind(function, packing, kronecker, features_last, parameters=names)
         return function
 
     return register
@@ -161,8 +215,6 @@ def whole(*types: type[nn.Module]) -> None:
         _TABLE[t] = _WHOLE
 
 
-#: The parameters that the functions of the table know.
-_USUAL = (["weight"], ["weight", "bias"])
 _LATER: dict[str, Callable[[], None]] = {}
 
 
@@ -176,26 +228,34 @@ def when_imported(name: str) -> Callable[[Callable[[], None]], Callable[[], None
     return register
 
 
+def _register_imported() -> None:
+    for name in [name for name in _LATER if name in sys.modules]:
+        _LATER.pop(name)()
+
+
 def is_ours(found: Kind) -> bool:
     """Whether a kind is one of the library's own, whose Jacobians are known to be right, and not the user's."""
-    return found.function is None or found.function.__module__.startswith(__package__ + ".")
+    return found.function is None or getattr(found.function, "__module__", "").startswith(__package__ + ".")
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module itself, each once: ``named_parameters(recurse=False)``, which takes several times as
-    long.
-    """
-    found = {name: p for name, p in module._parameters.items() if p is not None}
-    return found if len({id(p) for p in found.values()}) == len(found) else dict(module.named_parameters(recurse=False))
+    """The parameters of a module itself, by all of their names."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module, by exact type; the generic kind for everything else, which is exact, only slower."""
-    for name in [name for name in _LATER if name in sys.modules]:
-        _LATER.pop(name)()
+    _register_imported()
     if parametrize.is_parametrized(module):
         return _WHOLE
-    found = _TABLE.get(type(module), GENERIC)
-    if found.function is not None and list(own_parameters(module)) not in _USUAL:
-        return GENERIC  # e.g. the old torch.nn.utils.weight_norm, which replaces the weight on an instance
-    return found
+    return _TABLE.get(type(module), GENERIC)
+
+
+def serving(found: Kind, params: dict[str, nn.Parameter]) -> Kind:
+    """A kind, or the generic one if it is the library's own and a module has not the parameters that it is for.
+
+    E.g. the old torch.nn.utils.weight_norm replaces the weight of an instance.
+    """
+    if found.function is None or (found.parameters[0] in params and list(found.known(params)) == list(params)):
+        return found
+    return GENERIC if is_ours(found) else found

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import data
-from ..evaluator import Evaluator, trainable
+from ..evaluator import Evaluator, State
 from ..memory import nbytes_of
-from .implicit import at
-from .products import Linearisations, Total, split_like
+from .products import INDEPENDENT, Linearisations, Total, split_like
 
 #: From one step to the next.
 _RATIO = 4
@@ -34,7 +32,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError)
 class Differences(Linearisations):
     """``V -> H V`` for the Hessian of a loss, by central differences of its gradient: to within rtol, or not at all.
 
-    total: the summed loss of a minibatch. modules: what has parameters and buffers that take part, the model first.
+    total: the summed loss of a minibatch. others: what has parameters and buffers that take part beside the model.
     mean: whether the sum over minibatches is divided by what they count. step: how far parameters are moved at first,
     for a vector whose largest entry is one; None for the third root of the machine epsilon. rtol: None for
     1e-9 in float64 and 1e-3 otherwise.
@@ -49,23 +47,18 @@ class Differences(Linearisations):
         evaluator: Evaluator,
         examples: Any,
         total: Total,
-        modules: Sequence[nn.Module],
+        others: Sequence[nn.Module],
         mean: bool,
         step: float | None = None,
         rtol: float | None = None,
     ) -> None:
-        super().__init__(evaluator, examples, lambda params, batches, position: self._gradient(batches))
+        super().__init__(evaluator, examples, lambda batches, position: self._gradient(batches), others)
         self.total = total
         self.mean = mean
         self.step = step
-        self.rtol = rtol if rtol is not None else 1e-9 if self.parameters[0].dtype == torch.float64 else 1e-3
+        self.rtol = rtol if rtol is not None else 1e-9 if self.dtype == torch.float64 else 1e-3
         #: Of the error in the product of one minibatch, whose errors add up.
         self.allowed = self.rtol / 2
-        self.collected = evaluator.layer_collection.parameters(evaluator.model)
-        mine = {id(p) for p in self.collected}
-        every = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules)
-        #: What takes part beside the collected parameters.
-        self.rest = [t for t in {id(t): t for t in every}.values() if id(t) not in mine]
 
     def _gradient(self, batches: list[data.Batch]) -> tuple[Gradient, float, Sequence[Tensor]]:
         gradient = Gradient(self, data.join(batches))
@@ -143,15 +136,15 @@ class Gradient:
             with Roundings() as seen:
                 self.origin, self.weight = self._moved(None)
         except _FAILURES:
-            if maps.parameters[0].dtype == torch.float64:
+            if maps.values[0].dtype == torch.float64:
                 raise
             # Some of what it computes with stays in another precision, or the device has no float64.
-            self.dtype = maps.parameters[0].dtype
+            self.dtype = maps.values[0].dtype
             with Roundings() as seen:
                 self.origin, self.weight = self._moved(None)
         self.eps = max(seen.eps, torch.finfo(self.dtype).eps)
         #: Shorter steps do not change the parameters much more than rounding does.
-        self.finest = 1e3 * self.eps * max(float(p.detach().abs().max()) for p in maps.parameters if p.numel())
+        self.finest = 1e3 * self.eps * max(float(p.detach().abs().max()) for p in maps.values if p.numel())
 
     def along(self, v: Tensor) -> Estimate:
         """The Hessian times v, whose largest entry is one or zero, and the estimated length of its error.
@@ -263,28 +256,24 @@ class Gradient:
     def _moved(self, shift: Tensor | None) -> tuple[Tensor, float]:
         """The gradient at the parameters plus a shift ``(P,)``, and what the minibatch counts in a mean."""
         maps = self.maps
-        with self._shifted(shift), trainable(maps.collected), torch.enable_grad():
-            value, weight = maps.total(data.map_tensors(self._cast, self.batch))
-            if not value.requires_grad:
-                raise ValueError("the loss does not depend on the collected parameters")
-            grads = torch.autograd.grad(value, maps.collected, allow_unused=True, materialize_grads=True)
-            flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads])
-        return flat.to(self.dtype), weight
-
-    @contextmanager
-    def _shifted(self, shift: Tensor | None) -> Iterator[None]:
-        """The model with shifted parameters, and all that takes part in the precision of the differences.
-
-        They are put in place of the model's own, so that whoever holds the same parameters sees them.
-        """
-        maps = self.maps
-        values = [p.to(self.dtype) for p in maps.parameters]
+        leaves = [p.to(self.dtype, copy=True) for p in maps.values]
         if shift is not None:
-            values = [p + s for p, s in zip(values, split_like(shift, values), strict=True)]
-        other = [(t, cast) for t in maps.rest if (cast := self._cast(t)) is not t]
-        tensors: list[Any] = [*maps.collected, *(t for t, _ in other)]
-        with at(maps.evaluator.model, tensors, [*values, *(cast for _, cast in other)]):
-            yield
+            leaves = [p + s for p, s in zip(leaves, split_like(shift, leaves), strict=True)]
+        edges = [get_gradient_edge(p.requires_grad_()) for p in leaves]
+        state = State(maps.evaluator.model)
+        with maps.evaluator.running(maps.weights.moved(leaves, self._cast), state):
+            value, weight = maps.total(data.map_tensors(self._cast, self.batch))
+            state.check()
+            grads: Sequence[Tensor | None] = [None] * len(edges)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, edges, allow_unused=True)
+        if all(g is None for g in grads):
+            raise ValueError(f"the loss {INDEPENDENT}")
+        flat = [
+            p.new_zeros(p.numel()) if g is None else (g.to_dense() if g.is_sparse else g).flatten().to(self.dtype)
+            for g, p in zip(grads, maps.values, strict=True)
+        ]
+        return torch.cat([g.to(self.dtype) for g in flat]), weight
 
     def _cast(self, t: Tensor) -> Tensor:
         if self.dtype != torch.float64:  # the model is left in its own precision

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .. import data
@@ -61,17 +61,19 @@ class Linearisations:
 
     evaluator: the model. linearise: how a minibatch gives its map. If what autograd saved for them fits the memory
     budget, all minibatches are linearised once and kept, so that a product costs no forward pass; otherwise the data
-    are read and linearised again whenever they are iterated.
+    are read and linearised again whenever they are iterated. others: what takes part beside the model, a loss.
     """
 
-    def __init__(self, evaluator: Evaluator, examples: Any, linearise: Linearise) -> None:
+    def __init__(
+        self, evaluator: Evaluator, examples: Any, linearise: Linearise, others: Sequence[nn.Module] = ()
+    ) -> None:
         data.require_repeatable(examples, "a matrix or map known by its products")
         self.evaluator = evaluator
         self.examples = examples
         self.linearise = linearise
         named = evaluator.layer_collection.named_parameters(evaluator.model)
         self.names, parameters = zip(*named, strict=True)
-        self.weights = Weights(evaluator.model, parameters)
+        self.weights = Weights([evaluator.model, *others], parameters)
         self.values = self.weights.values
         self.edges = self.weights.edges
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
@@ -296,15 +298,16 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
     return products
 
 
+INDEPENDENT = "does not depend on the collected parameters: does function= use another model, or a copy?"
+
+
 def _gradient(value: Tensor, maps: Linearisations, weight: Tensor | None, what: str) -> list[Tensor]:
     """A gradient that can be differentiated again."""
     found: Sequence[Tensor | None] = [None] * len(maps.edges)
     if value.requires_grad:
         found = torch.autograd.grad(value, maps.edges, weight, create_graph=True, allow_unused=True)
     if all(g is None for g in found):
-        raise ValueError(
-            f"{what} does not depend on the collected parameters: does function= use another model, or a copy?"
-        )
+        raise ValueError(f"{what} {INDEPENDENT}")
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, maps.values, strict=True)]
 
 
