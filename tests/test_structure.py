@@ -24,6 +24,7 @@ FLOORS = [
         "apart",
         "likelihood",
         "losses",
+        "batch",
         "data",
         "layers",
         "linalg",
