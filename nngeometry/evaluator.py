@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from .changes import Borrowed, Change, entered, no_grad, not_compiled, recording
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
 from .recurrent import recurrent_without_cudnn
+
+T = TypeVar("T")
 
 #: Bytes of the parameters of a model up to which its minibatches may be joined.
 _SMALL_MODEL = 2**21
@@ -62,6 +64,7 @@ class Evaluator:
         self.function = function
         self.device = parameters[0].device if device is None else torch.device(device)
         self.verbose = verbose
+        self._read = data.Reader(function, self._asked)
         if self.device.type != parameters[0].device.type:
             raise ValueError(
                 f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
@@ -75,7 +78,25 @@ class Evaluator:
         """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when
         verbose.
         """
-        return data.minibatches(examples, self.device, self.verbose, type(self.model).__name__)
+        return map(self._read, data.minibatches(examples, self.device, self.verbose, type(self.model).__name__))
+
+    def _asked(self, batch: data.Batch) -> Any:
+        """What the model returns for a minibatch, of which it is given a copy."""
+        state = State(self.model)
+        with self.running(state):
+            f = self.outputs_unchecked(data.map_tensors(Tensor.clone, batch))
+            state.check()
+        return f.detach() if isinstance(f, Tensor) else f
+
+    def apart(self, batch: data.Batch, look: Callable[[data.Batch], T]) -> T:
+        """``look(batch)``, which takes examples out; if that fails, once more with what is not of examples found."""
+        try:
+            return look(batch)
+        except Exception as error:
+            found = data.settled(batch, self._asked)
+            if found is None:
+                raise error
+        return look(found)
 
     def outputs(self, batch: data.Batch) -> Tensor:
         """The output of the model on a minibatch, checked: one row for each example, finite."""

@@ -57,19 +57,25 @@ class Plan:
 
     layouts: of every call, None for one that nothing comes of. names: the layers in the order of calls. aligned:
     whether all tensors of a minibatch have a row for each example, so that it can be taken apart. axes: how many each
-    tensor of the minibatch had; a model may do something else with more or fewer. trial: of two examples, if what is
-    made of them was counted. looked: whether it was found by running the model. one: whether with one example, too.
-    normalises_one: whether something is normalised as one example however many there are.
+    tensor of the minibatch had; a model may do something else with more or fewer. whole: where there are tensors as
+    long as the minibatch that are none of examples. trial: of two examples, if what is made of them was counted.
+    looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
+    something is normalised as one example however many there are.
     """
 
     layouts: tuple[Layout | None, ...]
     names: tuple[str, ...]
     aligned: bool
     axes: tuple[int, ...]
+    whole: frozenset[data.Path] = frozenset()
     trial: Trial | None = None
     looked: bool = True
     one: bool = False
     normalises_one: bool = False
+
+    def read(self, batch: data.Batch) -> data.Batch:
+        """A minibatch, with what was found about those like it."""
+        return data.reread(batch, self.whole) if self.whole else batch
 
     def fits(self, batch: data.Batch) -> bool:
         """Whether it is for minibatches like this one."""
@@ -162,7 +168,8 @@ class Generator(Evaluator):
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
-            yield from self._observe(sites, batches, position, planned(batches[0]), by_example)
+            found = planned(batches[0])
+            yield from self._observe(sites, [found.read(b) for b in batches], position, found, by_example)
 
     def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         """The cotangents of minibatches laid end to end, None if their numbers differ."""
@@ -232,24 +239,19 @@ class Generator(Evaluator):
 
         measure: whether to count what the model makes.
         """
+        return self.apart(batch, lambda b: self._probe(sites, b, measure))
+
+    def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
         n = data.count(batch)
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before, normalises = weights.norms(), OneExample()
         with self.running(weights.in_place, state):
-            try:
-                few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
-                with Made() if measure else nullcontext() as made:
-                    f2, two = self._forward(sites, few[0], None)
-                with normalises:
-                    f3, three = self._forward(sites, few[1], None)
-            except Exception as error:
-                self._forward(sites, batch, None)  # which may say it in terms of what the user knows
-                raise ValueError(
-                    f"the model runs on a minibatch of {n} examples and not on some of them "
-                    f"({_first_line(error)}), so it cannot be seen whether it treats each by itself: pass a "
-                    "function= that runs on any number of examples"
-                ) from error
+            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
+            with Made() if measure else nullcontext() as made:
+                f2, two = self._forward(sites, few[0], None)
+            with normalises:
+                f3, three = self._forward(sites, few[1], None)
             state.check()
             if not all(map(same_entries, before, weights.norms())):
                 raise ValueError(WRITES_PARAMETERS)
@@ -274,6 +276,7 @@ class Generator(Evaluator):
                 tuple(c.site.name for c in two),
                 data.aligned(batch),
                 data.axes(batch),
+                data.whole(batch),
                 None if made is None else Trial(few[0], f2.detach(), made.nbytes),
                 normalises_one=normalises.met,
             )

@@ -96,8 +96,8 @@ def GramMatrix(
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in lc} if per_layer else {"": tuple(lc)}
     if per_layer and metric is not None:
         _check_separate(metric.root, lc)
-    examples = list(left.minibatches(loader))
-    examples2 = examples if loader2 is None else list(right.minibatches(loader2))
+    examples = data.Minibatches(left.minibatches(loader))
+    examples2 = examples if loader2 is None else data.Minibatches(right.minibatches(loader2))
     root = None if metric is None else metric.root
     asked = _Asked(left, right, examples, examples2, same, OUTPUTS[output], groups, root, output == "mean_trace")
     found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose)

@@ -268,10 +268,10 @@ class Tape:
     ) -> None:
         self.generator = generator
         self.metric = metric
-        self.batches = batches
         self.partners = partners
         self.plan = generator.plan(batches[0])
-        one = next(slabs(generator, [data.take(batches[0], torch.arange(1))], self.plan))
+        self.batches = batches = data.Minibatches(map(self.plan.read, batches))
+        one = next(slabs(generator, data.Minibatches([data.take(batches[0], torch.arange(1))]), self.plan))
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
         each = max(1, predicted_bytes(one, metric, partners))
@@ -284,7 +284,7 @@ class Tape:
 
     def make(self, run: int) -> list[tuple[slice, Sides]]:
         """The Jacobians of a run of minibatches, each with which examples they are."""
-        found = slabs(self.generator, [batch for _, batch in self.runs[run]], self.plan)
+        found = slabs(self.generator, data.Minibatches(batch for _, batch in self.runs[run]), self.plan)
         lc = self.generator.layer_collection
         return [
             (where, sides(slab, self.metric, lc, self.partners))

@@ -241,7 +241,7 @@ class PFMapDense(FlatArray, PFMap):
     def of(cls, generator: Generator, examples: Any) -> PFMapDense:
         """The Jacobian that a generator streams."""
         lc = generator.layer_collection
-        batches = list(generator.minibatches(examples))
+        batches = data.Minibatches(generator.minibatches(examples))
         n = sum(map(data.count, batches))
         remedy = "use representation=PFMapFactored or PFMapImplicit"
         return cls(lc, stacked_rows(slabs(generator, batches), lc, n, "a dense Jacobian", remedy))
