@@ -50,7 +50,7 @@ def is_minibatch(examples: Any) -> bool:
     """Whether ``examples`` is one minibatch rather than a loader: a tensor, a mapping, an object with tensors that
     cannot be iterated, or a tuple or list that starts with a tensor.
     """
-    if isinstance(examples, Minibatches):
+    if isinstance(examples, Minibatches | Dataset):
         return False
     if isinstance(examples, Tensor | Mapping | Minibatch | PackedSequence) or hasattr(examples, "keys"):
         return True
@@ -85,6 +85,8 @@ def minibatches(
     empty = True
     for batch in progress(loader, verbose, what):
         empty = False
+        if isinstance(batch, str | bytes | int | float | type(None)):
+            raise TypeError(f"loader: a minibatch is a tensor, tuple, dict or object, and this one is {batch!r:.50}")
         yield move(batch, device)
     if empty:
         raise ValueError(
@@ -93,19 +95,19 @@ def minibatches(
         )
 
 
-def require_loader(examples: Any) -> None:
+def require_loader(examples: Any, name: str = "loader") -> None:
     """Raise ``TypeError`` unless minibatches can be read from ``examples``."""
     if is_minibatch(examples):
         return
     if isinstance(examples, Dataset) and not isinstance(examples, IterableDataset):
         raise TypeError(
-            f"loader: a {type(examples).__name__} yields single examples: pass DataLoader(dataset, batch_size=...) "
+            f"{name}: a {type(examples).__name__} yields single examples: pass DataLoader(dataset, batch_size=...) "
             "(batch_size=None if its items are minibatches)"
         )
     if isinstance(examples, type | str | bytes) or not hasattr(examples, "__iter__"):
         what = f"the class {examples.__name__}" if isinstance(examples, type) else f"{type(examples).__name__}"
         raise TypeError(
-            f"loader: expected a DataLoader, an iterable of minibatches, or one minibatch (a tensor, tuple or dict), "
+            f"{name}: expected a DataLoader, an iterable of minibatches, or one minibatch (a tensor, tuple or dict), "
             f"got {what}"
         )
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import arguments, data
 from .apart import called_apart
 from .changes import Borrowed, Change, entered, no_grad, not_compiled, recording
 from .layercollection import LayerCollection
@@ -50,6 +50,10 @@ class Evaluator:
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
+        arguments.model(model)
+        arguments.instance("layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)")
+        arguments.function(function)
+        arguments.device(device)
         parameters = layer_collection.parameters(model)
         if not parameters:
             raise ValueError("the layer collection is empty: build it with LayerCollection.from_model(model)")
@@ -100,11 +104,19 @@ class Evaluator:
 
     def outputs(self, batch: data.Batch) -> Tensor:
         """The output of the model on a minibatch, checked: one row for each example, finite."""
-        f = self.outputs_unchecked(batch)
+        try:
+            f = self.outputs_unchecked(batch)
+        except RuntimeError as error:
+            arguments.inputs(batch, next(self.model.parameters()).dtype, error)
+            raise
         if not isinstance(f, Tensor):
             raise TypeError(
                 f"the model returned a {type(f).__name__}, not a tensor: pass function=, "
                 "e.g. function=lambda *batch: model(batch[0]).logits"
+            )
+        if not f.is_floating_point():
+            raise TypeError(
+                f"the model returned {f.dtype}: its outputs must be real numbers that can be differentiated"
             )
         n = data.count(batch)
         if f.ndim == 0 or f.shape[0] != n:

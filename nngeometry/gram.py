@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import arguments, data
 from .blocks import Block
 from .generator import Generator
 from .jacobian import of_outputs
@@ -75,8 +75,23 @@ def GramMatrix(
 
     Source: Jacot, Gabriel and Hongler (2018), 1806.07572.
     """
-    if output not in OUTPUTS:
-        raise ValueError(f"GramMatrix: output={output!r} is not one of {', '.join(map(repr, OUTPUTS))}")
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.call(
+        model2 or model, loader if loader2 is None else loader2, function2, None, LayerCollection, None, "loader2"
+    )
+    arguments.one_of("GramMatrix: output", output, list(OUTPUTS))
+    if isinstance(representation, type) and not issubclass(representation, FMatDense | FMatImplicit):
+        raise TypeError(
+            "representation: expected FMatDense, FMatImplicit or FMatMemmap.at(folder), got "
+            f"{arguments.described(representation)}"
+        )
+    if not callable(representation) or isinstance(representation, FMat):
+        raise TypeError(
+            "representation: expected FMatDense, FMatImplicit or FMatMemmap.at(folder), got "
+            f"{arguments.described(representation)}"
+        )
+    if metric is not None:
+        arguments.instance("metric", metric, PMat, "pass a matrix or an inverse of one, F.inv(regul)")
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     if metric is not None:
         check_same_space(lc, metric.layer_collection, "metric")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import arguments, data
 from .blocks import Operator
 from .evaluator import Evaluator
 from .generator import Generator, at_once
@@ -18,6 +18,7 @@ from .layercollection import LayerCollection
 from .likelihood import Cotangents, Loss
 from .losses import output_loss
 from .metrics import Representation
+from .object import PMat
 from .object.finite_difference import Differences
 from .object.products import hessian
 
@@ -87,11 +88,21 @@ def GGN(
 
     Source: Schraudolph (2002), Neural Computation 14; Martens (2014), 1412.1193.
     """
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.representation(representation, PMat, options, GGN, "plan")
+    arguments.loss(loss)
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    known = output_loss(nn.CrossEntropyLoss() if loss is None else loss)
+    loss = nn.CrossEntropyLoss() if loss is None else loss
+    known = output_loss(loss)
+    sqrt, weight = arguments.explaining(loss, known.sqrt), arguments.explaining(loss, known.weight)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        return known.sqrt(f, *data.targets(batch))
+        return sqrt(f, *data.targets(batch))
+
+    def weigh(f: Tensor, batch: data.Batch) -> float:
+        targets = data.targets(batch)
+        arguments.labels(loss, f, targets)
+        return weight(f, *targets)
 
     def curvature(f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
         return known.hvp(f, u, *data.targets(batch))
@@ -104,7 +115,7 @@ def GGN(
         device=device,
         verbose=verbose,
         curvature=curvature,
-        weigh=lambda f, batch: known.weight(f, *data.targets(batch)),
+        weigh=weigh,
         mean=known.mean,
         together=at_once(cotangents),
     )
@@ -142,6 +153,11 @@ def Hessian(
 
     Source: Pearlmutter (1994), Neural Computation 6.
     """
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.representation(representation, PMat, options, Hessian, "project")
+    arguments.loss(loss)
+    if products is not None:
+        arguments.instance("products", products, FiniteDifference, "pass FiniteDifference()")
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     source = LossCurvature(
         model,
@@ -169,6 +185,8 @@ class LossCurvature(Evaluator):
     ) -> None:
         super().__init__(model, layer_collection, **options)
         self.loss = output_loss(loss)
+        self._total = arguments.explaining(loss, self.loss.total)
+        self._weight = arguments.explaining(loss, self.loss.weight)
         self.products = products
 
     def operator(self, examples: Any) -> Operator:
@@ -177,7 +195,10 @@ class LossCurvature(Evaluator):
         def total(batch: data.Batch) -> tuple[Tensor, float]:
             f = self.outputs_of(batch)
             targets = data.targets(batch)
-            return self.loss.total(f, *targets), self.loss.weight(f.detach(), *targets)
+            value = self._total(f, *targets)
+            if f.requires_grad and not value.requires_grad:
+                raise ValueError("loss: its value does not depend on the outputs (detached, or not differentiable)")
+            return value, self._weight(f.detach(), *targets)
 
         matvec: Callable[[Tensor], Tensor]
         if self.products is None:

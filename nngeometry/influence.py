@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .changes import unrecorded
 from .generator import Generator
 from .likelihood import Loss
@@ -55,6 +56,13 @@ class Influence:
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
+        arguments.call(model, [], function, None, PMat, device)
+        arguments.instance("matrix", matrix, PMat, "pass e.g. GGN(model, loader, PMatEKFAC, loss)")
+        if refine is not None:
+            arguments.instance("refine", refine, PMat, "pass the same matrix as PMatImplicit")
+        arguments.number("rtol", rtol, above=0.0)
+        for name, given in (("loss", loss), ("query_loss", query_loss)):
+            arguments.loss(given, name)
         loss = nn.CrossEntropyLoss() if loss is None else loss
 
         def generator(of: Loss) -> Generator:
@@ -85,6 +93,7 @@ class Influence:
     @unrecorded
     def self_scores(self, train: Any, per_layer: bool = False) -> Any:
         """``(t,)``: the influence of every training example on itself, large for atypical and mislabelled ones."""
+        arguments.loader(train, "train")
         shares: list[dict[str, Tensor]] = []
         for slab in slabs(self._train, train):
             if self._inverse is None:
@@ -102,6 +111,7 @@ class Influence:
 
         Returns scores and positions in the loader, ``(q, k)`` each; no more than ``(q, k + minibatch)`` is held.
         """
+        arguments.integer("top: k", k, least=1)
         best: tuple[Tensor, Tensor] | None = None
         for start, tiles in self._columns(queries, train):
             values = _sum(tiles)
@@ -115,6 +125,8 @@ class Influence:
 
     def _columns(self, queries: Any, train: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each minibatch of training examples its first and its scores ``(q, b)``, layer by layer."""
+        for name, examples in (("queries", queries), ("train", train)):
+            arguments.loader(examples, name)
         lc = self.matrix.layer_collection
         found = list(slabs(self._query, queries))
         if self._inverse is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import arguments, data
 from .generator import Generator
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
@@ -42,8 +42,14 @@ def Jacobian(
     >>> J.shape, (J @ PVector.from_model(model).detach()).size()
     ((3, 20, 15), torch.Size([3, 20]))
     """
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    if not (isinstance(representation, type) and issubclass(representation, PFMap)):
+        raise TypeError(
+            "representation: expected PFMapDense, PFMapFactored or PFMapImplicit, got "
+            f"{arguments.described(representation)}"
+        )
     generator = of_outputs(model, function, layer_collection, n_output=n_output, device=device, verbose=verbose)
-    found: PFMap = representation.of(generator, loader)
+    found: PFMap = representation.of(generator, loader)  # type: ignore[attr-defined]
     return found.centred() if centering else found
 
 
@@ -57,6 +63,9 @@ def of_outputs(
     verbose: bool = False,
 ) -> Generator:
     """A generator of the Jacobian itself: one cotangent for each output."""
+
+    if n_output is not None:
+        arguments.integer("n_output", n_output, least=1)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         if n_output is not None and f[0].numel() != n_output:

@@ -9,7 +9,9 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
+from . import arguments
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 
 
@@ -89,6 +91,8 @@ class LayerCollection:
     """
 
     def __init__(self, layers: Mapping[str, Layer] | None = None) -> None:
+        if layers is not None:
+            arguments.instance("layers", layers, Mapping, "use LayerCollection.from_model(model)")
         self.layers: dict[str, Layer] = dict(layers or {})
 
     @classmethod
@@ -101,6 +105,9 @@ class LayerCollection:
 
         Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
         """
+        arguments.model(model)
+        if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+            raise ValueError("the model has lazy parameters that have no shape yet: run it once on a minibatch")
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
         for name, _, _, params in _modules(model):
@@ -127,6 +134,7 @@ class LayerCollection:
 
     def add_layer(self, name: str, layer: Layer) -> None:
         """Append a layer, in place."""
+        arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
         if name in self.layers:
             raise ValueError(f"layer {name!r} is in the collection already")
         self.layers[name] = layer
@@ -146,6 +154,11 @@ class LayerCollection:
         Raises ``KeyError`` for a selector that matches nothing.
         """
         for selector in selectors:
+            if not (isinstance(selector, str | type) or callable(selector)):
+                raise TypeError(
+                    f"a selector is a name, a module type or a predicate, got {arguments.described(selector)}: pass "
+                    "several as several arguments"
+                )
             if not any(layer.matches(selector) for layer in self.layers.values()):
                 raise KeyError(f"{selector!r} selects no layer: the collection has {', '.join(self.layers) or 'none'}")
         return LayerCollection(
@@ -172,6 +185,7 @@ class LayerCollection:
     __and__ = common_layers
 
     def _check_common(self, other: LayerCollection) -> None:
+        arguments.instance("the other", other, LayerCollection, "make one with LayerCollection.from_model(model)")
         for name, layer in self.layers.items():
             if name in other.layers and other.layers[name] != layer:
                 raise ValueError(
@@ -200,6 +214,7 @@ class LayerCollection:
 
         Raises ``ValueError`` if the model does not have them.
         """
+        arguments.model(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         for layer in self.layers.values():
             for pname, shape in layer.params:
@@ -236,6 +251,9 @@ class LayerCollection:
         return sites
 
     def __getitem__(self, name: str) -> Layer:
+        if name not in self.layers:
+            hint = arguments.near(name, self.layers)
+            raise KeyError(f"no layer {name!r}{hint}: the collection has {', '.join(self.layers) or 'none'}")
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -68,6 +68,8 @@ def memory_budget(nbytes: int) -> Iterator[None]:
     ...     budget(torch.device("cpu"))
     268435456
     """
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int | float) or nbytes != nbytes:
+        raise TypeError(f"memory_budget: expected a number of bytes, e.g. 2**30, got {nbytes!r}")
     if nbytes <= 0:
         raise ValueError(f"memory_budget: expected a positive number of bytes, got {nbytes}")
     token = _BUDGET.set(int(nbytes))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import data
+from . import arguments, data
 from .generator import CotangentFunction, Curvature, Generator, SeveralCotangents, at_once
 from .layercollection import LayerCollection
-from .likelihood import Cotangents, Likelihood, Loss, likelihood_of, loss_gradient
+from .likelihood import VARIANTS, Cotangents, Likelihood, Loss, likelihood_of, loss_gradient
 from .object.pmat import PMat
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
@@ -53,6 +54,7 @@ def FIM(
 
     Source: Pascanu and Bengio (2013), 1301.3584; Kunstner, Balles, Hennig (2019), 1905.12558.
     """
+    arguments.variant(variant, Likelihood, list(VARIANTS))
     likelihood = likelihood_of(variant)
 
     def curvature(f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
@@ -98,8 +100,9 @@ def FIM_MonteCarlo(
     >>> model = nn.Linear(4, 3)
     >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=torch.Generator().manual_seed(0))
     """
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    arguments.integer("trials", trials, least=1)
+    arguments.variant(variant, Likelihood, list(VARIANTS))
+    arguments.generator(generator)
     likelihood = likelihood_of(variant)
     seed = int(torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device))
 
@@ -183,8 +186,11 @@ def GradientCovariance(
 def gradients_of(loss: Loss) -> CotangentFunction:
     """The gradient of each example's loss, as the one cotangent."""
 
+    arguments.loss(loss)
+    gradient = arguments.explaining(loss, partial(loss_gradient, loss))
+
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        return Cotangents.of(loss_gradient(loss, f, *data.targets(batch)).unsqueeze(0))
+        return Cotangents.of(gradient(f, *data.targets(batch)).unsqueeze(0))
 
     return cotangents
 
@@ -203,10 +209,10 @@ def _matrix(
     centred: bool = False,
     curvature: Curvature | None = None,
 ) -> PMat:
-    if not callable(representation):
-        raise TypeError(
-            f"representation: expected a PMat class, a partial of one or PMatMixed.of(...), got {representation!r}"
-        )
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.representation(representation, PMat, options, FIM, "plan")
+    if n_output is not None:
+        arguments.integer("n_output", n_output, least=1)
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
     def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil, hypot, inf, pi
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from . import arguments
 from .changes import no_grad
 from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
 from .linalg.base import Matvec
@@ -202,6 +203,10 @@ def spectral_density(
     Source: Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Ghorbani, Krishnan, Xiao (2019), 1901.10159;
     Papyan (2018), 1811.07062, for the deflation.
     """
+    arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
+    for name, value, least in (("steps", steps, 1), ("probes", probes, 2), ("outliers", outliers, 0)):
+        arguments.integer(f"spectral_density: {name}", value, least)
+    arguments.generator(generator)
     size = F.size(0)
     if steps < 1 or probes < 2:
         raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
@@ -236,6 +241,9 @@ def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     >>> {name: spectrum.size for name, spectrum in layer_spectra(G).items()}
     {'0': 25, '2': 18}
     """
+    arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
+    arguments.keywords("layer_spectra", spectral_density, options)
+    arguments.integer("layer_spectra: outliers", options.get("outliers", 0), 0)
     spectra = {}
     for name, layer in F.layer_collection.layers.items():
         outliers = min(options.get("outliers", 0), layer.numel() - 1)
@@ -274,6 +282,10 @@ def extreme_eigenpairs(
 
     Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22.
     """
+    arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
+    arguments.integer("extreme_eigenpairs: k", k, least=1)
+    arguments.one_of("extreme_eigenpairs: which", which, get_args(Which))
+    arguments.keywords("extreme_eigenpairs", eigsh, options)
     with no_grad(), _progress(F.root.mv, verbose) as matvec:
         pairs = eigsh(matvec, F.size(0), k, which=which, like=_like(F), **options)
     vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]

@@ -26,6 +26,7 @@ FLOORS = [
         "losses",
         "batch",
         "data",
+        "arguments",
         "layers",
         "linalg",
         "recurrent",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..blocks import Block, Direct, add, matmul
 from ..generator import Generator
 from ..kinds import Packing
@@ -264,6 +265,7 @@ class PMat(VectorSpace):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same matrix on another device or in another dtype."""
+        arguments.device(device)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
     def save(self, path: str | Path) -> None:

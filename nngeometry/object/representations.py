@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import blocks
+from .. import arguments, blocks
 from ..blocks import Block
 from ..changes import no_grad
 from ..generator import Generator
@@ -140,6 +140,7 @@ class PMatLowRank(PMat):
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer], rank: int = 10) -> Block:
         """The ``rank`` eigenpairs of largest magnitude."""
+        arguments.integer("PMatLowRank: rank", rank, least=1)
         like = torch.empty(0, dtype=operator.dtype, device=operator.device)
         pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
         return _direct([blocks.LowRank(pairs.vectors, pairs.values)])

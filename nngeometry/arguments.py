@@ -1,0 +1,315 @@
+"""What the user passes, looked at before any work: one sentence that names the argument and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from functools import partial, wraps
+from numbers import Integral, Real
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import data
+
+_HERE = str(Path(__file__).parent)
+
+
+def described(value: Any) -> str:
+    """What something is, in a few words.
+
+    >>> described(nn.Linear), described("a"), described([1])
+    ('the class Linear', "'a'", 'a list')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, str | int | float | complex):
+        return repr(value)
+    return f"{'an' if type(value).__name__[0] in 'AEIOUaeiou' else 'a'} {type(value).__name__}"
+
+
+def near(word: object, known: Iterable[object]) -> str:
+    """A question after the known word that was probably meant, empty if there is none."""
+    found = get_close_matches(str(word), [str(k) for k in known], 1, 0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def instance(name: str, value: Any, of: type | tuple[type, ...], remedy: str) -> None:
+    """Raise ``TypeError`` unless a value is of a type."""
+    if isinstance(value, of):
+        return
+    kinds = of if isinstance(of, tuple) else (of,)
+    if isinstance(value, type) and issubclass(value, kinds):
+        raise TypeError(f"{name}: expected an instance, got the class {value.__name__}: {remedy}")
+    raise TypeError(f"{name}: expected a {kinds[0].__name__}, got {described(value)}: {remedy}")
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless a value is one of some words."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}{near(value, known)}")
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """A whole number that is at least so large. Raises ``TypeError`` or ``ValueError``.
+
+    >>> integer("trials", 2, least=1)
+    2
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected a whole number, got {described(value)}")
+    if not least <= int(value) < 2**63:
+        raise ValueError(f"{name}: expected at least {least}, got {value}" if value < least else f"{name} is too large")
+    return int(value)
+
+
+def number(name: str, value: Any, above: float = -math.inf) -> float:
+    """A finite real number. Raises ``TypeError`` or ``ValueError``."""
+    real = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    if not real or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {described(value)}")
+    if not math.isfinite(value) or float(value) <= above:
+        raise ValueError(f"{name}: expected a {'finite' if above == -math.inf else 'positive'} number, got {value}")
+    return float(value)
+
+
+# Of calls
+
+
+def model(value: Any) -> None:
+    """Raise ``TypeError`` unless a model is one."""
+    if isinstance(value, nn.Module):
+        return
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise TypeError(f"model: expected an instance, got the class {value.__name__}: make one, {value.__name__}(...)")
+    swapped = isinstance(value, Tensor | tuple | list | torch.utils.data.DataLoader)
+    hint = ": the model comes first, then the loader" if swapped else ""
+    raise TypeError(f"model: expected an nn.Module, got {described(value)}{hint}")
+
+
+def loader(value: Any, name: str = "loader") -> None:
+    """Raise ``TypeError`` unless minibatches can be read from a value."""
+    if isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected data, got the model {type(value).__name__}: the model comes first")
+    data.require_loader(value, name)
+
+
+def function(value: Any, name: str = "function") -> None:
+    """Raise ``TypeError`` unless a function is one, or None."""
+    if value is not None and (not callable(value) or (isinstance(value, type) and issubclass(value, nn.Module))):
+        raise TypeError(
+            f"{name}: expected a function from a minibatch to outputs, got {described(value)}: write e.g. "
+            f"{name}=lambda x, y: model(x)"
+        )
+
+
+def device(value: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a device is one, or None."""
+    if value is None or isinstance(value, torch.device):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"device: expected a torch.device or a string, got {described(value)}")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        remedy = ' (did you mean "cuda"?)' if value.startswith("gpu") else near(value, ("cpu", "cuda", "mps", "xpu"))
+        raise ValueError(f'device={value!r} is no device of torch{remedy}: pass e.g. "cpu" or "cuda:0"') from error
+
+
+def call(
+    of_model: Any, of_loader: Any, of_function: Any, layer_collection: Any, of: type, on: Any, name: str = "loader"
+) -> None:
+    """Check what all constructors take. of: the class of layer collections."""
+    model(of_model)
+    if any(p.is_meta for p in of_model.parameters()):
+        raise ValueError("model: its parameters are on the meta device, where they have no values: load them first")
+    loader(of_loader, name)
+    function(of_function)
+    if layer_collection is not None:
+        instance("layer_collection", layer_collection, of, "make one with LayerCollection.from_model(model, *names)")
+    device(on)
+
+
+def generator(value: Any) -> None:
+    """Raise ``TypeError`` unless a source of randomness is one of torch, or None."""
+    if value is not None:
+        instance("generator", value, torch.Generator, "pass torch.Generator().manual_seed(0)")
+
+
+def loss(value: Any, name: str = "loss") -> None:
+    """Raise ``TypeError`` unless a loss can be called, or None."""
+    if isinstance(value, type):
+        raise TypeError(f"{name}: expected an instance, got the class {value.__name__}: pass {value.__name__}()")
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name}: expected a loss of torch.nn or a function of outputs and targets, got {described(value)}: pass "
+            "e.g. nn.CrossEntropyLoss()"
+        )
+
+
+def representation(value: Any, base: type, options: dict[str, Any], matrix: Callable[..., Any], method: str) -> None:
+    """Raise ``TypeError`` unless a representation is a class of matrices that takes these options.
+
+    base: the class of all of them. matrix: the function that was called. method: the one of its methods that will
+    receive the options, "plan" or "project"; ``NotImplementedError`` if it has none.
+    """
+    kind = value.func if isinstance(value, partial) else value
+    of = f"{base.__name__} class, e.g. PMatKFAC, a partial of one or PMatMixed.of(...)"
+    if isinstance(kind, base):
+        raise TypeError(f"representation: expected a {of}, got an instance of {type(kind).__name__}: pass the class")
+    if isinstance(kind, type):
+        if not issubclass(kind, base):
+            raise TypeError(f"representation: expected a {of}, got {described(kind)}")
+    elif not callable(kind) or isinstance(kind, nn.Module):
+        raise TypeError(f"representation: expected a {of}, got {described(kind)}")
+    elif not _accepts(kind, ("layer_collection", "generator", "examples", *options)):
+        raise TypeError(f"representation: expected a {of}, got a function that takes other arguments")
+    if not isinstance(kind, type):
+        return
+    inherited = [getattr(kind, name).__func__ is getattr(base, name).__func__ for name in (method, "_estimate")]
+    if all(inherited):
+        getattr(kind, method)(*([[]] if method == "plan" else [None, []]))  # says why it cannot
+    if options:
+        _check_options(kind, options, matrix, method)
+
+
+def _check_options(kind: type, options: dict[str, Any], matrix: Callable[..., Any], method: str) -> None:
+    own = [getattr(kind, method), kind._estimate, kind.__init__]  # type: ignore[attr-defined,misc]
+    of_methods = [inspect.signature(f).parameters for f in own]
+    if any(p.kind is p.VAR_KEYWORD for p in of_methods[0].values()):
+        return
+    hidden = {"self", "layers", "operator", "layer_collection", "generator", "data", "examples", "options"}
+    known = {n for of in of_methods for n, p in of.items() if p.kind is not p.VAR_KEYWORD and n not in hidden}
+    every = {n for n, p in inspect.signature(matrix).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    for name in options.keys() - known - _OLD_OPTIONS:
+        of_all = f"; {kind.__name__} takes {', '.join(sorted(known))}" if known else f"; {kind.__name__} takes none"
+        raise TypeError(f"{matrix.__name__}: unknown option {name!r}{near(name, known | every)}{of_all}")
+
+
+def keywords(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
+    """Raise ``TypeError`` for an option that a function does not take."""
+    known = inspect.signature(function).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{name}: unknown option {option!r}{near(option, known)}")
+
+
+#: Options in NNGeometry's words.
+_OLD_OPTIONS = {"map_layers_to", "default_representation"}
+
+
+def _accepts(f: Any, names: Iterable[str]) -> bool:
+    try:
+        inspect.signature(f).bind(**dict.fromkeys(names))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def variant(value: Any, of: type, known: Sequence[str]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless a likelihood is one, or the name of one."""
+    if isinstance(value, of):
+        return
+    if not isinstance(value, str):
+        hint = f"pass {value.__name__}()" if isinstance(value, type) else "make one, e.g. Categorical()"
+        raise TypeError(f"variant: expected a Likelihood or its name, got {described(value)}: {hint}")
+    if value not in known:
+        raise ValueError(
+            f"variant={value!r} is unknown{near(value, known)}: use one of {', '.join(known)}, or a Likelihood object"
+        )
+
+
+# Of losses and models, explained when they fail
+
+
+def explaining(of: Any, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of outputs and targets; what a loss raises in it becomes a sentence with its arguments."""
+
+    @wraps(compute)
+    def explained(f: Tensor, *targets: Any) -> Any:
+        try:
+            return compute(f, *targets)
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if _is_ours(error):
+                raise
+            _explain(of, f, targets, error)
+
+    return explained
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is a sentence of this library, rather than of torch or Python."""
+    if isinstance(error, NotImplementedError | torch.OutOfMemoryError):
+        return True
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    inside = frame.f_code.co_filename.startswith(_HERE)
+    return inside and (isinstance(error, ValueError) or str(error).startswith(("loss", "target")))
+
+
+def _explain(of: Any, f: Tensor, targets: Sequence[Any], error: Exception) -> NoReturn:
+    """Raise ``TypeError`` or ``ValueError`` with what is wrong with the targets of a loss, as far as it can be seen."""
+    name = getattr(of, "__name__", type(of).__name__)
+    if not targets:
+        raise TypeError(f"loss: {name} needs targets, but minibatches have none: pass (x, y)") from error
+    y = targets[0]
+    if isinstance(of, nn.Module):
+        if not isinstance(y, Tensor):
+            raise TypeError(f"loss: {name} needs tensors as targets, got {described(y)}: convert them") from error
+        if isinstance(of, nn.CrossEntropyLoss | nn.NLLLoss):
+            problem = _problem_of_labels(f, y, of.ignore_index)
+            if problem:
+                raise ValueError(f"loss: {name} {problem}") from error
+    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else described(t) for t in targets)
+    raise ValueError(
+        f"loss: {name} fails for outputs {tuple(f.shape)} {f.dtype} and targets {shapes} ({error}): it is called as "
+        "loss(outputs, *targets) and returns a tensor that depends on the outputs"
+    ) from error
+
+
+def _problem_of_labels(f: Tensor, y: Tensor, ignored: int) -> str:
+    """What is wrong with the classes given for outputs ``(B, K, ...)``; empty if nothing is."""
+    if y.is_floating_point():
+        if y.shape == f.shape:
+            return ""
+        return (
+            f"got targets {tuple(y.shape)} {y.dtype} for outputs {tuple(f.shape)}: pass classes as integers, y.long(), "
+            "or a probability for each class"
+        )
+    if y.shape == f.shape and f.ndim > 1:
+        return f"got integer targets in the shape of the outputs {tuple(f.shape)}: pass y.argmax(1), or y.double()"
+    expected = (f.shape[0], *f.shape[2:])
+    if y.shape != expected:
+        return f"expects targets {tuple(expected)} for outputs {tuple(f.shape)}, got {tuple(y.shape)}"
+    if y.dtype != torch.int64:
+        return f"got targets {y.dtype}: pass classes as y.long()"
+    outside = y[(y != ignored) & ((y < 0) | (y >= f.shape[1]))]
+    if outside.numel():
+        return f"got the class {int(outside[0])} for outputs of {f.shape[1]} classes: they are 0 to {f.shape[1] - 1}"
+    return ""
+
+
+def labels(of: Any, f: Tensor, targets: Sequence[Any]) -> None:
+    """Raise unless the targets of a cross-entropy are classes of these outputs, or probabilities of them."""
+    if type(of) is nn.CrossEntropyLoss and targets and isinstance(targets[0], Tensor):
+        y = targets[0]
+        fine = y.shape == f.shape if y.is_floating_point() else y.dtype == torch.int64
+        problem = "" if fine and y.is_floating_point() else _problem_of_labels(f, y, of.ignore_index)
+        if problem:
+            raise ValueError(f"loss: CrossEntropyLoss {problem}")
+
+
+def inputs(batch: Any, dtype: torch.dtype, error: Exception) -> None:
+    """Raise ``ValueError`` if what a model raised may be because its inputs are of another dtype."""
+    found = {t.dtype for t in data.tensors_of(batch) if t.is_floating_point() or t.is_complex()} - {dtype}
+    if "dtype" in str(error) or "same type" in str(error):
+        what = ", ".join(map(str, found or {t.dtype for t in data.tensors_of(batch)}))
+        raise ValueError(
+            f"the minibatch holds {what}, the model computes in {dtype} ({error}): cast one of them, x.to({dtype})"
+        ) from error
