@@ -126,8 +126,6 @@ def call(
 ) -> None:
     """Check what all constructors take. of: the class of layer collections."""
     model(of_model)
-    if any(p.is_meta for p in of_model.parameters()):
-        raise ValueError("model: its parameters are on the meta device, where they have no values: load them first")
     loader(of_loader, name)
     function(of_function)
     if layer_collection is not None:
@@ -299,8 +297,11 @@ def labels(of: Any, f: Tensor, targets: Sequence[Any]) -> None:
     """Raise unless the targets of a cross-entropy are classes of these outputs, or probabilities of them."""
     if type(of) is nn.CrossEntropyLoss and targets and isinstance(targets[0], Tensor):
         y = targets[0]
-        fine = y.shape == f.shape if y.is_floating_point() else y.dtype == torch.int64
-        problem = "" if fine and y.is_floating_point() else _problem_of_labels(f, y, of.ignore_index)
+        if y.dtype == torch.int64 and y.shape == (f.shape[0], *f.shape[2:]) and y.numel():
+            least, most = y.aminmax()
+            if least >= 0 and most < f.shape[1]:
+                return
+        problem = _problem_of_labels(f, y, of.ignore_index)
         if problem:
             raise ValueError(f"loss: CrossEntropyLoss {problem}")
 

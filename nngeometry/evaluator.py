@@ -57,6 +57,8 @@ class Evaluator:
         parameters = layer_collection.parameters(model)
         if not parameters:
             raise ValueError("the layer collection is empty: build it with LayerCollection.from_model(model)")
+        if any(p.is_meta for p in parameters):
+            raise ValueError("model: its parameters are on the meta device, where they have no values: load them first")
         if any(p.is_complex() for p in parameters):
             raise NotImplementedError(
                 "complex parameters: a real matrix of derivatives needs them as pairs of real ones"

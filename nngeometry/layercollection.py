@@ -106,12 +106,12 @@ class LayerCollection:
         Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
         """
         arguments.model(model)
-        if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-            raise ValueError("the model has lazy parameters that have no shape yet: run it once on a minibatch")
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
         for name, _, _, params in _modules(model):
             for pname, p in params.items():
+                if isinstance(p, UninitializedParameter):
+                    raise ValueError("the model has lazy parameters that have no shape yet: run it once on a minibatch")
                 owner.setdefault(id(p), (name, pname))
                 uses[id(p)] = uses.get(id(p), 0) + 1
         layers = {}

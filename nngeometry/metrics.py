@@ -39,8 +39,10 @@ def FIM(
     representation: a PMat class, a partial of one, or ``PMatMixed.of(...)``; options go to it. variant: what the
     output means, "classif_logits", "classif_binary_logits", "regression", "segmentation_logits" or a
     :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the model if given. function:
-    ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``. layer_collection: by default all
-    trainable parameters. device: where minibatches go, by default to the model. verbose: show a progress bar.
+    ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
+    ``function(minibatch)``, as of a named tuple or a list of examples if it takes one argument. layer_collection: by
+    default all trainable parameters. device: where minibatches go, by default to the model. verbose: show a progress
+    bar.
 
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
     output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
