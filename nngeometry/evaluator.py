@@ -126,6 +126,8 @@ class Evaluator:
                 f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one "
                 "row for each example"
             )
+        if n == 0:
+            raise ValueError("a minibatch has no example")
         if not _finite(f):
             raise ValueError(
                 "the output of the model has NaN or infinite entries: check the parameters and the inputs of this "

@@ -90,6 +90,7 @@ ANYWHERE = {
 }
 AT_WORK = {
     "empty": (lambda m, b: {"loader": []}, ValueError, "yielded no minibatch"),
+    "no example": (lambda m, b: {"loader": (b[0][:0], b[1][:0])}, ValueError, "a minibatch has no example"),
     "numbers": (lambda m, b: {"loader": [1, 2]}, TypeError, "loader:", "1"),
     "strings": (lambda m, b: {"loader": ["a"]}, TypeError, "loader:", "'a'"),
     "none": (lambda m, b: {"loader": [None]}, TypeError, "loader:", "None"),
