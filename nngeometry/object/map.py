@@ -103,8 +103,9 @@ class PFMap(VectorSpace, ABC):
             return self._kernel(other.map)
         if hasattr(other, "root") and hasattr(other, "layer_collection"):
             check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
-            self._check_like(other)
-            return self.through(other.root.transpose())
+            fitted = other._fitted(self)
+            self._check_like(fitted)
+            return self.through(fitted.root.transpose())
         return NotImplemented
 
     def _kernel(self, other: PFMap) -> FMat:
@@ -256,8 +257,8 @@ class PFMapDense(FlatArray, PFMap):
         if isinstance(other, PFMapDense) and other.shape != self.shape:
             raise ValueError(f"{self} and {other} have other outputs or examples")
 
-    def _like(self, flat: Tensor) -> PFMapDense:
-        return PFMapDense(self.layer_collection, flat)
+    def _like(self, flat: Tensor, layer_collection: LayerCollection | None = None) -> PFMapDense:
+        return PFMapDense(self.layer_collection if layer_collection is None else layer_collection, flat)
 
     def _jvp(self, V: Tensor) -> Tensor:
         return torch.einsum("cnp,kp->kcn", self._flat, V)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from itertools import islice
 from math import prod
 from typing import Any, Self
 
@@ -27,7 +29,7 @@ class Array:
         """What the other side of an operation is as a tensor; raises if it lives in another space."""
         if isinstance(other, Array):
             self._check_same_space(other)
-            _check_tensors(self._flat, other._flat, "operands")
+            _check_tensors(self, other, "operands")
             return other._flat
         if isinstance(other, int | float) or (isinstance(other, Tensor) and other.ndim == 0):
             return other
@@ -131,10 +133,23 @@ class FlatArray(Array):
         super().__init__(flat)
         self.layer_collection = layer_collection
 
+    def _like(self, flat: Tensor, layer_collection: LayerCollection | None = None) -> Self:
+        """The same kind of object with other values, on other layers if given."""
+        raise NotImplementedError
+
     def _check_same_space(self, other: Array) -> None:
         if not isinstance(other, FlatArray):
             raise TypeError(f"a {type(other).__name__} is not in parameter space")
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+
+    def on(self, layer_collection: LayerCollection) -> Self:
+        """The part on some of the layers. Raises ``ValueError`` for a layer that this one does not have."""
+        for name, layer in layer_collection.layers.items():
+            if name not in self.layer_collection or self.layer_collection[name] != layer:
+                check_same_space(layer_collection, self.layer_collection, type(self).__name__)
+        flat, slices = self._flat, self.layer_collection.slices()
+        pieces = [flat[..., slices[name]] for name in layer_collection]
+        return self._like(torch.cat(pieces, -1), layer_collection)
 
     def to_dict(self) -> dict[str, tuple[Tensor, ...]]:
         """Views of the values: for each layer, one tensor for each of its parameters (weight, bias)."""
@@ -174,14 +189,27 @@ class PVector(FlatArray):
             raise ValueError(f"PVector: expected {numel} values in one axis, got shape {tuple(vector_repr.shape)}")
         super().__init__(layer_collection, vector_repr)
 
-    def _like(self, flat: Tensor) -> PVector:
-        return PVector(self.layer_collection, flat)
+    def _like(self, flat: Tensor, layer_collection: LayerCollection | None = None) -> PVector:
+        return PVector(self.layer_collection if layer_collection is None else layer_collection, flat)
 
     @classmethod
     def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
-        """The parameters of a model, inside the autograd graph: gradients of functions of it reach the model."""
+        """The parameters of a model, inside the autograd graph: gradients of functions of it reach the model.
+
+        It has the values that the model has at the time of each use, so one vector serves all steps of a training.
+        What is made of it (``clone``, ``detach``, ``to``, arithmetic, ``w += d`` too, a pickle) stays as it is, and the
+        model with it. Raises ``ValueError`` if the model does not have the layers of the collection.
+
+        >>> model = nn.Linear(2, 1)
+        >>> w = PVector.from_model(model)
+        >>> start = w.clone().detach()
+        >>> nn.init.zeros_(model.weight) is nn.init.zeros_(model.bias)
+        False
+        >>> w.norm(), torch.equal((w - start).norm(), start.norm())
+        (tensor(0., grad_fn=<LinalgVectorNormBackward0>), True)
+        """
         lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-        return cls(lc, torch.cat([p.flatten() for p in lc.parameters(model)]))
+        return _OfModel(model, lc)
 
     @classmethod
     def from_model_grad(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
@@ -228,7 +256,55 @@ class PVector(FlatArray):
         return self.dot(other) if isinstance(other, PVector) else NotImplemented
 
     def __repr__(self) -> str:
-        return f"PVector of {self._flat.numel()} parameters, {self._flat.dtype}"
+        return f"PVector of {self.size(0)} parameters, {self.dtype}"
+
+
+class _OfModel(PVector):
+    """The parameters that a model has whenever they are asked for."""
+
+    def __init__(self, model: nn.Module, layer_collection: LayerCollection) -> None:
+        self.layer_collection = layer_collection
+        self._model = model
+        self._parameters()  # raises if the model does not have them
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return self.layer_collection.parameters(self._model)
+
+    @property
+    def _flat(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([p.flatten() for p in self._parameters()])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return reduce(torch.promote_types, (p.dtype for p in self._parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameters()[0].device
+
+    def size(self, dim: int | None = None) -> Any:
+        shape = torch.Size((self.layer_collection.numel(),))
+        return shape if dim is None else shape[dim]
+
+    def to_dict(self) -> dict[str, tuple[Tensor, ...]]:
+        """The parameters of the model themselves, for each layer."""
+        parameters = iter(self._parameters())
+        return {name: tuple(islice(parameters, len(l.params))) for name, l in self.layer_collection.layers.items()}
+
+    def _in_place(self, other: Any, fn: Any) -> Any:
+        """``w += d`` is ``w = w + d``: the model is changed by ``d.add_to_model(model)`` alone."""
+        operand = self._operand(other)
+        return NotImplemented if operand is NotImplemented else self._like(fn(self._flat, operand))
+
+    def __radd__(self, other: Any) -> Any:
+        sum_ = super().__radd__(other)
+        return self._like(self._flat) if sum_ is self else sum_
+
+    def __copy__(self) -> PVector:
+        return _OfModel(self._model, self.layer_collection)
+
+    def __reduce__(self) -> Any:
+        return PVector, (self.layer_collection, self._flat.detach())
 
 
 class FVector(Array):
@@ -313,7 +389,7 @@ def check_same_space(mine: LayerCollection, other: LayerCollection, what: str) -
     raise ValueError(f"the {what} is of another layer collection: {detail}. Build both from the same LayerCollection")
 
 
-def _check_tensors(a: Tensor, b: Tensor, what: str) -> None:
+def _check_tensors(a: Tensor | Array, b: Tensor | Array, what: str) -> None:
     if a.device != b.device:
         raise ValueError(f"{what}: tensors on {a.device} and {b.device}; move one with .to(device)")
     if a.dtype != b.dtype:
