@@ -124,6 +124,7 @@ class Generator(Evaluator):
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
         self._together = together
+        self.ignore_uncalled = layer_collection.ignore_uncalled
         self._pull = Pull()
 
     def plan(self, batch: data.Batch) -> Plan:
@@ -284,7 +285,8 @@ class Generator(Evaluator):
                 plan = self._with_copies(sites, few[1], plan, f3)
             else:
                 self._check_derivatives(f3, three, plan, *gradients)
-        weights.check_reached(nodes([f3]), [name for name, _ in self.layer_collection.named_parameters(self.model)])
+        if three or not self.ignore_uncalled:
+            weights.check_reached(nodes([f3]), [name for name, _ in self.layer_collection.named_parameters(self.model)])
         return plan
 
     def _with_one(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> Plan:
@@ -301,10 +303,13 @@ class Generator(Evaluator):
             wanted = {k for _, names in site.routes for k in names}
             if site.name in called or all(id(site.params[k]) in through for k in wanted):
                 continue  # a tied module that is not used is no harm
+            if self.ignore_uncalled:
+                continue
             raise ValueError(
                 f"layer {site.name!r} ({type(site.module).__name__}) was never called, so its Jacobian is unknown. "
                 "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters without "
-                "calling it, declare that module's type with nngeometry.whole"
+                "calling it, declare that module's type with nngeometry.whole, or, if its derivative is to be zero, "
+                "collect it with LayerCollection.from_model(model, ignore_uncalled=True)"
             )
 
     def _with_copies(self, sites: Sequence[Site], batch: data.Batch, plan: Plan, expected: Tensor) -> Plan:
@@ -344,6 +349,8 @@ class Generator(Evaluator):
     def _probed(self, f: Tensor, calls: Sequence[Call]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """The gradients of a few examples, one between others, in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
+        if not calls and self.ignore_uncalled:
+            return [], [None] * len(self.layer_collection.parameters(self.model))
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
@@ -452,7 +459,7 @@ class Generator(Evaluator):
     ) -> Observation:
         edges = [e for c in calls for e in c.edges]
         with self._back(calls):
-            grads = self._pull([f], edges, [s], last)
+            grads = self._pull([f], edges, [s], last) if calls else []
         return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
 
     def _back(self, calls: Sequence[Call]) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ from . import arguments
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """The parameters that one module owns: their names (relative to the module), shapes and packing.
 
@@ -27,9 +27,19 @@ class Layer:
     params: tuple[tuple[str, tuple[int, ...]], ...]
     packing: Packing
     kronecker: bool
-    kind_name: str = field(default="?", compare=False)
-    module_type: type[nn.Module] | None = field(default=None, compare=False)
-    served_by: str = field(default="?", compare=False)
+    kind_name: str = "?"
+    module_type: type[nn.Module] | None = None
+    served_by: str = "?"
+
+    @property
+    def _coordinates(self) -> tuple[Any, ...]:
+        return self.name, self.params, self.packing, self.kronecker
+
+    def __eq__(self, other: object) -> bool:
+        return self._coordinates == other._coordinates if isinstance(other, Layer) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._coordinates)
 
     def __reduce__(self) -> Any:  # the type may be one that cannot be pickled
         return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name, None, self.served_by)
@@ -90,18 +100,22 @@ class LayerCollection:
     3
     """
 
-    def __init__(self, layers: Mapping[str, Layer] | None = None) -> None:
+    def __init__(self, layers: Mapping[str, Layer] | None = None, ignore_uncalled: bool = False) -> None:
         if layers is not None:
             arguments.instance("layers", layers, Mapping, "use LayerCollection.from_model(model)")
         self.layers: dict[str, Layer] = dict(layers or {})
+        self.ignore_uncalled = ignore_uncalled
 
     @classmethod
-    def from_model(cls, model: nn.Module, *selectors: Any, frozen: bool = False) -> LayerCollection:
+    def from_model(
+        cls, model: nn.Module, *selectors: Any, frozen: bool = False, ignore_uncalled: bool = False
+    ) -> LayerCollection:
         """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
 
         selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect
         parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
-        first of them.
+        first of them. ignore_uncalled: a layer that the function does not call has derivative zero; by default that
+        is an error.
 
         Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
         """
@@ -122,7 +136,7 @@ class LayerCollection:
             if own:
                 shared = any(uses[id(p)] > 1 for p in own.values())
                 layers[name] = _layer(name, module, kind, params, own, shared)
-        collection = cls(layers)
+        collection = cls(layers, ignore_uncalled)
         if selectors:
             collection = collection.select(*selectors)
         if not collection.layers:
@@ -161,28 +175,31 @@ class LayerCollection:
                 )
             if not any(layer.matches(selector) for layer in self.layers.values()):
                 raise KeyError(f"{selector!r} selects no layer: the collection has {', '.join(self.layers) or 'none'}")
-        return LayerCollection(
+        return self._with(
             {name: layer for name, layer in self.layers.items() if any(layer.matches(s) for s in selectors)}
         )
 
     def exclude(self, *selectors: Any) -> LayerCollection:
         """The sub-collection of the layers that no selector matches."""
         gone = self.select(*selectors)
-        return LayerCollection({name: layer for name, layer in self.layers.items() if name not in gone.layers})
+        return self._with({name: layer for name, layer in self.layers.items() if name not in gone.layers})
 
     def merge(self, other: LayerCollection) -> LayerCollection:
         """The layers of both, those of ``self`` first. Raises if a name stands for different layers."""
         self._check_common(other)
-        return LayerCollection({**self.layers, **other.layers})
+        return self._with({**self.layers, **other.layers})
 
     __or__ = merge
 
     def common_layers(self, other: LayerCollection) -> LayerCollection:
         """The layers that are in both. Raises if a name stands for different layers."""
         self._check_common(other)
-        return LayerCollection({name: layer for name, layer in self.layers.items() if name in other.layers})
+        return self._with({name: layer for name, layer in self.layers.items() if name in other.layers})
 
     __and__ = common_layers
+
+    def _with(self, layers: Mapping[str, Layer]) -> LayerCollection:
+        return LayerCollection(layers, self.ignore_uncalled)
 
     def _check_common(self, other: LayerCollection) -> None:
         arguments.instance("the other", other, LayerCollection, "make one with LayerCollection.from_model(model)")
