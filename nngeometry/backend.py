@@ -1,5 +1,5 @@
 """Import path of NNGeometry."""
 
-from .legacy import TorchFuncHessianBackend, TorchHooksJacobianBackend
+from .legacy import DummyGenerator, TorchFuncHessianBackend, TorchFuncJacobianBackend, TorchHooksJacobianBackend
 
-__all__ = ["TorchFuncHessianBackend", "TorchHooksJacobianBackend"]
+__all__ = ["DummyGenerator", "TorchFuncHessianBackend", "TorchFuncJacobianBackend", "TorchHooksJacobianBackend"]

@@ -1,5 +1,5 @@
 """Import path of NNGeometry."""
 
-from .legacy import display_correl, grad
+from .legacy import display_correl, get_n_parameters, grad
 
-__all__ = ["display_correl", "grad"]
+__all__ = ["display_correl", "get_n_parameters", "grad"]

@@ -48,7 +48,7 @@ quiet = pytest.mark.filterwarnings("ignore:.*old name of NNGeometry:DeprecationW
 
 @pytest.fixture(autouse=True)
 def _warn_again():
-    legacy._warn.cache_clear()
+    legacy.warn.cache_clear()
 
 
 @pytest.fixture
@@ -681,12 +681,17 @@ def test_a_layer_collection_has_all_trainable_parameters():
     assert LayerCollection.from_model(model, frozen=True).numel() == lc.numel() + 2
 
 
-def test_a_vector_from_a_model_is_a_copy(model):
+def test_a_vector_from_a_model_follows_it_but_does_not_change_it(model):
     v = PVector.from_model(model)
-    before = v.to_torch().clone()
+    before, kept = v.to_torch().clone(), v.clone()
+    same = v
+    v *= 2
+    assert torch.equal(v.to_torch(), 2 * before)
+    assert torch.equal(same.to_torch(), before)
     with torch.no_grad():
         model[0].weight.zero_()
-    assert torch.equal(v.to_torch(), before)
+    assert torch.equal(same.to_torch(), PVector.from_model(model).to_torch())
+    assert torch.equal(kept.to_torch(), before)
 
 
 def test_random_vectors_have_the_default_dtype(model):

@@ -92,13 +92,17 @@ class PMat(VectorSpace):
     # Products
 
     def mv(self, v: Any) -> Any:
-        """``M v`` for a PVector, or ``M`` on each row of a map (PFMap). Differentiable in v."""
+        """``M v`` for a PVector, or ``M`` on each row of a map (PFMap). Differentiable in v.
+
+        Here and in the other products and :meth:`solve`, of a vector with more layers than the matrix has those of the
+        matrix count, and the result has no others.
+        """
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
             check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
             self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
-        return v._like(self._mv(flat))
+        return v._like(self._mv(flat), self.layer_collection)
 
     def _mv(self, flat: Tensor) -> Tensor:
         with single_product():
@@ -112,14 +116,14 @@ class PMat(VectorSpace):
         return self._per_layer(flat * self._mv(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
-        """``j^T M j`` for the rows j of a map ``(C, n, P)``: their sum, or ``(C, n)`` for reduction="diag".
-        Differentiable in the map.
+        """``j^T M j`` for the rows j of a map ``(C, n, P)``: ``(n,)``, summed over the outputs of each example, or
+        ``(C, n)`` for reduction="diag". Differentiable in the map.
         """
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
         j = self._of(pfmap)
         forms = (j * self._mv(j)).sum(-1)
-        return forms.sum() if reduction == "sum" else forms
+        return forms.sum(0) if reduction == "sum" else forms
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
@@ -144,20 +148,29 @@ class PMat(VectorSpace):
         rtol = None if rtol is None else number("solve: rtol", rtol, low=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
         if not self.root.by_products:
-            return b._like(self.root.solve(flat, r))
-        if inverse is None:
-            return b._like(self.root.iterate(flat, r, rtol))
-        return b._like(self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r)))
+            x = self.root.solve(flat, r)
+        elif inverse is None:
+            x = self.root.iterate(flat, r, rtol)
+        else:
+            x = self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r))
+        return b._like(x, self.layer_collection)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
         return self._with(self.root.inv(self._regul(regul)))
 
-    def pinv(self, rtol: float | None = None) -> PMat:
-        """Pseudo-inverse; eigenvalues smaller than ``rtol`` (by default the rounding error) times the largest count
-        as zero.
+    def pinv(self, cut: None = None, /, *, rtol: float | None = None, atol: float | None = None) -> PMat:
+        """Pseudo-inverse. Eigenvalues up to ``atol``, or up to ``rtol`` times the largest, in magnitude count as zero;
+        by default those of the size of the rounding error.
         """
-        return self._with(self.root.pinv(None if rtol is None else number("pinv: rtol", rtol, low=0.0)))
+        if cut is not None:
+            raise TypeError(f"pinv({cut}): write rtol={cut}, in units of the largest eigenvalue, or atol={cut}")
+        rtol = None if rtol is None else number("pinv: rtol", rtol, low=0.0)
+        if atol is None:
+            return self._with(self.root.pinv(rtol))
+        least = number("pinv: atol", atol, low=0.0)
+        bound = least if rtol is None else max(least, rtol * float(self.norm(2)))
+        return self._with(self.root.apply(lambda l: torch.where(l.abs() > bound, 1 / l, 0.0)))
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
@@ -347,20 +360,31 @@ class PMat(VectorSpace):
             raise TypeError(
                 f"expected a PVector or a PFMapDense, got {shown(v)}: make one with PVector(layer_collection, tensor)"
             )
-        check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
-        self._check_like(v)
-        return v.to_torch()
+        mine, theirs = self.layer_collection, v.layer_collection
+        if len(theirs) > len(mine) and mine.layers.items() <= theirs.layers.items():
+            v = v.on(mine)
+        else:
+            check_same_space(mine, theirs, type(v).__name__)
+        flat = v.to_torch()
+        self._check_like(v, flat)
+        return flat
 
-    def _check_like(self, v: FlatArray | PFMap) -> None:
-        if v.device != self.device or v.dtype != self.dtype:
+    def _check_like(self, v: FlatArray | PFMap, flat: Tensor | None = None) -> None:
+        values = v if flat is None else flat
+        if values.device != self.device or values.dtype != self.dtype:
             raise ValueError(
-                f"the {type(v).__name__} is {v.dtype} on {v.device}, the matrix is {self.dtype} on {self.device}: "
-                "move one of them with .to(device, dtype)"
+                f"the {type(v).__name__} is {values.dtype} on {values.device}, the matrix is {self.dtype} on "
+                f"{self.device}: move one of them with .to(device, dtype)"
             )
+
+    def _fitted(self, like: Any) -> PMat:
+        """This matrix for operands of the dtype and device of another; itself, if it has a dtype and device."""
+        return self
 
     def _other(self, other: PMat) -> Block:
         if not isinstance(other, PMat):
             raise TypeError(f"expected a matrix, a PMat, got {shown(other)}")
+        other = other._fitted(self)
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         if other.device != self.device or other.dtype != self.dtype:
             raise ValueError(

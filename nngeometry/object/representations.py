@@ -18,7 +18,9 @@ from ..layercollection import Layer, LayerCollection
 from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
 from . import fit
 from .fit import Estimator
-from .pmat import PMat
+from .map import PFMap, PFMapDense
+from .pmat import PMat, RegulLike
+from .vector import PVector
 
 
 class PMatDense(PMat):
@@ -99,8 +101,14 @@ class PMatEKFAC(PMat):
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
         return [
-            fit.ekfac(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers
+            fit.ekfac(layer, reduce) if cls.factored(layer) else fit.exact_block(layer, cls.__name__)
+            for layer in layers
         ]
+
+    @classmethod
+    def factored(cls, layer: Layer) -> bool:
+        """Whether a layer has a Kronecker-factored basis; otherwise it has its exact block."""
+        return layer.kronecker
 
     def update_diag(self, examples: Any) -> PMatEKFAC:
         """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns
@@ -114,7 +122,7 @@ class PMatEKFAC(PMat):
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
         estimators = [
-            fit.second_moments(layer, part.block.basis, elsewhere=True) if layer.kronecker else fit.dense([layer])
+            fit.second_moments(layer, part.block.basis, elsewhere=True) if self.factored(layer) else fit.dense([layer])
             for layer, part in zip(layers, old, strict=True)
         ]
         self.root = blocks.Direct(tuple(fit.fit(self.generator, examples, estimators)))
@@ -263,10 +271,14 @@ class PMatEye(PMat):
     """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P
     times it.
 
+    dtype, device: if neither is given, it takes vectors and matrices of any.
+
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> PMatEye(lc, scaling=2.0).trace()
     tensor(6.)
     """
+
+    _free: float | None = None  # the scaling, of one that has no dtype and device of its own
 
     def __init__(
         self,
@@ -282,11 +294,50 @@ class PMatEye(PMat):
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
             data = blocks.Direct((blocks.Part(((0, p),), Packing.flat(p), eye),))
+            if dtype is None and device is None:
+                self._free = scaling
         super().__init__(layer_collection, generator, data, examples)
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [fit.eye(layers)]
+
+    def _fitted(self, like: Any) -> PMatEye:
+        if (
+            self._free is None
+            or not isinstance(like, PMat | PFMap | PVector)
+            or (like.dtype == self.dtype and like.device == self.device)
+        ):
+            return self
+        return PMatEye(self.layer_collection, scaling=self._free, dtype=like.dtype, device=like.device)
+
+    def mv(self, v: Any) -> Any:
+        return super(PMatEye, self._fitted(v)).mv(v)
+
+    def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
+        return super(PMatEye, self._fitted(v)).vTMv(v, per_layer)
+
+    def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> torch.Tensor:
+        return super(PMatEye, self._fitted(pfmap)).mapTMmap(pfmap, reduction)
+
+    def solve(self, b: Any, regul: RegulLike = 1e-8, **options: Any) -> Any:
+        return super(PMatEye, self._fitted(b)).solve(b, regul, **options)
+
+    def inv(self, regul: RegulLike = 1e-8) -> PMat:
+        if self._free is None or not isinstance(regul, int | float) or self._free + regul == 0:
+            return super().inv(regul)
+        return PMatEye(self.layer_collection, scaling=1 / (self._free + regul))
+
+    def _combined(self, other: Any, weight: float) -> PMat:
+        mine = self._fitted(other) if isinstance(other, PMat) else self
+        return super(PMatEye, mine)._combined(other, weight)
+
+    def _scaled(self, c: float) -> PMat:
+        return super()._scaled(c) if self._free is None else PMatEye(self.layer_collection, scaling=c * self._free)
+
+    def __matmul__(self, other: Any) -> Any:
+        mine = self._fitted(other) if isinstance(other, PMat) else self
+        return super(PMatEye, mine).__matmul__(other)
 
 
 def _direct(side_by_side: Sequence[Block]) -> blocks.Direct:

@@ -1,0 +1,325 @@
+"""The layout of ``.data``: what a matrix consists of as tensors, tuples and dicts by layer, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import Block, Dense, Diag, Direct, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from ..kinds import Packing
+from ..layercollection import Layer, LayerCollection
+from ..object import (
+    PMat,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatKFAC,
+    PMatLowRank,
+    PMatQuasiDiag,
+)
+from .coordinates import EmbeddingLayer
+from .names import attach
+
+
+class _ByLayer(dict[str, Any]):
+    """The tensors of a matrix by layer, of which the matrix consists; it has these layers and no others."""
+
+    def __init__(self, matrix: PMat, items: Mapping[str, Any]) -> None:
+        super().__init__(items)
+        self.matrix = matrix
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self:
+            raise KeyError(f"data: no layer {name!r}, the matrix has {', '.join(self)}")
+        held = vars(self.matrix).get("_held")
+        if not any(d is self for d in (held if isinstance(held, tuple) else (held,))):
+            raise RuntimeError("data: the matrix has changed since these were read: read .data again")
+        before = self[name]
+        super().__setitem__(name, value)
+        try:
+            get_root(self.matrix)
+        except BaseException:
+            super().__setitem__(name, before)
+            raise
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def get_data(matrix: PMat) -> Any:
+    """The tensors of the matrix in NNGeometry's layout. From now on it consists of them, however they change."""
+    if "_held" not in vars(matrix):
+        layout = layout_of(type(matrix))
+        if layout is None:
+            raise AttributeError(f"{type(matrix).__name__} has no .data: use to_torch(), get_diag() or repr()")
+        vars(matrix)["_symmetric"] = matrix.root.symmetric
+        vars(matrix)["_held"] = _by_layer(matrix, layout[0](matrix))
+        vars(matrix)["root"] = None
+    return vars(matrix)["_held"]
+
+
+def set_data(matrix: PMat, value: Any) -> None:
+    """Make the matrix of these tensors."""
+    layout = layout_of(type(matrix))
+    if layout is None:
+        raise AttributeError(f"{type(matrix).__name__} has no .data to set")
+    held = _by_layer(matrix, value)
+    _make(matrix, held, True)  # raises before anything has changed
+    vars(matrix).update(_symmetric=True, _held=held, root=None)
+
+
+def get_root(matrix: PMat) -> Any:
+    """What the matrix consists of. Once its data have been read it is made of them whenever it is asked for: they can
+    be changed in ways that leave no trace, as ``factor.data = ...``.
+    """
+    held = vars(matrix).get("_held")
+    return vars(matrix)["root"] if held is None else _make(matrix, held, vars(matrix)["_symmetric"])
+
+
+def set_root(matrix: PMat, root: Any) -> None:
+    """Let go of the data that were read."""
+    vars(matrix).pop("_held", None)
+    vars(matrix)["root"] = root
+
+
+def _make(matrix: PMat, value: Any, symmetric: bool) -> Block:
+    layout = layout_of(type(matrix))
+    assert layout is not None
+    for by_layer in value if isinstance(value, tuple) else (value,):
+        if isinstance(by_layer, Mapping) and set(by_layer) != set(matrix.layer_collection):
+            odd = ", ".join(map(repr, sorted(set(by_layer) ^ set(matrix.layer_collection))))
+            raise ValueError(f"data: its layers are not those of the matrix, the difference is {odd}")
+    root: Block = layout[1](matrix.layer_collection, value)
+    if root.shape != (matrix.size(0),):
+        raise ValueError(f"data: {root.shape[0]} parameters for a matrix of {matrix.size(0)}")
+    return root if symmetric else _of_a_product(root)
+
+
+def _of_a_product(block: Block) -> Block:
+    """The same entries, of a matrix that need not be symmetric."""
+    if isinstance(block, Direct):
+        return Direct(tuple(part.with_block(_of_a_product(part.block)) for part in block.parts))
+    if isinstance(block, Kron):
+        return Kron(_of_a_product(block.left), _of_a_product(block.right))
+    return replace(block, is_symmetric=False) if isinstance(block, Dense) else block
+
+
+def _by_layer(matrix: PMat, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _ByLayer(matrix, value)
+    return tuple(_by_layer(matrix, v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _without_data(getstate: Callable[[PMat], dict[str, Any]]) -> Callable[[PMat], dict[str, Any]]:
+    @functools.wraps(getstate)
+    def __getstate__(self: PMat) -> dict[str, Any]:
+        state = {k: v for k, v in getstate(self).items() if k not in ("_held", "_symmetric", "_examples")}
+        return {**state, "root": self.root}
+
+    return __getstate__
+
+
+def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> Direct:
+    parts = []
+    for (name, s), layer in zip(lc.slices().items(), lc.layers.values(), strict=True):
+        packing, block = make(layer, s)
+        if block.numel != layer.numel():
+            raise ValueError(f"data: layer {name!r} has {layer.numel()} parameters, its tensors are of {block.numel}")
+        parts.append(Part(((s.start, s.stop),), packing, block))
+    return Direct(tuple(parts))
+
+
+def _flat(layer: Layer) -> Packing:
+    return Packing.flat(layer.numel())
+
+
+def parts_of(matrix: PMat) -> Iterator[tuple[str, Layer, Packing, Block]]:
+    """The block of each layer, with its name and packing."""
+    parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, Direct) else {}
+    for name, s in matrix.layer_collection.slices().items():
+        part = parts.get(((s.start, s.stop),))
+        if part is None:
+            raise AttributeError(f"data: the {type(matrix).__name__} does not consist of one block for each layer")
+        yield name, matrix.layer_collection[name], part.packing, part.block
+
+
+def _structure(name: str, block: Block) -> AttributeError:
+    return AttributeError(f"data: the block of layer {name!r} is a {block.describe()}, which has no such layout")
+
+
+def _read_dense(matrix: PMat) -> Tensor:
+    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) and len(matrix.root.parts) == 1 else None
+    return block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.to_torch()
+
+
+def _make_dense(lc: LayerCollection, value: Tensor) -> Direct:
+    return Direct((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
+
+
+def _read_blocks(matrix: PMat) -> dict[str, Tensor]:
+    return {
+        name: block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.block(name).to_torch()
+        for name, _, _, block in parts_of(matrix)
+    }
+
+
+def _make_blocks(lc: LayerCollection, value: Mapping[str, Tensor]) -> Direct:
+    return _side_by_side(lc, lambda layer, s: (_flat(layer), Dense(value[layer.name])))
+
+
+def _make_diag(lc: LayerCollection, value: Tensor) -> Direct:
+    return _side_by_side(lc, lambda layer, s: (_flat(layer), Diag(value[s])))
+
+
+def _read_quasidiag(matrix: PMat) -> dict[str, tuple[Tensor, Tensor | None]]:
+    value: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, layer, packing, block in parts_of(matrix):
+        if isinstance(block, QuasiDiag):
+            cross = packing.unpack(torch.cat([block.cross, torch.zeros_like(block.d[..., -1:])], -1))
+            value[name] = packing.unpack(block.d), cross[: prod(layer.weight)].view(*layer.weight)
+        elif isinstance(block, Diag):
+            value[name] = packing.unpack(block.d), None
+        else:
+            raise _structure(name, block)
+    return value
+
+
+def _make_quasidiag(lc: LayerCollection, value: Mapping[str, tuple[Tensor, Tensor | None]]) -> Direct:
+    def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
+        d, cross = value[layer.name]
+        if cross is None:
+            return _flat(layer), Diag(d)
+        padded = torch.cat([cross.reshape(-1), cross.new_zeros(len(d) - cross.numel())])
+        return layer.packing, QuasiDiag(layer.packing.pack(d), layer.packing.pack(padded)[..., :-1])
+
+    return _side_by_side(lc, make)
+
+
+def _ungrouped(t: Tensor) -> Tensor:
+    """Without the axis of groups, where there is one group."""
+    return t[0] if len(t) == 1 else t
+
+
+def _grouped(t: Tensor, ndim: int) -> Tensor:
+    return t if t.ndim == ndim else t.unsqueeze(0)
+
+
+def _factor(block: Block) -> Tensor | None:
+    """A Kronecker factor or basis as a tensor: ``(d, d)``, of an embedding its diagonal ``(d,)``, None for the
+    identity.
+    """
+    if isinstance(block, Dense):
+        return _ungrouped(block.data)
+    if isinstance(block, LowRank):
+        return block.to_dense()
+    return _ungrouped(block.d) if isinstance(block, Diag) else None
+
+
+def _read_kfac(matrix: PMat) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, _, _, block in parts_of(matrix):
+        if isinstance(block, Kron):
+            value[name] = (_factor(block.right), _factor(block.left))
+        elif isinstance(block, Dense):
+            value[name] = block.data
+        else:
+            raise _structure(name, block)
+    return value
+
+
+def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> Direct:
+    def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
+        one = value[layer.name]
+        if isinstance(one, Tensor):
+            return _flat(layer), Dense(one)
+        a, g = one
+        right = Diag(_grouped(a, 2)) if a.ndim == 1 else Dense(_grouped(a, 3))
+        return layer.packing, Kron(Dense(_grouped(g, 3)), right)
+
+    return _side_by_side(lc, make)
+
+
+def _read_ekfac(matrix: PMat) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    evecs: dict[str, Any] = {}
+    diags: dict[str, Tensor] = {}
+    for name, _, _, block in parts_of(matrix):
+        if isinstance(block, Spectral) and isinstance(block.basis, Kron):
+            right, l = _factor(block.basis.right), block.l
+            if right is not None and right.ndim == 2 and right.shape[0] > right.shape[1]:  # a basis of few inputs
+                full = torch.linalg.qr(right, mode="complete").Q
+                right, missing = torch.cat([right, full[:, right.shape[1] :]], 1), right.shape[0] - right.shape[1]
+                l = torch.cat([l, block.rest.expand(*l.shape[:-1], missing)], -1)
+            evecs[name] = (right, _factor(block.basis.left))
+            diags[name] = l.flatten()
+        elif isinstance(block, Dense):
+            evecs[name], diags[name] = None, block.data
+        else:
+            raise _structure(name, block)
+    return evecs, diags
+
+
+def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str, Tensor]]) -> Direct:
+    def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
+        basis, diag = value[0][layer.name], value[1][layer.name]
+        if basis is None:
+            return _flat(layer), Dense(diag)
+        a, g = basis
+        left = Dense(_grouped(g, 3))
+        right = Eye.like(g, (1, layer.packing.shape[-1])) if a is None else Dense(_grouped(a, 3))
+        kron = Kron(left, right)
+        if diag.ndim == 2 and isinstance(layer, EmbeddingLayer):  # in the shape of its weight
+            diag = diag.T
+        return layer.packing, Spectral(kron, diag.reshape(kron.shape), diag.new_zeros(()))
+
+    return _side_by_side(lc, make)
+
+
+def _read_lowrank(matrix: PMat) -> Tensor:
+    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) else matrix.root
+    if not isinstance(block, LowRank) or bool((block.weights < 0).any()):
+        raise _structure("all", block)
+    rows = block.rows if bool((block.weights == 1).all()) else block.weights.sqrt().unsqueeze(1) * block.rows
+    return rows.unsqueeze(1)
+
+
+def make_lowrank(lc: LayerCollection, value: Tensor) -> Direct:
+    rows = value.reshape(-1, value.shape[-1])
+    p = rows.shape[1]
+    return Direct((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
+
+
+_Layout = tuple[Callable[[PMat], Any], Callable[[LayerCollection, Any], Direct]]
+_LAYOUTS: dict[type, _Layout] = {
+    PMatDense: (_read_dense, _make_dense),
+    PMatBlockDiag: (_read_blocks, _make_blocks),
+    PMatDiag: (lambda matrix: matrix.root.diag(), _make_diag),
+    PMatQuasiDiag: (_read_quasidiag, _make_quasidiag),
+    PMatKFAC: (_read_kfac, make_kfac),
+    PMatEKFAC: (_read_ekfac, _make_ekfac),
+    PMatLowRank: (_read_lowrank, make_lowrank),
+}
+
+
+def layout_of(kind: type[PMat]) -> _Layout | None:
+    return next((_LAYOUTS[base] for base in kind.__mro__ if base in _LAYOUTS), None)
+
+
+def install() -> None:
+    """Attach ``.data``, and what follows from it."""
+    attach(
+        PMat,
+        data=property(get_data, set_data),
+        root=property(get_root, set_root),
+        __getstate__=_without_data(PMat.__getstate__),
+    )
