@@ -70,6 +70,12 @@ class Affine1d(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
 
+    def reset_parameters(self) -> None:
+        """Make it the identity."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         scaled = input * self.weight
         return scaled if self.bias is None else scaled + self.bias

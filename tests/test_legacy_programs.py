@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from nngeometry import FIM, FIM_MonteCarlo, GramMatrix, Hessian, Jacobian, legacy
-from nngeometry.backend import TorchFuncJacobianBackend, TorchHooksJacobianBackend
+from nngeometry.backend import TorchFuncHessianBackend, TorchFuncJacobianBackend, TorchHooksJacobianBackend
 from nngeometry.generator import Jacobian as GeneratorOf02
 from nngeometry.layercollection import (
     AbstractLayer,
@@ -536,6 +536,13 @@ def test_what_backends_gave(model, loader, lc, v):
     close(source.implicit_vTMv(v, loader), M.vTMv(v))
     close(source.implicit_trace(loader), M.trace())
     close(source.implicit_Jv(v, loader).to_torch(), source.get_jacobian(loader) @ v.to_torch())
+    evecs, diags = FIM(model, loader, PMatEKFAC, "regression").data
+    for name, diag in source.get_kfe_diag(evecs, loader).items():
+        close(diag, diags[name])
+    hessian = TorchFuncHessianBackend(model, F.cross_entropy)
+    H = Hessian(model, loader, PMatDense, nn.CrossEntropyLoss())
+    close(hessian.get_covariance_matrix(loader, lc), H.to_torch())
+    close(hessian.implicit_mv(v, loader, lc).to_torch(), H.mv(v).to_torch())
     of_0_2 = GeneratorOf02(layer_collection=lc, model=model, loader=loader, n_output=3)
     close(of_0_2.get_covariance_matrix(), M.to_torch())
 
@@ -613,6 +620,8 @@ def test_old_arguments_by_keyword(model, loader, v):
     M = FIM(model=model, loader=loader, representation=PMatDense, variant="classif_logits", device="cpu")
     close(M.solve(x=v, regul=1e-2).to_torch(), M.solve(v, 1e-2).to_torch())
     close(M.solve(v=v, regul=1e-2).to_torch(), M.solve(v, 1e-2).to_torch())
+    modules = M.layer_collection.get_layerid_module_map(model)
+    assert M.layer_collection.parameters(layerid_to_module=modules) == list(model.parameters())
     close(M.get_block_torch("4", M.layer_collection["4"]), M.block("4").to_torch())
     assert isinstance(
         PFMapDense(generator=None, data=torch.ones(2, 3, len(v.to_torch())), layer_collection=v.layer_collection),

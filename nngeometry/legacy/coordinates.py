@@ -136,7 +136,8 @@ def _of_modules(method: Callable[..., Any]) -> Callable[..., Any]:
     """``parameters(layerid_to_module)`` and ``named_parameters(layerid_to_module)``."""
 
     @functools.wraps(method)
-    def with_map(self: LayerCollection, model: Any) -> Any:
+    def with_map(self: LayerCollection, model: Any = None, layerid_to_module: Any = None) -> Any:
+        model = layerid_to_module if model is None else model
         if not isinstance(model, Mapping):
             return method(self, model)
         warn(f"{method.__name__}(layerid_to_module)", f"{method.__name__}(model)")

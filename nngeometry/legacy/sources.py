@@ -29,6 +29,7 @@ from ..object import (
     PMatBlockDiag,
     PMatDense,
     PMatDiag,
+    PMatEKFAC,
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
@@ -142,6 +143,20 @@ class TorchHooksJacobianBackend(Generator):
         each = torch.eye(c, dtype=jacobian.dtype, device=jacobian.device).unsqueeze(2).expand(c, c, n) / n
         means = torch.stack([jacobian.vjp(FVector(u)).to_torch() for u in each])
         return blocks.add(root, make_lowrank(self.layer_collection, means), -1.0)
+
+
+def _get_kfe_diag(
+    self: TorchHooksJacobianBackend, kfe: Any, examples: Any = None, layer_collection: LayerCollection | None = None
+) -> dict[str, Tensor]:
+    """The second moments in the eigenvectors that ``PMatEKFAC.data[0]`` holds."""
+    lc = self.layer_collection if layer_collection is None else layer_collection
+    like = torch.ones((), dtype=self.dtype, device=self.device)
+    ones = {name: like.expand(layer.numel()) for name, layer in lc.layers.items()}
+    diags: Any = {name: one if kfe[name] is not None else one.diag() for name, one in ones.items()}
+    kind: Any = PMatEKFAC
+    M = kind(lc, data=(kfe, diags))
+    M.generator = self.on(lc)
+    return dict(M.update_diag(self._given(examples)).data[1])
 
 
 #: What a backend gave the tensors of.
@@ -266,7 +281,20 @@ class TorchFuncHessianBackend(LossCurvature):
         compiled: bool = False,
     ) -> None:
         lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        self._loss = function
         super().__init__(model, lc, nn.CrossEntropyLoss(), function=function, verbose=verbose)
+
+    def get_covariance_matrix(self, examples: Any, layer_collection: LayerCollection | None = None) -> Tensor:
+        """The Hessian."""
+        lc = self.layer_collection if layer_collection is None else layer_collection
+        source = TorchFuncHessianBackend(self.model, self._loss, lc, self.verbose)
+        return PMatDense(lc, source, examples=examples).to_torch()
+
+    def implicit_mv(self, v: PVector, examples: Any, layer_collection: LayerCollection | None = None) -> PVector:
+        """A product with the Hessian."""
+        lc = self.layer_collection if layer_collection is None else layer_collection
+        source = TorchFuncHessianBackend(self.model, self._loss, lc, self.verbose)
+        return PMatImplicit(lc, source, examples=examples).mv(v)
 
 
 class _Reduced:
@@ -386,7 +414,9 @@ def remember(source: Any, examples: Any) -> None:
 def install() -> None:
     """Attach the old names and arguments of what makes matrices."""
     attach(Generator, get_device=_get_device)
-    attach(TorchHooksJacobianBackend, **{name: _gives(kind) for name, kind in _GIVES.items()})
+    attach(
+        TorchHooksJacobianBackend, **{name: _gives(kind) for name, kind in _GIVES.items()}, get_kfe_diag=_get_kfe_diag
+    )
     attach(LossCurvature, operator=_operator(LossCurvature.operator))
     attach(generator, Jacobian=Jacobian)
     likelihood.VARIANTS["classif_logsoftmax"] = likelihood.VARIANTS["classif_logits"]
