@@ -153,6 +153,24 @@ def test_items_of_lists_inside_of_data(model, loader, v):
     close(ref.block("4").to_torch(), 0.75 * M.block("4").to_torch())
 
 
+@pytest.mark.parametrize("representation", HELD)
+def test_data_that_were_given_are_those_of_the_matrix(representation, model, loader, lc):
+    given = copy.deepcopy(FIM(model, loader, representation).data)
+    M = representation(lc, None, given)
+    before = M.to_torch()
+    N = representation(layer_collection=lc, generator=None, data=given)
+    for t in tensors(given[1] if representation is PMatEKFAC else given):
+        t.data = 3 * t.data
+    for matrix in (M, N):
+        assert not torch.allclose(matrix.to_torch(), before)
+    close(M.to_torch(), N.to_torch())
+    if isinstance(given, dict):
+        assert M.data is given
+        given["4"] = [0 * t for t in tensors(given["4"])] if isinstance(given["4"], tuple) else 0 * given["4"]
+        assert not M.block("4").to_torch().any()
+        assert not N.get_diag()[lc.slices()["4"]].any()
+
+
 def test_data_of_wrong_shape_say_which(model, loader, v):
     M = FIM(model, loader, PMatKFAC)
     data = M.data
@@ -514,6 +532,23 @@ def test_the_fourth_argument_of_a_hessian(reduction, model, loader, lc):
         Hessian(model, loader, PMatDense, loss, lc),
     ):
         close(H.to_torch(), expected)
+
+
+def test_a_look_at_the_loss_leaves_the_random_state_alone(model):
+    batches = []
+
+    def seen(f, y):
+        batches.append(y)
+        return F.cross_entropy(f, y, reduction="none")
+
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 4, 4), torch.randint(3, (8,))), batch_size=8, shuffle=True)
+    torch.manual_seed(3)
+    [(_, y)] = loader
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    Hessian(model, loader, PMatDense, seen)
+    assert all(torch.equal(b, y) for b in batches if len(b) == 8)
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_a_function_of_the_prediction(model, loader, lc, v):

@@ -74,7 +74,7 @@ def set_data(matrix: PMat, value: Any) -> None:
     layout = layout_of(type(matrix))
     if layout is None:
         raise AttributeError(f"{type(matrix).__name__} has no .data to set")
-    held = _by_layer(matrix, value)
+    held = _given(matrix, value)
     _make(matrix, held, True)  # raises before anything has changed
     vars(matrix).update(_symmetric=True, _held=held, root=None)
 
@@ -119,6 +119,13 @@ def _by_layer(matrix: PMat, value: Any) -> Any:
     if isinstance(value, Mapping):
         return _ByLayer(matrix, value)
     return tuple(_by_layer(matrix, v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _given(matrix: PMat, value: Any) -> Any:
+    """Data that were given, as they are, but not those of another matrix."""
+    if isinstance(value, _ByLayer):
+        return _ByLayer(matrix, value)
+    return tuple(_given(matrix, v) for v in value) if isinstance(value, tuple | list) else value
 
 
 def _without_data(getstate: Callable[[PMat], dict[str, Any]]) -> Callable[[PMat], dict[str, Any]]:

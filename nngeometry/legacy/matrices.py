@@ -23,7 +23,7 @@ from ..object import (
     PMatMixed,
     PVector,
 )
-from .layout import get_data, layout_of, make_kfac, parts_of
+from .layout import get_data, layout_of, make_kfac, parts_of, set_data
 from .mixed import rules_of, sub_pmats
 from .names import attach, renamed, warn
 from .sources import TorchHooksJacobianBackend, remember
@@ -64,6 +64,8 @@ def _constructor(init: Callable[..., None]) -> Callable[..., None]:
             given["default"] = given.pop("default_representation")
             given["rules"] = rules_of(lc, given.pop("map_layers_to"))
         init(self, **given)
+        if layout is not None:
+            set_data(self, value)
         if isinstance(source, TorchHooksJacobianBackend) and value is None and source.centering:
             self.root = source.without_mean(self.root, given["examples"], kind)
         if isinstance(self, PMatEKFAC):

@@ -341,7 +341,7 @@ def _operator(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduced(source: LossCurvature, examples: Any) -> Any:
     """The function of a source as a loss, None if it is none: called as one, it gives no scalar."""
-    batch = next(data.minibatches(examples, source.device))
+    batch = _first(source, examples)
     function: Any = source.function
     certain = isinstance(source, TorchFuncHessianBackend)
     try:
@@ -357,10 +357,16 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
     return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *data.targets(batch))
 
 
+def _first(source: LossCurvature, examples: Any) -> Any:
+    """The first minibatch, with the random state as it was: a shuffling loader draws from it."""
+    with torch.random.fork_rng(devices=[]):
+        return next(data.minibatches(examples, source.device))
+
+
 def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
     """The loss of a source, as one of a minibatch if it gives one number for that."""
     loss: Any = getattr(source.loss, "loss", None)
-    batch = next(data.minibatches(examples, source.device))
+    batch = _first(source, examples)
     try:
         with torch.no_grad(), unchanged(source.model):
             f = source.outputs_unchecked(batch)
