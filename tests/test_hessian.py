@@ -312,8 +312,10 @@ def test_representations_that_make_no_sense_say_so():
         GGN(model, batches, PMatDense, lambda f, y: torch.sin(f).sum(1)).trace()
     with pytest.raises(ValueError, match='use "mean" or "sum"'):
         GGN(model, batches, PMatDense, nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match="neither their mean nor their sum"):
+        Hessian(model, batches, PMatDense, lambda f, y: f.sum() ** 2)
     with pytest.raises(ValueError, match="one value for each of the"):
-        Hessian(model, batches, PMatDense, lambda f, y: f.sum())
+        GGN(model, batches, PMatDense, lambda f, y: f.sum())
     with pytest.raises(NotImplementedError, match='reduction="none"'):
         GGN(model, batches, PMatDense, nn.MultiMarginLoss())
 

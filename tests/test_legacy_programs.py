@@ -534,6 +534,23 @@ def test_the_fourth_argument_of_a_hessian(reduction, model, loader, lc):
         close(H.to_torch(), expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_a_loss_of_a_minibatch_is_a_mean_or_a_sum(scale, model, loader):
+    batches = [(x, scale * model(x).detach()) for x, _ in loader]  # of loss zero, to begin with
+
+    for reduction in ("mean", "sum"):
+        H = Hessian(model, batches, PMatDense, lambda f, y, r=reduction: 3 * F.mse_loss(f, y, reduction=r))
+        expected = 3 * Hessian(model, batches, PMatDense, nn.MSELoss(reduction=reduction)).to_torch()
+        close(H.to_torch(), expected)
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    for mixed, data in (
+        (lambda f, y: F.mse_loss(f, y).sqrt(), batches),
+        (lambda f, y: F.cross_entropy(f, y, weight=weight), loader),
+    ):
+        with pytest.raises(ValueError, match="neither their mean nor their sum"):
+            Hessian(model, data, PMatDense, mixed)
+
+
 def test_a_look_at_the_loss_leaves_the_random_state_alone(model):
     batches = []
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import sys
 
+import torch  # noqa: F401  (the examples below use it)
+from torch import nn  # noqa: F401
+
 from .. import gram, hessian, metrics
 from . import coordinates, function_space, layout, matrices, mixed, sources
 from .names import attach, warn

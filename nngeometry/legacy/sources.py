@@ -302,20 +302,45 @@ class _Reduced:
 
     def __init__(self, loss: Callable[..., Tensor], f: Tensor, *targets: Any) -> None:
         self.loss = loss
-        once = loss(f, *targets)
-        twice = loss(torch.cat([f, f]), *(torch.cat([t, t]) if isinstance(t, Tensor) else t for t in targets))
-        self.mean = bool(torch.isclose(once, twice, rtol=1e-3))
-        if not self.mean and not bool(torch.isclose(2 * once, twice, rtol=1e-3)):
+        n, first = len(f), max(1, len(f) // 2)
+        noise = torch.cos(torch.arange(f.numel(), dtype=f.dtype, device=f.device)).view_as(f)
+        found = set()
+        for g in (f, f + noise, f - 2 * noise):  # at one of them it may be zero
+            twice = torch.cat([torch.arange(n), torch.arange(n)])
+            once, doubled = (_on_rows(loss, g, targets, index) for index in (torch.arange(n), twice))
+            halves = (torch.arange(first), torch.arange(first, n)) if n > 1 else (torch.arange(n),)
+            parts = [_on_rows(loss, g, targets, index) for index in halves]
+            if max(map(abs, (once, doubled, *parts))) == 0:
+                continue
+            counted = sum(len(index) * part for index, part in zip(halves, parts, strict=True))
+            mean = _same(doubled, once, f) and _same(counted, n * once, f)
+            total = _same(doubled, 2 * once, f) and _same(sum(parts), once, f)
+            found.add("mean" if mean else "sum" if total else "neither")
+        if found not in ({"mean"}, {"sum"}):
             raise ValueError(
-                f"Hessian: the loss of a minibatch is {float(once):.4g} and {float(twice):.4g} when its examples are "
-                "given twice, so it is neither their mean nor their sum: use one with one value for each example"
+                "Hessian: the loss gives one number for a minibatch, which is put together from those of its examples "
+                "but is neither their mean nor their sum: use one with one value for each example, or one of torch.nn"
             )
+        self.mean = found == {"mean"}
 
     def total(self, f: Tensor, *targets: Any) -> Tensor:
         return self.loss(f, *targets) * (len(f) if self.mean else 1)
 
     def weight(self, f: Tensor, *targets: Any) -> float:
         return len(f)
+
+
+def _on_rows(loss: Callable[..., Tensor], f: Tensor, targets: tuple[Any, ...], index: Tensor) -> float:
+    """The loss of some examples."""
+    rows = index.to(f.device)
+    return float(
+        loss(f[rows], *(t[rows] if isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(f) else t for t in targets))
+    )
+
+
+def _same(a: float, b: float, like: Tensor) -> bool:
+    """Equal up to rounding."""
+    return abs(a - b) <= torch.finfo(like.dtype).eps ** 0.5 * max(abs(a), abs(b))
 
 
 def _operator(operator: Callable[..., Any]) -> Callable[..., Any]:
