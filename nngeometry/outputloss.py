@@ -110,30 +110,23 @@ class ByExample(OutputLoss):
             return _separate(self.values(leaf, *targets), leaf, targets)
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        self._check_positive(f, *targets)
-        return super().hvp(f, u, *targets)
-
-    def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        self._check_positive(f, *targets)
-        return super().sqrt(f, *targets)
-
-    def _check_positive(self, f: Tensor, *targets: Any) -> None:
-        """By a few products, once for each shape; square roots are exact about it."""
-        if f.shape not in self._positive:
-            OutputHessian(lambda leaf: self.total(leaf, *targets), f).check_positive()
+        hessian = OutputHessian(lambda leaf: self.total(leaf, *targets), f)
+        if f.shape not in self._positive:  # of square roots it is known without asking
+            hessian.check_positive()
             self._positive.add(f.shape)
+        return hessian.mv(u)
 
     def _look(self, f: Tensor, targets: tuple[Any, ...], values: Tensor) -> None:
-        """Raise if the value of an example changes, or its shape, where other examples are left out.
-
-        Every example is looked at without the half of the others, in two ways; a single example, next to itself.
+        """Raise if the value of an example changes, or its shape, where half of the examples are left out, and the
+        other half; a single example is looked at next to itself.
         """
         n = len(f)
         if n == 1:
             parts = [torch.zeros(2, dtype=torch.long)]
         else:
-            order = torch.arange(n)
-            parts = [order[: n // 2], order[n // 2 :], order[::2], order[1::2]][: 4 if n > 2 else 2]
+            odd = torch.arange(n) % 2 == 1
+            odd[-1] = True  # the last one without the first
+            parts = [odd.nonzero()[:, 0], (~odd).nonzero()[:, 0]]
         for part in parts:
             found = self._of(data.take((f, *targets), part), len(part))
             if found is None:  # made for as many examples, e.g. with weights: the others are replaced by these

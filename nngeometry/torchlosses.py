@@ -55,12 +55,13 @@ class _Elementwise(OfTorch):
         super().__init__(loss)
         self._family = family
         self._by_example = loss.reduction in ("batchmean", "none")
+        buffers = vars(loss)["_buffers"]
+        self._weights = {name: w for name in ("weight", "pos_weight") if (w := buffers.get(name)) is not None}
 
     def aligned(self, f: Tensor, *targets: Any) -> tuple[Any, ...]:
         check_count(targets, self._family.targets, self.name)
-        for name in ("weight", "pos_weight"):
-            w = getattr(self.loss, name, None)
-            if w is not None and not _fits(w.shape, f.shape):
+        for name, w in self._weights.items():
+            if not _fits(w.shape, f.shape):
                 raise ValueError(
                     f"loss: the {name} of {self.name}, {shape_of(w)}, and the outputs {shape_of(f)} would be "
                     "broadcast: give a weight for each element of an example's output"
@@ -183,20 +184,19 @@ class _CrossEntropy(_Classes):
             weighted = (y * classes.view(k, *[1] * (f.ndim - 2))).sum(1)
             return (1 - smoothing) * weighted + smoothing / k * classes.sum(), torch.ones_like(weighted)
         real = y != loss.ignore_index
-        hard = torch.where(real, classes[y.where(real, 0)], 0.0)
+        try:
+            each = classes.index_select(0, y.where(real, 0).flatten()).view(y.shape)
+        except (IndexError, RuntimeError):
+            self._check_range(f, y)
+            raise
+        hard = torch.where(real, each, 0.0)
         return (1 - smoothing) * hard + smoothing / k * classes.sum() * real, hard
 
-    def _checked(self, f: Tensor, *targets: Any) -> Tensor:
-        (y,) = self.aligned(f, *targets)
-        if not y.is_floating_point():
-            self._check_range(f, y)
-        return y
-
     def weight(self, f: Tensor, *targets: Any) -> float:
-        return float(self._weights(f, self._checked(f, *targets))[1].sum())
+        return float(self._weights(f, *self.aligned(f, *targets))[1].sum())
 
     def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        factor = self._weights(f, self._checked(f, *targets))[0].sqrt().unsqueeze(1)
+        factor = self._weights(f, *self.aligned(f, *targets))[0].sqrt().unsqueeze(1)
         plain = Categorical().sqrt(f)
         return Cotangents(plain.count, lambda start, stop: factor * plain.take(start, stop))
 
