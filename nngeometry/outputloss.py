@@ -124,8 +124,7 @@ class ByExample(OutputLoss):
         if n == 1:
             parts = [torch.zeros(2, dtype=torch.long)]
         else:
-            odd = torch.arange(n) % 2 == 1
-            odd[-1] = True  # the last one without the first
+            odd = _odd(n)
             parts = [odd.nonzero()[:, 0], (~odd).nonzero()[:, 0]]
         for part in parts:
             found = self._of(data.take((f, *targets), part), len(part))
@@ -158,11 +157,18 @@ class ByExample(OutputLoss):
         return values if isinstance(values, Tensor) and values.ndim > 0 and len(values) == n else None
 
 
+def _odd(n: int) -> Tensor:
+    """One half of several examples, in which the last is without the first."""
+    odd = torch.arange(n) % 2 == 1
+    odd[-1] = True
+    return odd
+
+
 def _separate(values: Tensor, f: Tensor, targets: tuple[Any, ...]) -> Tensor:
     """The gradients of values ``(n, ...)`` in the outputs f ``(n, ...)`` of their own; raises for those of others."""
     if len(f) == 1:
         return torch.autograd.grad(values.sum(), f, retain_graph=True)[0]
-    odd = torch.arange(len(f), device=f.device) % 2 == 1
+    odd = _odd(len(f)).to(f.device)
     masks = [mask.view(-1, *[1] * (values.ndim - 1)).expand_as(values).to(values.dtype) for mask in (odd, ~odd)]
     of_odd, of_even = (torch.autograd.grad(values, f, mask, retain_graph=True)[0] for mask in masks)
     rows = odd.view(-1, *[1] * (f.ndim - 1))

@@ -160,11 +160,26 @@ class _Classes(OfTorch):
 
     def total(self, f: Tensor, *targets: Any) -> Tensor:
         (y,) = self.aligned(f, *targets)
+        loss, weight = self.loss, self._class_weights(f)
+        if weight is not loss.weight:
+            loss = copy.copy(loss)
+            loss._buffers = {**loss._buffers, "weight": weight}
         try:
-            return self.loss(f, y)
+            return loss(f, y)
         except IndexError:
             self._check_range(f, y)
             raise
+
+    def _class_weights(self, f: Tensor) -> Tensor | None:
+        weight = self.loss.weight
+        if weight is None:
+            return None
+        if weight.shape != f.shape[1:2]:
+            raise ValueError(
+                f"loss: {self.name} has class weights {shape_of(weight)} for outputs {shape_of(f)}: give one for each "
+                "class"
+            )
+        return weight.to(f)
 
     def _check_range(self, f: Tensor, y: Tensor) -> None:
         check_range(y, f.shape[1], self.loss.ignore_index, self.name)
@@ -176,9 +191,8 @@ class _CrossEntropy(_Classes):
     def _weights(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """At each position ``(B, *positions)``: the factor of the Hessian, and what a mean counts it as."""
         loss, k = self.loss, f.shape[1]
-        classes = f.new_ones(k) if loss.weight is None else loss.weight.to(f)
-        if classes.shape != (k,):
-            raise ValueError(f"loss: {self.name} has {len(classes)} class weights, the outputs {shape_of(f)}")
+        weight = self._class_weights(f)
+        classes = f.new_ones(k) if weight is None else weight
         smoothing = loss.label_smoothing
         if y.is_floating_point():  # class probabilities
             weighted = (y * classes.view(k, *[1] * (f.ndim - 2))).sum(1)

@@ -207,6 +207,18 @@ def test_classes_in_a_column_or_of_another_integer_type(make, sizes):
         assert oracle.relative(matrix(model, cut([x, make(y)], sizes), PMatDense).to_torch(), plain) < 1e-12
 
 
+def test_class_weights_are_one_for_each_class_of_any_precision():
+    model, x, y = net(3), torch.randn(8, 4), torch.arange(8) % 3
+    weight = torch.tensor([0.25, 1.0, 4.0])
+    single = nn.CrossEntropyLoss(weight.float())
+    for matrix in (EmpiricalFisher, GGN, Hessian):
+        expected = matrix(model, (x, y), PMatDense, nn.CrossEntropyLoss(weight)).to_torch()
+        assert oracle.relative(matrix(model, (x, y), PMatDense, single).to_torch(), expected) < 1e-12
+        with pytest.raises(ValueError, match=r"class weights \(5,\) for outputs \(8, 3\)"):
+            matrix(model, [(x, y)], PMatDense, nn.CrossEntropyLoss(torch.rand(5)))
+    assert single.weight.dtype == torch.float32
+
+
 def test_the_class_axis_of_tokens_is_named():
     f, y = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
     with pytest.raises(ValueError, match="TokenCrossEntropy"):
