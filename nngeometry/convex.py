@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Pull
+from .changes import Changed, recording
 from .memory import chunk_length, slices
 
 #: How many products the sign of the eigenvalues is looked at with.
@@ -22,7 +23,7 @@ class OutputHessian:
 
     def __init__(self, total: Callable[[Tensor], Tensor], f: Tensor) -> None:
         self.leaf = f.detach().requires_grad_()
-        with torch.enable_grad():
+        with Changed(recording(True)):
             (self.gradient,) = torch.autograd.grad(total(self.leaf), self.leaf, create_graph=True)
         self._pull = Pull()
 

@@ -115,7 +115,7 @@ class OwnLoss:
     """
 
     def __init__(self, count: Callable[[data.Batch], Any] | None = None) -> None:
-        self.count = data.count if count is None else count
+        self.count = count
 
     def function(self, model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
         """From the arguments of ``function`` to the loss of the model, a scalar that is finite."""
@@ -147,7 +147,7 @@ class OwnLoss:
 
     def weight(self, batch: data.Batch) -> float:
         """What the loss of a minibatch counts in the mean."""
-        return float(self.count(batch))
+        return float(data.count(batch) if self.count is None else self.count(data.content(batch)))
 
 
 def example_loss(loss: Loss) -> OutputLoss:

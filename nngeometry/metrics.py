@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import data
-from .evaluator import check_mode, trainable, unchanged
+from .changes import trainable
+from .evaluator import State, check_mode
 from .generator import CotangentFunction, Curvature, Generator, Observation, Plan, SeveralCotangents, at_once
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, Likelihood, likelihood_of
@@ -241,8 +242,10 @@ class OwnGradients(Generator):
         check_mode(self.model)
         parameters = self.layer_collection.parameters(self.model)
         for batch in self.minibatches(examples):
-            with unchanged(self.model), trainable(parameters), torch.enable_grad():
+            state = State(self.model)
+            with self.running(trainable(parameters), state):
                 f = self.outputs_of(batch)
+                state.check()
                 grads = torch.autograd.grad(f, parameters, allow_unused=True, materialize_grads=True)
             flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]).to(self.dtype)
             yield Observation(1, 1.0, dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import data
+from .changes import Changed, no_grad, recording
 from .convex import OutputHessian
 from .likelihood import Cotangents
 from .memory import budget, slices
@@ -38,7 +39,7 @@ class OutputLoss(ABC):
     def gradient(self, f: Tensor, *targets: Any) -> Tensor:
         """The gradient of each example's loss in its output, in the shape of f."""
         leaf = f.detach().requires_grad_()
-        with torch.enable_grad():
+        with Changed(recording(True)):
             return torch.autograd.grad(self.total(leaf, *targets), leaf)[0]
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
@@ -93,7 +94,7 @@ class ByExample(OutputLoss):
                 "numbers), so there is nothing to differentiate"
             )
         if f.shape not in self._seen:
-            with torch.no_grad():
+            with no_grad():
                 self._look(f.detach(), targets, values.detach())
             self._seen.add(f.shape)
         return values
@@ -106,7 +107,7 @@ class ByExample(OutputLoss):
 
     def gradient(self, f: Tensor, *targets: Any) -> Tensor:
         leaf = f.detach().requires_grad_()
-        with torch.enable_grad():
+        with Changed(recording(True)):
             return _separate(self.values(leaf, *targets), leaf, targets)
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
@@ -127,14 +128,14 @@ class ByExample(OutputLoss):
             odd = _odd(n)
             parts = [odd.nonzero()[:, 0], (~odd).nonzero()[:, 0]]
         for part in parts:
-            found = self._of(data.take((f, *targets), part), len(part))
+            found = self._of(f, targets, part)
             if found is None:  # made for as many examples, e.g. with weights: the others are replaced by these
                 lengths = {len(t) if t.ndim else 0 for t in data.tensors_of(targets)}
                 if n == 1 or lengths - {n}:
                     return
                 place = part[torch.arange(n) % len(part)]
                 place[part] = part
-                found = self._of(data.take((f, *targets), place), n)
+                found = self._of(f, targets, place)
                 if found is None:
                     return
                 found = found[part]
@@ -149,12 +150,13 @@ class ByExample(OutputLoss):
             if bool(((found - expected).abs() > _tolerance(values.dtype) * scale).any()):
                 raise _mixing(f, targets)
 
-    def _of(self, arguments: tuple[Any, ...], n: int) -> Tensor | None:
+    def _of(self, f: Tensor, targets: tuple[Any, ...], index: Tensor) -> Tensor | None:
+        """The values of some examples by themselves, None if there are none."""
         try:
-            values = self.loss(*arguments)
+            values = self.loss(*data.take((f, *targets), index))
         except Exception:
             return None
-        return values if isinstance(values, Tensor) and values.ndim > 0 and len(values) == n else None
+        return values if isinstance(values, Tensor) and values.ndim > 0 and len(values) == len(index) else None
 
 
 def _odd(n: int) -> Tensor:

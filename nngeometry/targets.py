@@ -25,17 +25,17 @@ def selected(targets: Targets) -> Callable[[data.Batch], tuple[Any, ...]]:
     if targets is None:
         return data.targets
     if isinstance(targets, str | int):
-        return lambda batch: (_entry(batch, targets),)
+        return lambda batch: (_entry(data.content(batch), targets),)
     if callable(targets):
 
         def given(batch: data.Batch) -> tuple[Any, ...]:
-            found = targets(batch)
+            found = targets(data.content(batch))
             return tuple(found) if type(found) in (tuple, list) else (found,)
 
         return given
     if isinstance(targets, Sequence) and all(isinstance(key, str | int) for key in targets):
         keys = tuple(targets)
-        return lambda batch: tuple(_entry(batch, key) for key in keys)
+        return lambda batch: tuple(_entry(data.content(batch), key) for key in keys)
     raise TypeError(
         f"targets: expected a key of the minibatch, several, or a function of it, got a {type(targets).__name__}"
     )
