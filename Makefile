@@ -32,6 +32,7 @@ examples: $(READY)
 	$(BIN)/python examples/alignment.py --small
 	$(BIN)/python examples/mislabelled.py --small
 	$(BIN)/python examples/influence.py --small
+	$(BIN)/python examples/huggingface.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -9,6 +9,7 @@ from .kinds import kind, whole
 from .layercollection import Layer, LayerCollection
 from .legacy import install as _install
 from .likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from .losses import OutputLoss, OwnLoss, TokenCrossEntropy
 from .memory import memory_budget
 from .metrics import FIM, EmpiricalFisher, FIM_MonteCarlo, GradientCovariance
 from .object import (
@@ -62,6 +63,8 @@ __all__ = [
     "Layer",
     "LayerCollection",
     "Likelihood",
+    "OutputLoss",
+    "OwnLoss",
     "PFMap",
     "PFMapDense",
     "PFMapFactored",
@@ -80,6 +83,7 @@ __all__ = [
     "PVector",
     "Poisson",
     "Relative",
+    "TokenCrossEntropy",
     "kind",
     "memory_budget",
     "random_pvector",

@@ -26,6 +26,8 @@ def described(value: Any) -> str:
     >>> described(nn.Linear), described("a"), described([1])
     ('the class Linear', "'a'", 'a list')
     """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None or isinstance(value, str | int | float | complex):
@@ -68,14 +70,42 @@ def integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def number(name: str, value: Any, above: float = -math.inf) -> float:
-    """A finite real number. Raises ``TypeError`` or ``ValueError``."""
+def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
+    """A finite real number, larger than one bound and at least as large as another, given as a number or as a tensor of
+    one entry. Raises ``TypeError`` or ``ValueError``.
+
+    >>> number("regul", torch.tensor(0.5))
+    0.5
+    """
     real = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
     if not real or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {described(value)}")
-    if not math.isfinite(value) or float(value) <= above:
-        raise ValueError(f"{name}: expected a {'finite' if above == -math.inf else 'positive'} number, got {value}")
-    return float(value)
+    value = float(value)
+    if not math.isfinite(value) or value <= above or value < least:
+        bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    return value
+
+
+def how_many(name: str, value: Any, most: int) -> int | None:
+    """None, or a whole number of things of which there are ``most``.
+
+    >>> how_many("eig: k", 2, most=3)
+    2
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected how many as an integer, got {described(value)}")
+    if not 0 <= int(value) <= most:
+        raise ValueError(f"{name}={int(value)} is not between 0 and {most}, which is all there are")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {described(value)}")
 
 
 # Of calls

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from .blocks import Operator
 from .evaluator import Evaluator
 from .generator import Generator, at_once
 from .layercollection import LayerCollection
-from .likelihood import Cotangents, Loss
-from .losses import output_loss
+from .likelihood import Cotangents
+from .losses import Loss, OwnLoss, output_loss
 from .metrics import Representation
 from .object import PMat
 from .object.finite_difference import Differences
-from .object.products import hessian
+from .object.products import Total, hessian
+from .targets import Targets, selected
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def GGN(
     representation: Representation,
     loss: Loss | None = None,
     *,
+    targets: Targets = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
     device: torch.device | str | None = None,
@@ -75,11 +77,14 @@ def GGN(
     """The generalised Gauss-Newton matrix of a loss, ``sum_x J^T H J`` with H the Hessian of the loss in the output.
 
     loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping). CrossEntropyLoss (with class
-    weights, ignore_index, label_smoothing, class probabilities, extra axes), BCEWithLogitsLoss, MSELoss,
-    PoissonNLLLoss, GaussianNLLLoss, HuberLoss and SmoothL1Loss with reduction "mean" or "sum", whose loss over all
-    minibatches is that of the data set as one minibatch, however it is split; or any callable with one value for
-    each example, of which the mean over examples is taken, and whose Hessian must be positive semidefinite. The
-    default is ``nn.CrossEntropyLoss()``. The rest is as in :func:`~nngeometry.FIM`, and so are the representations.
+    weights, ignore_index, label_smoothing, class probabilities, extra axes), :class:`~nngeometry.TokenCrossEntropy`,
+    BCEWithLogitsLoss, MSELoss, PoissonNLLLoss, GaussianNLLLoss, HuberLoss, SmoothL1Loss and others that compare
+    element by element with reduction "mean" or "sum", whose loss over all minibatches is that of the data set as one
+    minibatch, however it is split; or any callable with one value for each example, of which the mean over examples
+    is taken, and whose Hessian must be positive semidefinite, which products are checked for by a few of them and
+    representations made of Jacobians exactly. The default is ``nn.CrossEntropyLoss()``. targets: as in
+    :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused. The rest is as in
+    :func:`~nngeometry.FIM`, and so are the representations.
 
     >>> from nngeometry import GGN, PMatKFAC
     >>> model = nn.Linear(4, 3)
@@ -93,19 +98,14 @@ def GGN(
     arguments.loss(loss)
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    known = output_loss(loss)
+    known, given = output_loss(loss), selected(targets)
     sqrt, weight = arguments.explaining(loss, known.sqrt), arguments.explaining(loss, known.weight)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        return sqrt(f, *data.targets(batch))
-
-    def weigh(f: Tensor, batch: data.Batch) -> float:
-        targets = data.targets(batch)
-        arguments.labels(loss, f, targets)
-        return weight(f, *targets)
+        return sqrt(f, *given(batch))
 
     def curvature(f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
-        return known.hvp(f, u, *data.targets(batch))
+        return known.hvp(f, u, *given(batch))
 
     generator = Generator(
         model,
@@ -115,7 +115,7 @@ def GGN(
         device=device,
         verbose=verbose,
         curvature=curvature,
-        weigh=weigh,
+        weigh=lambda f, batch: weight(f, *given(batch)),
         mean=known.mean,
         together=at_once(cotangents),
     )
@@ -128,6 +128,7 @@ def Hessian(
     representation: Representation,
     loss: Loss | None = None,
     *,
+    targets: Targets = None,
     function: Callable[..., Any] | None = None,
     products: FiniteDifference | None = None,
     layer_collection: LayerCollection | None = None,
@@ -137,7 +138,8 @@ def Hessian(
 ) -> Any:
     """The Hessian of a loss with respect to the parameters, by products: exact, indefinite in general.
 
-    loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``. representation:
+    loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``, or
+    :class:`~nngeometry.OwnLoss`, the loss that the model computes itself. targets: as in GGN. representation:
     PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the eigenvalues of largest
     magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. The rest is as in
     :func:`~nngeometry.FIM`.
@@ -159,15 +161,14 @@ def Hessian(
     if products is not None:
         arguments.instance("products", products, FiniteDifference, "pass FiniteDifference()")
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    source = LossCurvature(
-        model,
-        lc,
-        nn.CrossEntropyLoss() if loss is None else loss,
-        function=function,
-        device=device,
-        verbose=verbose,
-        products=products,
-    )
+    shared: dict[str, Any] = {"function": function, "device": device, "verbose": verbose, "products": products}
+    source: LossCurvature | OwnCurvature
+    if isinstance(loss, OwnLoss):
+        if targets is not None:
+            raise ValueError("targets: a model with loss=OwnLoss() computes the loss itself, so leave targets out")
+        source = OwnCurvature(model, lc, loss, **shared)
+    else:
+        source = LossCurvature(model, lc, nn.CrossEntropyLoss() if loss is None else loss, targets=targets, **shared)
     return representation(layer_collection=lc, generator=source, examples=loader, **options)
 
 
@@ -180,6 +181,7 @@ class LossCurvature(Evaluator):
         layer_collection: LayerCollection,
         loss: Loss,
         *,
+        targets: Targets = None,
         products: FiniteDifference | None = None,
         **options: Any,
     ) -> None:
@@ -187,6 +189,7 @@ class LossCurvature(Evaluator):
         self.loss = output_loss(loss)
         self._total = arguments.explaining(loss, self.loss.total)
         self._weight = arguments.explaining(loss, self.loss.weight)
+        self.targets = selected(targets)
         self.products = products
 
     def operator(self, examples: Any) -> Operator:
@@ -194,18 +197,61 @@ class LossCurvature(Evaluator):
 
         def total(batch: data.Batch) -> tuple[Tensor, float]:
             f = self.outputs_of(batch)
-            targets = data.targets(batch)
+            targets = self.targets(batch)
             value = self._total(f, *targets)
             if f.requires_grad and not value.requires_grad:
                 raise ValueError("loss: its value does not depend on the outputs (detached, or not differentiable)")
             return value, self._weight(f.detach(), *targets)
 
-        matvec: Callable[[Tensor], Tensor]
-        if self.products is None:
-            matvec = hessian(self, examples, total, self.loss.mean)
-        else:
-            others = [self.loss.loss] if isinstance(self.loss.loss, nn.Module) else []
-            step, rtol = self.products.step, self.products.rtol
-            matvec = Differences(self, examples, total, others, self.loss.mean, step, rtol)
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return Operator(matvec, self.layer_collection.numel(), None, None, like, psd=False)
+        loss = getattr(self.loss, "loss", self.loss)
+        others = [loss] if isinstance(loss, nn.Module) else []
+        return _operator(self, examples, total, others, self.loss.mean, self.products)
+
+
+class OwnCurvature(Evaluator):
+    """A model that computes its loss itself: the source of Hessian products. Arguments as in :func:`Hessian`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_collection: LayerCollection,
+        loss: OwnLoss,
+        *,
+        function: Callable[..., Any] | None = None,
+        products: FiniteDifference | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, layer_collection, function=loss.function(model, function), **options)
+        self.loss = loss
+        self.products = products
+
+    def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
+        """The minibatches, each for itself."""
+        return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
+
+    def operator(self, examples: Any) -> Operator:
+        """The Hessian as an operator."""
+
+        def total(batch: data.Batch) -> tuple[Tensor, float]:
+            weight = self.loss.weight(batch)
+            return self.outputs_unchecked(batch) * weight, weight
+
+        return _operator(self, examples, total, [], True, self.products)
+
+
+def _operator(
+    source: Evaluator,
+    examples: Any,
+    total: Total,
+    others: Sequence[nn.Module],
+    mean: bool,
+    products: FiniteDifference | None,
+) -> Operator:
+    """The Hessian of a summed loss as an operator. others: what has parameters and buffers beside the model."""
+    matvec: Callable[[Tensor], Tensor]
+    if products is None:
+        matvec = hessian(source, examples, total, mean)
+    else:
+        matvec = Differences(source, examples, total, others, mean, products.step, products.rtol)
+    like = torch.empty(0, dtype=source.dtype, device=source.device)
+    return Operator(matvec, source.layer_collection.numel(), None, None, like, psd=False)

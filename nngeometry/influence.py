@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from . import arguments
 from .changes import unrecorded
 from .generator import Generator
-from .likelihood import Loss
-from .metrics import gradients_of
+from .losses import Loss
+from .metrics import gradient_source
 from .object import PFMapFactored, PMat, Relative
 from .object.kernel import Slab, dense_forms, left_of, slabs, through, tile
 from .object.layouts import Traced
+from .targets import Targets
 
 
 class Influence:
@@ -27,9 +28,11 @@ class Influence:
 
     model: trained, in eval mode. matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
     loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction`` does not matter. regul: as
-    in :meth:`PMat.solve`. query_loss: what is measured at queries, by default the same loss. function: as in
-    :func:`~nngeometry.FIM`. refine: the same matrix by its products (PMatImplicit), for which solves are refined to a
-    relative residual of rtol by conjugate gradients, matrix being the preconditioner.
+    in :meth:`PMat.solve`. targets: what the loss receives beside the outputs, as in
+    :func:`~nngeometry.EmpiricalFisher`. query_loss, query_targets: what is measured at queries, by default the same
+    loss of the same targets. function: as in :func:`~nngeometry.FIM`. refine: the same matrix by its products
+    (PMatImplicit), for which solves are refined to a relative residual of rtol by conjugate gradients, matrix being
+    the preconditioner.
 
     >>> from nngeometry import GGN, PMatEKFAC
     >>> model = nn.Linear(4, 3)
@@ -49,7 +52,9 @@ class Influence:
         loss: Loss | None = None,
         regul: float | Relative = 1e-3,
         *,
+        targets: Targets = None,
         query_loss: Loss | None = None,
+        query_targets: Targets = None,
         function: Callable[..., Any] | None = None,
         refine: PMat | None = None,
         rtol: float = 1e-5,
@@ -63,19 +68,20 @@ class Influence:
         arguments.number("rtol", rtol, above=0.0)
         for name, given in (("loss", loss), ("query_loss", query_loss)):
             arguments.loss(given, name)
-        loss = nn.CrossEntropyLoss() if loss is None else loss
 
-        def generator(of: Loss) -> Generator:
-            return Generator(
-                model, matrix.layer_collection, gradients_of(of), function=function, device=device, verbose=verbose
+        def generator(of: Loss | None, chosen: Targets) -> Generator:
+            return gradient_source(
+                model, matrix.layer_collection, of, chosen, function=function, device=device, verbose=verbose
             )
 
         self.matrix = matrix
         self.regul = regul
         self.refine = refine
         self.rtol = rtol
-        self._train = generator(loss)
-        self._query = generator(loss if query_loss is None else query_loss)
+        self._train = generator(loss, targets)
+        self._query = generator(
+            loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
+        )
         self._inverse = None if refine is not None else matrix.inv(regul).root
 
     @unrecorded

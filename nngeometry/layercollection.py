@@ -267,6 +267,15 @@ class LayerCollection:
                 sites.append(site)
         return sites
 
+    def layer(self, name: Any, operation: str) -> Layer:
+        """The layer of that name. Raises ``KeyError`` with the names that there are if there is none.
+
+        operation: what asks for it.
+        """
+        if not isinstance(name, str) or name not in self.layers:
+            raise KeyError(f"{operation}: no layer {name!r}, the collection has {', '.join(self.layers)}")
+        return self.layers[name]
+
     def __getitem__(self, name: str) -> Layer:
         if name not in self.layers:
             hint = arguments.near(name, self.layers)

@@ -8,15 +8,12 @@ an example is the sum over them.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from .apart import altered
 
 
 @dataclass(frozen=True)
@@ -198,13 +195,13 @@ class Categorical(Likelihood):
         n, positions, k = rows.shape
         tail = rows.flip(-1).logcumsumexp(-1).flip(-1)  # log sum_{j >= i} exp f_j
         scale = ((rows - tail[..., :1])[..., :-1] + tail[..., 1:] - tail[..., :-1]).div(2).exp()
-        after = torch.ones(k, k, dtype=torch.bool, device=f.device).triu(1)
+        classes = torch.arange(k, device=f.device)
 
         def take(start: int, stop: int) -> Tensor:
             c = torch.arange(start, stop, device=f.device)
             where, i = c // (k - 1), c % (k - 1)
             logits = rows[:, where].movedim(1, 0)  # (c, B, K)
-            rest = (logits - tail[:, where, i + 1].T.unsqueeze(-1)).masked_fill(~after[i, None], -torch.inf)
+            rest = (logits - tail[:, where, i + 1].T.unsqueeze(-1)).masked_fill(classes <= i.view(-1, 1, 1), -torch.inf)
             column = nn.functional.one_hot(i, k).unsqueeze(1) - rest.exp()
             column = column * scale[:, where, i].T.unsqueeze(-1)
             if positions == 1:
@@ -253,49 +250,3 @@ def likelihood_of(variant: str | Likelihood) -> Likelihood:
     if variant in VARIANTS:
         return VARIANTS[variant]
     raise ValueError(f"variant={variant!r} is unknown: use one of {', '.join(VARIANTS)}, or a Likelihood object")
-
-
-Loss = Callable[..., Tensor]
-
-#: Losses whose value for an example depends on no other, whatever the shapes.
-_BY_EXAMPLE = (nn.CrossEntropyLoss, nn.NLLLoss)
-
-
-def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
-    """Gradient of each example's loss with respect to its output, in the shape of f.
-
-    loss: ``loss(f, *targets) -> (B, ...)``, one value (or several, which are summed) for each example. The
-    ``reduction`` of the losses of ``torch.nn`` is set to "none" on a copy, whatever it was.
-    """
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        loss = copy.copy(loss)
-        loss.reduction = "none"  # type: ignore[assignment]
-    leaf = f.detach().requires_grad_()
-    with torch.enable_grad():
-        values = per_example(loss, leaf, *targets)
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    if not bool(torch.isfinite(gradient).all()):
-        raise ValueError("loss: its gradient has NaN or infinite entries: check the targets of this minibatch")
-    return gradient
-
-
-def per_example(loss: Loss, f: Tensor, *targets: object) -> Tensor:
-    """The losses of the examples, ``(B, ...)``, checked to be one (or several) for each, of its own output alone."""
-    values = loss(f, *targets)
-    if values.ndim == 0 or values.shape[0] != f.shape[0]:
-        raise ValueError(
-            f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
-            'return the unreduced loss (reduction="none")'
-        )
-    by_example = type(loss) in _BY_EXAMPLE and not altered(loss)  # type: ignore[arg-type]
-    if not by_example and f.shape[0] > 1 and f.requires_grad and values.requires_grad:
-        (reached,) = torch.autograd.grad(
-            values[0].sum(), f, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        if bool(reached[1:].nan_to_num().count_nonzero()):
-            raise ValueError(
-                "loss: the value of the first example depends on the outputs of others (an average over the batch, or "
-                f"outputs {tuple(f.shape)} broadcast against targets of another shape): return one value for each "
-                "example, of its own output"
-            )
-    return values

@@ -1,9 +1,8 @@
-"""Losses as functions of the output: their sum over a minibatch, what a mean divides it by, and their Hessian."""
+"""Losses that the library takes: those of ``torch.nn``, of tokens, any callable, and the one of the model itself."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,176 +10,182 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .likelihood import Categorical, Cotangents, Loss, diagonal_cotangents, per_example
+from . import data
+from .likelihood import Categorical, Cotangents
+from .outputloss import ByExample, OutputLoss
+from .targets import check_count, check_range, class_indices, shape_of
+from .torchlosses import check_reduction, check_twice, of_torch
+
+__all__ = ["Loss", "OutputLoss", "OwnLoss", "TokenCrossEntropy", "example_loss", "loss_gradient", "output_loss"]
+
+#: ``loss(f, *targets) -> (n, ...)``, a loss of ``torch.nn``, an :class:`OutputLoss` or an :class:`OwnLoss`.
+Loss = Any
 
 
-class OutputLoss(ABC):
-    """A convex loss of the output f ``(B, *out)`` of a minibatch, with its Hessian with respect to f in closed form.
+class TokenCrossEntropy(OutputLoss):
+    """The cross entropy of tokens, ``-sum_t log softmax(f_t)[y_t]``, for logits f ``(n, T, V)`` with the classes last.
 
-    mean: whether the loss of the whole data set is a mean, i.e. divided by the sum of :meth:`weight` over minibatches.
+    shift: whether token t + 1 is predicted from position t, as in causal language models, whose labels are their
+    inputs. ignore_index: the label of tokens that do not count (padding). reduction: "mean" is over all tokens of the
+    data set that count, as ``nn.CrossEntropyLoss`` has it for one minibatch with all of them, "sum" is over all; it
+    has no say in gradients of single examples (EmpiricalFisher, GradientCovariance, Influence), whose loss is the sum
+    over their tokens. Labels are ``(n, T)``; any number of axes of positions will do where nothing is shifted.
+
+    Nothing of more than a few times the size of the logits is made, and in the square root for representations that
+    are made of Jacobians nothing larger than the chunk of its T (V - 1) columns that is asked for.
+
+    >>> from nngeometry import EmpiricalFisher, PMatDiag
+    >>> model = nn.Embedding(10, 10)  # a bigram model
+    >>> tokens = torch.randint(10, (4, 6))
+    >>> loss = TokenCrossEntropy(shift=True)
+    >>> f = model(tokens)
+    >>> bool(torch.isclose(loss(f, tokens), F.cross_entropy(f[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
+    True
+    >>> M = EmpiricalFisher(model, (tokens,), PMatDiag, loss, targets=0)
     """
 
-    def __init__(self, loss: Any) -> None:
-        if loss.reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"{type(loss).__name__}: reduction={loss.reduction!r} leaves no single loss to differentiate "
-                "twice: use "
-                '"mean" or "sum"'
-            )
-        self.loss = copy.copy(loss)
-        self.loss.reduction = "sum"
-        self.mean = loss.reduction == "mean"
+    def __init__(self, shift: bool = False, ignore_index: int = -100, reduction: str = "mean") -> None:
+        check_reduction("TokenCrossEntropy", reduction)
+        self.shift = shift
+        self.ignore_index = ignore_index
+        self.mean = reduction == "mean"
+
+    def _labels(self, f: Tensor, *targets: Any) -> Tensor:
+        """The class of every position, with those in their places that are predicted there."""
+        name = type(self).__name__
+        check_count(targets, 1, name)
+        y = class_indices(targets[0], f, -1, name)
+        if not self.shift:
+            return y
+        if f.ndim != 3 or f.shape[1] < 2:
+            raise ValueError(f"loss: {name}(shift=True) needs outputs (n, tokens, classes), got {shape_of(f)}")
+        return torch.cat([y[:, 1:], torch.full_like(y[:, :1], self.ignore_index)], 1)
+
+    def _checked(self, f: Tensor, *targets: Any) -> tuple[Tensor, Tensor]:
+        """The class of every position, and whether it counts."""
+        y = self._labels(f, *targets)
+        check_range(y, f.shape[-1], self.ignore_index, type(self).__name__)
+        real = y != self.ignore_index
+        return y.where(real, 0), real
 
     def total(self, f: Tensor, *targets: Any) -> Tensor:
-        """The sum of the losses in a minibatch, a scalar."""
-        return self.loss(f, *targets)
-
-    @abstractmethod
-    def weight(self, f: Tensor, *targets: Any) -> float:
-        """What the mean over this minibatch would divide the sum by."""
-
-    @abstractmethod
-    def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        """Columns of a square root of the Hessian of the sum."""
-
-    @abstractmethod
-    def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        """The Hessian of the sum times u, in the shape of f."""
-
-
-class _Elementwise(OutputLoss):
-    """A loss whose Hessian is diagonal: ``curvature(f, *targets)``, in the shape of f."""
-
-    def __init__(self, loss: Any, curvature: Callable[..., Tensor]) -> None:
-        super().__init__(loss)
-        self._curvature = curvature
+        y, real = self._checked(f, *targets)
+        y = y.where(real, -100)
+        return F.cross_entropy(f.flatten(0, -2), y.flatten(), reduction="sum")
 
     def weight(self, f: Tensor, *targets: Any) -> float:
-        return f.numel()
+        return float(self._checked(f, *targets)[1].sum())
 
-    def curvature(self, f: Tensor, *targets: Any) -> Tensor:
-        return self._curvature(self.loss, f, *targets).expand_as(f)
-
-    def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        return diagonal_cotangents(self.curvature(f, *targets).sqrt())
-
-    def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        return self.curvature(f, *targets) * u
-
-
-def _bce(loss: nn.BCEWithLogitsLoss, f: Tensor, y: Tensor) -> Tensor:
-    positive = y if loss.pos_weight is None else loss.pos_weight * y
-    h = (positive + 1 - y) * torch.exp(F.logsigmoid(f) + F.logsigmoid(-f))
-    return h if loss.weight is None else loss.weight * h
-
-
-def _poisson(loss: nn.PoissonNLLLoss, f: Tensor, y: Tensor) -> Tensor:
-    return f.exp() if loss.log_input else y / (f + loss.eps).square()
-
-
-def _gaussian(loss: nn.GaussianNLLLoss, f: Tensor, y: Tensor, var: Tensor | float) -> Tensor:
-    variance = torch.as_tensor(var, dtype=f.dtype, device=f.device).clamp(min=loss.eps)
-    if variance.ndim == f.ndim - 1 and variance.ndim > 0:
-        variance = variance.unsqueeze(-1)  # one variance for all outputs of an example
-    return 1 / variance
-
-
-def _huber(loss: nn.HuberLoss, f: Tensor, y: Tensor) -> Tensor:
-    return ((f - y).abs() <= loss.delta).to(f.dtype)
-
-
-def _smooth_l1(loss: nn.SmoothL1Loss, f: Tensor, y: Tensor) -> Tensor:
-    return ((f - y).abs() < loss.beta).to(f.dtype) / max(loss.beta, 1e-300)
-
-
-_ELEMENTWISE: dict[type, Callable[..., Tensor]] = {
-    nn.BCEWithLogitsLoss: _bce,
-    nn.MSELoss: lambda loss, f, y: torch.full_like(f, 2.0),
-    nn.PoissonNLLLoss: _poisson,
-    nn.GaussianNLLLoss: _gaussian,
-    nn.HuberLoss: _huber,
-    nn.SmoothL1Loss: _smooth_l1,
-}
-
-
-class _CrossEntropy(OutputLoss):
-    """``nn.CrossEntropyLoss``: at each position a multiple of the Hessian of the log-partition function."""
-
-    def _weights(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """At each position ``(B, *positions)``: the factor of the Hessian, and what a mean counts it as."""
-        loss, k = self.loss, f.shape[1]
-        classes = f.new_ones(k) if loss.weight is None else loss.weight.to(f)
-        smoothing = loss.label_smoothing
-        if y.is_floating_point():  # class probabilities
-            weighted = (y * classes.view(k, *[1] * (f.ndim - 2))).sum(1)
-            return (1 - smoothing) * weighted + smoothing / k * classes.sum(), torch.ones_like(weighted)
-        real = y != loss.ignore_index
-        hard = torch.where(real, classes[y.where(real, 0)], 0.0)
-        return (1 - smoothing) * hard + smoothing / k * classes.sum() * real, hard
-
-    def weight(self, f: Tensor, *targets: Any) -> float:
-        return float(self._weights(f, *targets)[1].sum())
+    def gradient(self, f: Tensor, *targets: Any) -> Tensor:
+        y, real = self._checked(f, *targets)
+        p = f.detach().softmax(-1)
+        p.scatter_add_(-1, y.unsqueeze(-1), p.new_full((), -1.0).expand(*y.shape, 1))
+        return p.mul_(real.unsqueeze(-1))
 
     def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        factor = self._weights(f, *targets)[0].sqrt().unsqueeze(1)
-        plain = Categorical().sqrt(f)
-        return Cotangents(plain.count, lambda start, stop: factor * plain.take(start, stop))
+        factor = self._checked(f, *targets)[1].unsqueeze(-1).to(f.dtype)
+        plain = Categorical(dim=-1).sqrt(f)
+        return Cotangents(plain.count, lambda start, stop: plain.take(start, stop).mul_(factor))
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        return self._weights(f, *targets)[0].unsqueeze(1) * Categorical().hvp(f, u)
+        real = self._labels(f, *targets) != self.ignore_index
+        return Categorical(dim=-1).hvp(f, u).mul_(real.unsqueeze(-1))
 
 
-class _Callable:
-    """Any loss with one value for each example: its Hessians by differentiating it twice, one small matrix each."""
+class OwnLoss:
+    """The loss that the model computes itself, one number for a minibatch: ``model(**minibatch).loss``.
 
-    mean = True
+    ``function(*minibatch)`` (``function(minibatch)`` for a mapping) returns it, or something with an entry ``loss``;
+    the default is the model called with a mapping's entries as keywords. The loss of a data set is the mean over
+    minibatches weighted by their numbers of examples, or by ``count(minibatch)`` if given, e.g. of its labelled
+    tokens. Minibatches are never put together or taken apart.
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    What can be had of it is the :func:`~nngeometry.Hessian` with any minibatches, and of matrices of gradients
+    (EmpiricalFisher, GradientCovariance) and :class:`~nngeometry.Influence` those of minibatches of one example, the
+    gradient of whose loss is taken as it is: a mean over tokens stays one. ``GGN`` needs the loss as a function of
+    the output.
 
-    def total(self, f: Tensor, *targets: Any) -> Tensor:
-        return per_example(self.loss, f, *targets).sum()
+    >>> from nngeometry import Hessian, PMatDense
+    >>> model = nn.Linear(2, 1)
+    >>> def mean_square(x, y):
+    ...     return (model(x) - y).square().mean()
+    >>> batch = torch.randn(5, 2), torch.randn(5, 1)
+    >>> Hessian(model, batch, PMatDense, OwnLoss(), function=mean_square).size()
+    (3, 3)
+    """
 
-    def weight(self, f: Tensor, *targets: Any) -> float:
-        return f.shape[0]
+    def __init__(self, count: Callable[[data.Batch], Any] | None = None) -> None:
+        self.count = count
 
-    def _hessians(self, f: Tensor, *targets: Any) -> Tensor:
-        """``(B, K, K)``, by one product for each of the K outputs."""
-        leaf = f.detach().requires_grad_()
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(self.total(leaf, *targets), leaf, create_graph=True)
-            columns = [
-                torch.autograd.grad(gk.sum(), leaf, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
-                if gk.requires_grad
-                else torch.zeros_like(leaf)
-                for gk in g.reshape(len(g), -1).unbind(1)
-            ]
-        return torch.stack([c.reshape(len(c), -1) for c in columns], 2)
+    def function(self, model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
+        """From the arguments of ``function`` to the loss of the model, a scalar that is finite."""
 
-    def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
-        l, q = torch.linalg.eigh(self._hessians(f, *targets))
-        noise = l.shape[1] * torch.finfo(l.dtype).eps * l.abs().amax()
-        if bool((l < -10 * noise).any()):
-            raise ValueError(
-                f"loss: its Hessian with respect to the output has a negative eigenvalue ({float(l.min()):.3g}), so "
-                "the Gauss-Newton matrix is not positive semidefinite: use Hessian, or a convex loss"
-            )
-        s = q * l.clamp(min=0).sqrt().unsqueeze(1)  # (B, K, c)
-        return Cotangents.of(s.movedim(2, 0).reshape(-1, *f.shape))
+        def value(*arguments: Any) -> Tensor:
+            if function is not None:
+                found = function(*arguments)
+            elif hasattr(arguments[0], "keys"):
+                found = model(**arguments[0])
+            else:
+                raise TypeError(
+                    f"loss=OwnLoss(): minibatches of type {type(arguments[0]).__name__} need function=, which returns "
+                    "the loss, e.g. function=lambda x, y: model(x, labels=y).loss"
+                )
+            if not isinstance(found, Tensor):
+                found = found.get("loss") if hasattr(found, "get") else getattr(found, "loss", None)
+            if not isinstance(found, Tensor) or found.numel() != 1:
+                raise ValueError(
+                    "loss=OwnLoss(): the model returned no loss of the minibatch, one number (are the labels in the "
+                    "minibatch?): pass function=, which returns it"
+                )
+            if torch.is_grad_enabled() and not found.requires_grad:
+                raise ValueError("loss=OwnLoss(): the loss does not depend on the parameters, or is detached")
+            if not bool(torch.isfinite(found.detach())):
+                raise ValueError("loss=OwnLoss(): the loss of a minibatch is NaN or infinite: check its labels")
+            return found.reshape(())
 
-    def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        return torch.einsum("bkl,bl->bk", self._hessians(f, *targets), u.reshape(len(u), -1)).view_as(f)
+        return value
+
+    def weight(self, batch: data.Batch) -> float:
+        """What the loss of a minibatch counts in the mean."""
+        return float(data.count(batch) if self.count is None else self.count(data.content(batch)))
 
 
-def output_loss(loss: Loss) -> OutputLoss | _Callable:
-    """What is known of a loss: the closed forms of ``torch.nn``, or any callable with one value for each example."""
-    if type(loss) is nn.CrossEntropyLoss:
-        return _CrossEntropy(loss)
-    if type(loss) in _ELEMENTWISE:
-        return _Elementwise(loss, _ELEMENTWISE[type(loss)])
-    if isinstance(loss, nn.Module) and getattr(loss, "reduction", "none") != "none":
+def example_loss(loss: Loss) -> OutputLoss:
+    """A loss whose gradients at single examples are wanted, so that its reduction has no say."""
+    if isinstance(loss, OutputLoss):
+        return loss
+    if isinstance(loss, OwnLoss):
         raise NotImplementedError(
-            f"{type(loss).__name__} with reduction={loss.reduction!r} has no closed form here: pass it with "
-            'reduction="none", so that it gives one value for each example; the library takes the mean'
+            "loss=OwnLoss(): this needs the loss as a function of the output, e.g. nngeometry.TokenCrossEntropy"
         )
-    return _Callable(loss)
+    if isinstance(loss, type) or not callable(loss):
+        what = f"the class {loss.__name__}: pass an instance" if isinstance(loss, type) else f"{loss!r}"
+        raise TypeError(f"loss: expected a loss of torch.nn or a function loss(outputs, *targets), got {what}")
+    known = of_torch(loss)
+    if known is not None:
+        return known
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        loss = copy.copy(loss)
+        loss.reduction = "none"
+    return ByExample(loss)
+
+
+def output_loss(loss: Loss) -> OutputLoss:
+    """A loss that is differentiated twice: the closed forms of ``torch.nn``, or any callable with one value for each
+    example.
+    """
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        check_twice(loss)
+    return example_loss(loss)
+
+
+def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
+    """Gradient of each example's loss with respect to its output, in the shape of f.
+
+    loss: ``loss(f, *targets) -> (n, ...)``, one value (or several, which are summed) for each example. The
+    ``reduction`` of the losses of ``torch.nn`` has no say.
+    """
+    gradient = example_loss(loss).gradient(f, *targets)
+    if not bool(torch.isfinite(gradient).all()):
+        raise ValueError("loss: its gradient has NaN or infinite entries: check the targets of this minibatch")
+    return gradient

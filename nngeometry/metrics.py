@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, data
-from .generator import CotangentFunction, Curvature, Generator, SeveralCotangents, at_once
+from .changes import trainable
+from .evaluator import State, check_mode
+from .generator import CotangentFunction, Curvature, Generator, Observation, Plan, SeveralCotangents, at_once
 from .layercollection import LayerCollection
-from .likelihood import VARIANTS, Cotangents, Likelihood, Loss, likelihood_of, loss_gradient
+from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of
+from .losses import Loss, OwnLoss, example_loss, loss_gradient
+from .object.kernel import dense_forms
 from .object.pmat import PMat
+from .targets import Targets, selected
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]
@@ -123,6 +128,7 @@ def EmpiricalFisher(
     representation: Representation,
     loss: Loss | None = None,
     *,
+    targets: Targets = None,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -132,18 +138,23 @@ def EmpiricalFisher(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_x g_x g_x^T`` (often called empirical Fisher).
 
-    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), a loss of ``torch.nn`` or
-    any callable that returns one value, or several to be summed, for each example; by default
-    ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one example's loss, summed
-    over its positions. The rest is as in :func:`FIM`.
+    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), a loss of ``torch.nn``,
+    :class:`~nngeometry.TokenCrossEntropy` or any callable that returns one value, or several to be summed, for each
+    example; by default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one
+    example's loss, summed over its positions. :class:`~nngeometry.OwnLoss` is the loss that the model computes, for
+    minibatches of one example. targets: what the loss receives beside the outputs, a key of the minibatch (or a
+    position in the tuple), several, or a function of the minibatch that returns one target or a tuple of them. The
+    rest is as in :func:`FIM`.
+
+    Outputs and targets of the shapes (n, 1) and (n,) are the same to a loss of ``torch.nn``. Raises ``ValueError``
+    for whatever else would be broadcast, and for a loss whose value for an example depends on other examples.
 
     >>> from nngeometry import EmpiricalFisher, PMatDiag
     >>> model = nn.Linear(4, 3)
     >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = at_once(gradients_of(nn.CrossEntropyLoss() if loss is None else loss))
-    return _matrix(
-        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
+    return _of_gradients(
+        loss, targets, model, loader, representation, n_output, function, layer_collection, device, verbose, options
     )
 
 
@@ -153,6 +164,7 @@ def GradientCovariance(
     representation: Representation,
     loss: Loss | None = None,
     *,
+    targets: Targets = None,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -169,9 +181,9 @@ def GradientCovariance(
     >>> model = nn.Linear(4, 3)
     >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    cotangents = at_once(gradients_of(nn.CrossEntropyLoss() if loss is None else loss))
-    return _matrix(
-        cotangents,
+    return _of_gradients(
+        loss,
+        targets,
         model,
         loader,
         representation,
@@ -181,20 +193,135 @@ def GradientCovariance(
         device,
         verbose,
         options,
-        centred=True,
+        True,
     )
 
 
-def gradients_of(loss: Loss) -> CotangentFunction:
+def gradients_of(loss: Loss, targets: Targets = None) -> CotangentFunction:
     """The gradient of each example's loss, as the one cotangent."""
-
     arguments.loss(loss)
-    gradient = arguments.explaining(loss, partial(loss_gradient, loss))
+    loss = nn.CrossEntropyLoss() if loss is None else loss
+    gradient, given = arguments.explaining(loss, partial(loss_gradient, example_loss(loss))), selected(targets)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
-        return Cotangents.of(gradient(f, *data.targets(batch)).unsqueeze(0))
+        return Cotangents.of(gradient(f, *given(batch)).unsqueeze(0))
 
     return cotangents
+
+
+class OwnGradients(Generator):
+    """The gradient of the loss that the model itself computes, for minibatches of one example, whose output is that
+    loss. Nothing is looked at but the loss. Arguments as in :class:`~nngeometry.Generator`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_collection: LayerCollection,
+        loss: OwnLoss,
+        *,
+        function: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> None:
+        def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+            return Cotangents.of(torch.ones_like(f).unsqueeze(0))
+
+        super().__init__(model, layer_collection, cotangents, function=loss.function(model, function), **options)
+
+    def outputs(self, batch: data.Batch) -> Tensor:
+        """The loss ``(1,)`` of a minibatch of one example."""
+        n = data.count(batch)
+        if n != 1:
+            raise ValueError(
+                f"loss=OwnLoss(): the loss of a minibatch of {n} examples is one number, which does not tell their "
+                "gradients apart: use minibatches of one example, DataLoader(batch_size=1), or give the loss as a "
+                "function of the output (e.g. TokenCrossEntropy)"
+            )
+        return self.outputs_unchecked(batch).reshape(1)
+
+    def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
+        """The minibatches, each for itself."""
+        return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
+
+    def stream(
+        self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
+    ) -> Iterator[Observation]:
+        check_mode(self.model)
+        parameters = self.layer_collection.parameters(self.model)
+        for batch in self.minibatches(examples):
+            state = State(self.model)
+            with self.running(trainable(parameters), state):
+                f = self.outputs_of(batch)
+                state.check()
+                grads = torch.autograd.grad(f, parameters, allow_unused=True, materialize_grads=True)
+            flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]).to(self.dtype)
+            yield Observation(1, 1.0, dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers)))
+
+
+def gradient_source(
+    model: nn.Module,
+    layer_collection: LayerCollection,
+    loss: Loss,
+    targets: Targets,
+    *,
+    n_output: int | None = None,
+    **options: Any,
+) -> Generator:
+    """The stream of the gradients of a loss at single examples."""
+    if not isinstance(loss, OwnLoss):
+        return _source(model, layer_collection, at_once(gradients_of(loss, targets)), n_output, **options)
+    for name, given in (("targets", targets), ("n_output", n_output)):
+        if given is not None:
+            raise ValueError(f"{name}: a model with loss=OwnLoss() computes the loss itself, so leave {name} out")
+    return OwnGradients(model, layer_collection, loss, **options)
+
+
+def _of_gradients(
+    loss: Loss,
+    targets: Targets,
+    model: nn.Module,
+    loader: Any,
+    representation: Representation,
+    n_output: int | None,
+    function: Callable[..., Any] | None,
+    layer_collection: LayerCollection | None,
+    device: torch.device | str | None,
+    verbose: bool,
+    options: dict[str, Any],
+    centred: bool = False,
+) -> PMat:
+    lc = _checked(model, loader, representation, n_output, function, layer_collection, device, options)
+    arguments.loss(loss)
+    source = gradient_source(
+        model,
+        lc,
+        loss,
+        targets,
+        n_output=n_output,
+        function=function,
+        device=device,
+        verbose=verbose,
+        centred=centred,
+    )
+    return _represented(source, loader, representation, options)
+
+
+def _checked(
+    model: nn.Module,
+    loader: Any,
+    representation: Representation,
+    n_output: int | None,
+    function: Callable[..., Any] | None,
+    layer_collection: LayerCollection | None,
+    device: torch.device | str | None,
+    options: dict[str, Any],
+) -> LayerCollection:
+    """The layer collection, after a look at all that a matrix takes."""
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.representation(representation, PMat, options, FIM, "plan")
+    if n_output is not None:
+        arguments.integer("n_output", n_output, least=1)
+    return LayerCollection.from_model(model) if layer_collection is None else layer_collection
 
 
 def _matrix(
@@ -208,15 +335,22 @@ def _matrix(
     device: torch.device | str | None,
     verbose: bool,
     options: dict[str, Any],
-    centred: bool = False,
     curvature: Curvature | None = None,
 ) -> PMat:
-    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
-    arguments.representation(representation, PMat, options, FIM, "plan")
-    if n_output is not None:
-        arguments.integer("n_output", n_output, least=1)
-    lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    lc = _checked(model, loader, representation, n_output, function, layer_collection, device, options)
+    source = _source(
+        model, lc, cotangents, n_output, function=function, device=device, verbose=verbose, curvature=curvature
+    )
+    return _represented(source, loader, representation, options)
 
+
+def _source(
+    model: nn.Module,
+    layer_collection: LayerCollection,
+    cotangents: SeveralCotangents,
+    n_output: int | None,
+    **options: Any,
+) -> Generator:
     def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
         if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
             raise ValueError(
@@ -225,15 +359,14 @@ def _matrix(
             )
         return cotangents(f, batches, position)
 
-    generator = Generator(
+    return Generator(
         model,
-        lc,
+        layer_collection,
         lambda f, batch, position: checked(f, [batch], position),
-        function=function,
-        device=device,
-        verbose=verbose,
-        centred=centred,
-        curvature=curvature,
         together=checked,
+        **options,
     )
-    return representation(layer_collection=lc, generator=generator, examples=loader, **options)
+
+
+def _represented(source: Generator, loader: Any, representation: Representation, options: dict[str, Any]) -> PMat:
+    return representation(layer_collection=source.layer_collection, generator=source, examples=loader, **options)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nngeometry import Bernoulli, Categorical, Gaussian, Poisson
-from nngeometry.likelihood import likelihood_of, loss_gradient
+from nngeometry.likelihood import likelihood_of
+from nngeometry.losses import loss_gradient
 
 LIKELIHOODS = {
     "classif_logits": (Categorical(), (5,)),

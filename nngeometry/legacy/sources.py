@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .. import blocks, data, generator, gram, hessian, likelihood, metrics
 from ..blocks import Block
-from ..evaluator import unchanged
+from ..evaluator import State
 from ..generator import Generator
 from ..hessian import LossCurvature
 from ..layercollection import LayerCollection
@@ -370,9 +370,11 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
     function: Any = source.function
     certain = isinstance(source, TorchFuncHessianBackend)
     try:
-        with torch.no_grad(), unchanged(source.model):
+        state = State(source.model)
+        with source.running(state, record=False):
             f = source.model(data.arguments(batch)[0])
             value = function(f, *data.targets(batch))
+            state.check()
     except Exception:
         if certain:
             raise
@@ -393,9 +395,11 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
     loss: Any = getattr(source.loss, "loss", None)
     batch = _first(source, examples)
     try:
-        with torch.no_grad(), unchanged(source.model):
+        state = State(source.model)
+        with source.running(state, record=False):
             f = source.outputs_unchecked(batch)
             value = loss(f, *data.targets(batch))
+            state.check()
     except Exception:
         return source.loss  # which says what is wrong when it is used
     of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1

@@ -253,7 +253,8 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f"layer {layer.name!r}: the layer collection says that it has Kronecker factors, but the module of "
-                "this model has not: build it with LayerCollection.from_model(model)"
+                "this model has not: build it with LayerCollection.from_model(model). The gradients of loss=OwnLoss() "
+                "have none: give the loss as a function of the output, or use PMatDiag, PMatBlockDiag, PMatLowRank, ..."
             )
         left = j.left_factor(reduce)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None

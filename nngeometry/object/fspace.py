@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..blocks import Block, Dense, Operator, Rectangular
 from ..blocks.base import Map, check_order
 from ..memory import require
-from .arguments import how_many, number, shown
 from .arithmetic import VectorSpace
 from .layouts import Layout, Traced, centre, positions, take
 from .regul import Relative, regul_number
@@ -77,11 +77,11 @@ class FMat(VectorSpace):
         """
         self._check_square("solve")
         r = self._regul(regul)
-        rtol = None if rtol is None else number("solve: rtol", rtol, low=0.0)
+        rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         if isinstance(b, FVector):
             return self._unpack(self._solve(self._pack(b, self.layout), r, rtol))
         if not isinstance(b, FMat) or not isinstance(b.root, Dense):
-            raise TypeError(f"solve: expected an FVector or a dense FMat, got {shown(b)}")
+            raise TypeError(f"solve: expected an FVector or a dense FMat, got {arguments.described(b)}")
         self._check_rows(b, "solve")
         columns = b.root.data.permute(2, 0, 1)
         x = self._solve(columns.reshape(len(columns), *self.root.shape), r, rtol)
@@ -107,7 +107,7 @@ class FMat(VectorSpace):
         ``output="trace"`` are of one output.)
         """
         self._check_square("eig")
-        l, vectors = self.root.top(how_many("eig", k, self.root.numel))
+        l, vectors = self.root.top(arguments.how_many("eig: k", k, self.root.numel))
         return l, [self._unpack(v) for v in vectors]
 
     def eigenvalues(self) -> Tensor:
@@ -281,7 +281,7 @@ class FMat(VectorSpace):
             raise ValueError("regress: cross_start= is for queries: give their kernel with cross=, or leave it out")
         if cross is not None and cross_start is not None:
             cross._pack(cross_start, cross.layout)
-        time = None if time is None else number("regress: time", time, low=0.0)
+        time = None if time is None else arguments.number("regress: time", time, least=0.0)
         if time is None:
             weights = self.solve(residual, regul)
         else:
@@ -300,7 +300,9 @@ class FMat(VectorSpace):
         """
         self._check_columns(cross, "gp_posterior")
         if not isinstance(prior, FMat):
-            raise TypeError(f"gp_posterior: expected the kernel of the queries as prior, an FMat, got {shown(prior)}")
+            raise TypeError(
+                f"gp_posterior: expected the kernel of the queries as prior, an FMat, got {arguments.described(prior)}"
+            )
         mean = self.regress(targets, cross, regul=noise)
         cov = prior - cross @ self.solve(cross.T, noise)
         data = cov._held("gp_posterior")
@@ -334,7 +336,9 @@ class FMat(VectorSpace):
     def _pack(self, u: FVector, layout: Layout, side: str = "rows") -> Tensor:
         """The values of a vector as the block of a layout's rows takes them."""
         if not isinstance(u, FVector):
-            raise TypeError(f"expected an FVector, got {shown(u)}: make one with FVector(tensor) of shape (C, n)")
+            raise TypeError(
+                f"expected an FVector, got {arguments.described(u)}: make one with FVector(tensor) of shape (C, n)"
+            )
         (c, _), (n, _) = layout.outputs, layout.examples
         if u.size(1) != n or not (isinstance(layout, Traced) or u.size(0) == c):
             wanted = f"(any, {n})" if isinstance(layout, Traced) else f"{(c, n)}"
@@ -377,7 +381,9 @@ class FMat(VectorSpace):
     def _check_columns(self, other: Any, operation: str) -> None:
         """Raise unless the columns of another matrix are those of this one."""
         if not isinstance(other, FMat):
-            raise TypeError(f"{operation}: expected the kernel of queries with training examples, got {shown(other)}")
+            raise TypeError(
+                f"{operation}: expected the kernel of queries with training examples, got {arguments.described(other)}"
+            )
         same = type(other.layout) is type(self.layout) and other.layout.examples[1] == self.layout.examples[1]
         if not same or not (isinstance(self.layout, Traced) or other.layout.outputs[1] == self.layout.outputs[1]):
             raise ValueError(f"{operation}: the columns of {other} are not those of {self}")
@@ -419,7 +425,7 @@ class FMat(VectorSpace):
         wanted = isinstance(classes, Tensor) and classes.ndim == 1
         if not wanted or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
             raise TypeError(
-                f"labels: expected an FVector (C, n), or a tensor of integer classes (n,), got {shown(classes)}"
+                f"labels: expected an FVector (C, n), or a tensor of integer classes (n,), got {arguments.described(classes)}"
             )
         if len(classes) != self.layout.examples[0] or bool((classes < 0).any()):
             raise ValueError(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..forms import LayerJacobian
-from .arguments import shown
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def positions(examples: Any, n: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device)[wanted].reshape(-1)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise IndexError(
-            f"{shown(examples)} selects no examples: expected positions below {n}, a slice, or a mask of {n} entries "
+            f"{arguments.described(examples)} selects no examples: expected positions below {n}, a slice, or a mask of {n} entries "
             f"({str(error).splitlines()[0]})"
         ) from error
 

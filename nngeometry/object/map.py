@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import data, forms
+from .. import arguments, data, forms
 from ..blocks import Block
 from ..changes import no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
-from .arguments import layer_of, shown
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile
@@ -57,7 +56,9 @@ class PFMap(VectorSpace, ABC):
     def jvp(self, v: PVector) -> FVector:
         """``J v``."""
         if not isinstance(v, PVector):
-            raise TypeError(f"jvp: expected a PVector, got {shown(v)}: make one with PVector(layer_collection, tensor)")
+            raise TypeError(
+                f"jvp: expected a PVector, got {arguments.described(v)}: make one with PVector(layer_collection, tensor)"
+            )
         check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
         self._check_like(v)
         return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
@@ -65,7 +66,9 @@ class PFMap(VectorSpace, ABC):
     def vjp(self, u: FVector) -> PVector:
         """``J^T u``."""
         if not isinstance(u, FVector):
-            raise TypeError(f"vjp: expected an FVector, got {shown(u)}: make one with FVector(tensor) of shape (C, n)")
+            raise TypeError(
+                f"vjp: expected an FVector, got {arguments.described(u)}: make one with FVector(tensor) of shape (C, n)"
+            )
         self._check_like(u)
         if tuple(u.size()) != self.shape[:2]:
             raise ValueError(f"the FVector has {tuple(u.size())} outputs and examples, {self} has {self.shape[:2]}")
@@ -141,7 +144,7 @@ class PFMap(VectorSpace, ABC):
 
     def layer(self, name: str) -> PFMap:
         """The columns of one layer, as a map from its parameters alone."""
-        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
+        lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
         where, p = self.layer_collection.slices()[name], self.shape[2]
 
         def pad(V: Tensor) -> Tensor:
@@ -277,7 +280,7 @@ class PFMapDense(FlatArray, PFMap):
         return self._like(self._flat[:, index])
 
     def layer(self, name: str) -> PFMapDense:
-        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
+        lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
         return PFMapDense(lc, self._flat[..., self.layer_collection.slices()[name]])
 
     def centred(self) -> PFMapDense:
@@ -364,7 +367,7 @@ class PFMapFactored(PFMap):
         return PFMapFactored(self.layer_collection, pieces)
 
     def layer(self, name: str) -> PFMapFactored:
-        lc = LayerCollection({name: layer_of(self.layer_collection, name, "layer")})
+        lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
         return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
 
     def _scaled(self, c: float) -> PFMapFactored:

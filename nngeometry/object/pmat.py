@@ -16,7 +16,6 @@ from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
 from . import fit
-from .arguments import check_flag, check_generator, how_many, layer_of, number, shown
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
 from .products import single_product
@@ -145,7 +144,7 @@ class PMat(VectorSpace):
         Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
         """
         flat, r = self._of(b), self._regul(regul)
-        rtol = None if rtol is None else number("solve: rtol", rtol, low=0.0)
+        rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
         if not self.root.by_products:
             x = self.root.solve(flat, r)
@@ -165,10 +164,10 @@ class PMat(VectorSpace):
         """
         if cut is not None:
             raise TypeError(f"pinv({cut}): write rtol={cut}, in units of the largest eigenvalue, or atol={cut}")
-        rtol = None if rtol is None else number("pinv: rtol", rtol, low=0.0)
+        rtol = None if rtol is None else arguments.number("pinv: rtol", rtol, least=0.0)
         if atol is None:
             return self._with(self.root.pinv(rtol))
-        least = number("pinv: atol", atol, low=0.0)
+        least = arguments.number("pinv: atol", atol, least=0.0)
         bound = least if rtol is None else max(least, rtol * float(self.norm(2)))
         return self._with(self.root.apply(lambda l: torch.where(l.abs() > bound, 1 / l, 0.0)))
 
@@ -184,7 +183,7 @@ class PMat(VectorSpace):
         that the vector meets is zero to working precision. Such products also raise ``RuntimeError`` where the
         iteration does not converge.
         """
-        return self._with(self.root.pow(number("pow: exponent", exponent)))
+        return self._with(self.root.pow(arguments.number("pow: exponent", exponent)))
 
     __pow__ = pow
 
@@ -192,7 +191,7 @@ class PMat(VectorSpace):
         """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their
         eigenvectors.
         """
-        l, vectors = self.root.top(how_many("eig", k, self.size(0)))
+        l, vectors = self.root.top(arguments.how_many("eig: k", k, self.size(0)))
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
     def eigenvalues(self) -> Tensor:
@@ -209,7 +208,7 @@ class PMat(VectorSpace):
         estimator: for a matrix known by its products only, e.g. ``functools.partial(linalg.xtrace, products=60)``;
         the result is then an :class:`~nngeometry.linalg.Estimate`, with its standard error.
         """
-        check_flag("trace: per_layer", per_layer)
+        arguments.flag("trace: per_layer", per_layer)
         if estimator is not None and per_layer:
             raise ValueError("trace: an estimator gives one number: use per_layer=True without it, or block(name)")
         if estimator is not None:
@@ -218,7 +217,7 @@ class PMat(VectorSpace):
 
     def sample(self, generator: torch.Generator | None = None) -> PVector:
         """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
-        check_generator("sample", generator)
+        arguments.generator(generator)
         (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
@@ -245,7 +244,7 @@ class PMat(VectorSpace):
 
     def block(self, name: str) -> PMat:
         """The diagonal block of one layer, as a matrix on that layer alone."""
-        lc = LayerCollection({name: layer_of(self.layer_collection, name, "block")})
+        lc = LayerCollection({name: self.layer_collection.layer(name, "block")})
         root = self.root.restrict(self.layer_collection.slices()[name])
         return PMat(lc, data=root) if type(self) is PMat else type(self)._of_blocks(lc, root)
 
@@ -347,7 +346,7 @@ class PMat(VectorSpace):
         if not callable(estimator):
             raise TypeError(
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
-                f"products=60), got {shown(estimator)}"
+                f"products=60), got {arguments.described(estimator)}"
             )
         return estimator(self.root.mv, self.size(0), like=self._like())
 
@@ -358,7 +357,7 @@ class PMat(VectorSpace):
         """The flat values of a vector or map, checked to be of this space."""
         if not isinstance(v, FlatArray):
             raise TypeError(
-                f"expected a PVector or a PFMapDense, got {shown(v)}: make one with PVector(layer_collection, tensor)"
+                f"expected a PVector or a PFMapDense, got {arguments.described(v)}: make one with PVector(layer_collection, tensor)"
             )
         mine, theirs = self.layer_collection, v.layer_collection
         if len(theirs) > len(mine) and mine.layers.items() <= theirs.layers.items():
@@ -383,7 +382,7 @@ class PMat(VectorSpace):
 
     def _other(self, other: PMat) -> Block:
         if not isinstance(other, PMat):
-            raise TypeError(f"expected a matrix, a PMat, got {shown(other)}")
+            raise TypeError(f"expected a matrix, a PMat, got {arguments.described(other)}")
         other = other._fitted(self)
         check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
         if other.device != self.device or other.dtype != self.dtype:
@@ -411,7 +410,7 @@ class PMat(VectorSpace):
         return regul_number("regul", regul, float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0)
 
     def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
-        check_flag("per_layer", per_layer)
+        arguments.flag("per_layer", per_layer)
         if not per_layer:
             return flat.sum()
         return {name: flat[s].sum() for name, s in self.layer_collection.slices().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import number, shown
+from .. import arguments
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def regul_number(what: str, regul: Any, mean: float) -> float:
     Raises ``TypeError`` or ``ValueError``, naming what it is, if that is no finite number.
     """
     if isinstance(regul, type):
-        raise TypeError(f"{what}: expected a number or Relative(factor), got {shown(regul)}")
+        raise TypeError(f"{what}: expected a number or Relative(factor), got {arguments.described(regul)}")
     if isinstance(regul, Relative):
-        return number(f"{what}: the factor of Relative", regul.factor) * mean
-    return number(what, regul)
+        return arguments.number(f"{what}: the factor of Relative", regul.factor) * mean
+    return arguments.number(what, regul)
