@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +56,8 @@ class FiniteDifference:
 
     def __post_init__(self) -> None:
         for name, value in (("step", self.step), ("rtol", self.rtol)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"FiniteDifference: {name}={value!r} must be a positive number")
+            if value is not None:
+                arguments.number(f"FiniteDifference: {name}", value, above=0.0)
 
 
 def GGN(

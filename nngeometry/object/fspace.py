@@ -425,7 +425,8 @@ class FMat(VectorSpace):
         wanted = isinstance(classes, Tensor) and classes.ndim == 1
         if not wanted or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
             raise TypeError(
-                f"labels: expected an FVector (C, n), or a tensor of integer classes (n,), got {arguments.described(classes)}"
+                "labels: expected an FVector (C, n), or a tensor of integer classes (n,), got "
+                f"{arguments.described(classes)}"
             )
         if len(classes) != self.layout.examples[0] or bool((classes < 0).any()):
             raise ValueError(

@@ -245,8 +245,8 @@ def positions(examples: Any, n: int, device: torch.device) -> Tensor:
         return torch.arange(n, device=device)[wanted].reshape(-1)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise IndexError(
-            f"{arguments.described(examples)} selects no examples: expected positions below {n}, a slice, or a mask of {n} entries "
-            f"({str(error).splitlines()[0]})"
+            f"{arguments.described(examples)} selects no examples: expected positions below {n}, a slice, or a mask of "
+            f"{n} entries ({str(error).splitlines()[0]})"
         ) from error
 
 

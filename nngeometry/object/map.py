@@ -57,7 +57,8 @@ class PFMap(VectorSpace, ABC):
         """``J v``."""
         if not isinstance(v, PVector):
             raise TypeError(
-                f"jvp: expected a PVector, got {arguments.described(v)}: make one with PVector(layer_collection, tensor)"
+                f"jvp: expected a PVector, got {arguments.described(v)}: make one with "
+                "PVector(layer_collection, tensor)"
             )
         check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
         self._check_like(v)

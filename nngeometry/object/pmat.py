@@ -357,7 +357,8 @@ class PMat(VectorSpace):
         """The flat values of a vector or map, checked to be of this space."""
         if not isinstance(v, FlatArray):
             raise TypeError(
-                f"expected a PVector or a PFMapDense, got {arguments.described(v)}: make one with PVector(layer_collection, tensor)"
+                f"expected a PVector or a PFMapDense, got {arguments.described(v)}: make one with "
+                "PVector(layer_collection, tensor)"
             )
         mine, theirs = self.layer_collection, v.layer_collection
         if len(theirs) > len(mine) and mine.layers.items() <= theirs.layers.items():
