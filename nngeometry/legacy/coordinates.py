@@ -92,6 +92,8 @@ def _of_kind(
     kronecker: Any = None,
     kind_name: str = "?",
     module_type: type | None = None,
+    *others: Any,
+    **more: Any,
 ) -> Any:
     """A layer of the class of its type of module, the nearest that has one; an unpickled one knows its name alone."""
     bases = () if module_type is None else module_type.__mro__
