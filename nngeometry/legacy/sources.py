@@ -356,12 +356,19 @@ def _operator(operator: Callable[..., Any]) -> Callable[..., Any]:
                 if reduced is not None:
                     if not isinstance(self, TorchFuncHessianBackend):
                         warn("Hessian(..., function=loss)", "Hessian(..., loss=loss); function= is the model to call")
-                    self.loss, self.function = reduced, None
+                    _use(self, reduced)
+                    self.function = None
             elif not isinstance(self.loss, OutputLoss | _Reduced):
-                self.loss = _of_a_minibatch(self, examples)
+                reduced = _of_a_minibatch(self, examples)
+                if reduced is not None:
+                    _use(self, reduced)
         return operator(self, examples)
 
     return with_function
+
+
+def _use(source: LossCurvature, loss: Any) -> None:
+    source.loss, source._total, source._weight = loss, loss.total, loss.weight
 
 
 def _reduced(source: LossCurvature, examples: Any) -> Any:
@@ -391,7 +398,7 @@ def _first(source: LossCurvature, examples: Any) -> Any:
 
 
 def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
-    """The loss of a source, as one of a minibatch if it gives one number for that."""
+    """The loss of a source as one of a minibatch, None if it does not give one number for that."""
     loss: Any = getattr(source.loss, "loss", None)
     batch = _first(source, examples)
     try:
@@ -401,9 +408,9 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
             value = loss(f, *data.targets(batch))
             state.check()
     except Exception:
-        return source.loss  # which says what is wrong when it is used
+        return None  # it says what is wrong when it is used
     of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1
-    return source.loss if of_one else _Reduced(loss, f, *data.targets(batch))
+    return None if of_one else _Reduced(loss, f, *data.targets(batch))
 
 
 def _positional(matrix: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
