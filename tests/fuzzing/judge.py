@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,7 @@ class Built:
 
 def build(case: Case) -> Built | None:
     """The net and the data of a case, and the Jacobian by loops; None if they make none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _as_in_a_script():
         net = net_of(case.net, case.steps)
         if net is None:
             return None
@@ -140,6 +139,19 @@ def build(case: Case) -> Built | None:
             return None
 
 
+@contextmanager
+def _as_in_a_script() -> Iterator[None]:
+    """Single precision by default, though all nets are in double; no warnings of torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def judge(case: Case) -> Iterator[tuple[tuple[int, ...], Verdict, Built]]:
     """The verdicts on all questions of a case, with the numbers of each."""
     built = build(case)
@@ -148,9 +160,9 @@ def judge(case: Case) -> Iterator[tuple[tuple[int, ...], Verdict, Built]]:
     for numbers in case.queries:
         query = query_of(numbers, built.problem)
         if query is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield numbers, _verdict(Asked(built.net, built.problem, query), built.env), built
+            with _as_in_a_script():
+                verdict = _verdict(Asked(built.net, built.problem, query), built.env)
+            yield numbers, verdict, built
 
 
 def _verdict(asked: Asked, truth: dict[str, Any]) -> Verdict:

@@ -157,12 +157,11 @@ def net_of(net: Sequence[int], steps: Sequence[Sequence[int]]) -> Net | None:
     c = Choices(net)
     row = c.of(["class", "row", "class"]) == "row"
     draft = _Draft(_input(c, second=not row and c.once_in(5)), row)
-    shape: tuple[int, ...] | None = draft.given.shape
+    shape = draft.given.shape
     region: tuple[Choices, int, int] | None = None
     for k, numbers in enumerate(steps):
         if region is not None and region[2] == 0:
-            draft, region = _close(draft, *region[:2]), None
-            shape = draft.shape()
+            (draft, shape), region = _close(draft, shape, *region[:2]), None
         if region is not None:
             region = (region[0], region[1], region[2] - 1)
         if numbers[0] % (REGION + 1) == REGION:
@@ -170,13 +169,11 @@ def net_of(net: Sequence[int], steps: Sequence[Sequence[int]]) -> Net | None:
                 inner = Choices(numbers[1:])
                 region = (inner, len(draft.pieces), 1 + inner.below(3))
             continue
-        assert shape is not None
         taken = _take(draft, shape, numbers, f"m{k}")
         if taken is not None:
             draft, shape = taken
     if region is not None:
-        draft = _close(draft, *region[:2])
-        shape = draft.shape()
+        draft, shape = _close(draft, shape, *region[:2])
     return _finish(c, draft, shape)
 
 
@@ -201,7 +198,7 @@ def _take(
     return None if after is None else (grown, after)
 
 
-def _close(draft: _Draft, c: Choices, start: int) -> _Draft:
+def _close(draft: _Draft, shape: tuple[int, ...], c: Choices, start: int) -> tuple[_Draft, tuple[int, ...]]:
     """With the steps from ``start`` on in a method of their own, if the net runs with that."""
     inside = draft.pieces[start:]
     form = c.of(REGIONS)
@@ -215,20 +212,21 @@ def _close(draft: _Draft, c: Choices, start: int) -> _Draft:
         methods=(*draft.methods, (name, body)),
         used=(*draft.used, form.replace("{r}", "").replace("{z}", "")),
     )
-    return closed if body and closed.shape() is not None else draft
+    after = closed.shape() if body else None
+    return (draft, shape) if after is None else (closed, after)
 
 
-def _finish(c: Choices, draft: _Draft, shape: tuple[int, ...] | None) -> Net | None:
+def _finish(c: Choices, draft: _Draft, shape: tuple[int, ...]) -> Net | None:
     """With a head that leaves few outputs."""
     k = c.of([3, 2, 1, 2, 4])
     entries = 1
-    for length in shape or ():
+    for length in shape:
         entries *= length
     flat = Lines(("self.head_flat = nn.Flatten()",), ("x = self.head_flat(x)",), plain=True)
     linear = Lines((f"self.head = nn.Linear({entries}, {k})",), ("x = self.head(x)",), plain=True)
     own = Lines((f"self.head = nn.Linear({(shape or (1,))[-1]}, {min(k, 2)})",), ("x = self.head(x)",), plain=True)
     heads: list[tuple[Lines, ...]] = [
-        (linear,) if shape is not None and len(shape) == 1 else (flat, linear),
+        (linear,) if len(shape) == 1 else (flat, linear),
         (),
         (Lines((), ("x = x.flatten(1)[:, :4]",)),),
         (Lines((), ("x = x[..., :3]",)),),
