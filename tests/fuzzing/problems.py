@@ -129,7 +129,7 @@ def problem_of(numbers: tuple[int, ...], net: Net, shape_of: object) -> Problem:
         output,
         n,
         tuple(repr(name) for name, _ in target) if mapping else tuple(str(k + 1 + second) for k in range(len(target))),
-        c.of(COLLECTIONS),
+        c.of(COLLECTIONS[:7] if "GroupNorm" in net.source else COLLECTIONS),
         used,
     )
 
