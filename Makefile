@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types docs examples bench bench-small check clean
+.PHONY: demo test lint types docs examples bench bench-small fuzz check clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -40,6 +40,12 @@ bench: $(READY)
 bench-small: $(READY)
 	$(BIN)/python benchmarks/run.py --small
 
+# Random nets against plain loops, for that many minutes; the smallest failing cases become scripts in .fuzz.
+MINUTES ?= 10
+SEED ?= 1000
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES) --seed $(SEED) --out .fuzz
+
 # What guards the main branch.
 check:
 	bash .ci/run
@@ -52,4 +58,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .bench build dist *.egg-info docs/_build examples/output
+	rm -rf $(VENV) .bench .fuzz build dist *.egg-info docs/_build examples/output

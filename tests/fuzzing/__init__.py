@@ -1,0 +1,1 @@
+"""Random nets, data and questions, answered by the library and by plain loops."""
