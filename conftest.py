@@ -8,6 +8,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--device", help="where the tests make their models and tensors, e.g. cuda")
+    parser.addoption(
+        "--moments", type=int, default=6, help="at how many moments tests of the state interrupt each call, at most"
+    )
 
 
 @pytest.fixture(autouse=True)

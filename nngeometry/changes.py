@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -289,6 +290,38 @@ def not_compiled() -> Callable[[], Any]:
 
 def _nothing() -> None:
     pass
+
+
+def modes_kept() -> Callable[[], Any]:
+    """A change that makes none: the modes of torch are taken back that somebody else's context leaves on, interrupted
+    where it was not safe.
+    """
+    before = _modes()
+
+    def undo() -> None:
+        grad, levels, functions, dispatchers, saving = before
+        if _modes() == before:
+            return
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(levels)
+        while torch._C._len_torch_function_stack() > functions:
+            torch._C._pop_torch_function_stack()
+        while torch._C._len_torch_dispatch_stack() > dispatchers:
+            _python_dispatch._pop_mode()
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None and top != saving:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        torch._C._set_grad_enabled(grad)
+
+    return undo
+
+
+def _modes() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch._C._functorch.get_dynamic_layer_stack_depth(),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+    )
 
 
 def differentiable_attention() -> Callable[[], Any]:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import arguments, data
 from .apart import called_apart
-from .changes import Borrowed, Change, entered, no_grad, not_compiled, recording
+from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
 from .recurrent import recurrent_without_cudnn
@@ -77,6 +78,8 @@ class Evaluator:
             )
         #: Whether the model is known to leave its inputs alone.
         self._reads = False
+        #: Whether it asks for gradients in them, which it gets in others with the same entries.
+        self._touches = False
         #: Half precision is accumulated in single.
         self.dtype = torch.float32 if parameters[0].dtype in (torch.float16, torch.bfloat16) else parameters[0].dtype
 
@@ -90,8 +93,8 @@ class Evaluator:
         """What the model returns for a minibatch, of which it is given a copy."""
         state = State(self.model)
         with self.running(state):
-            f = self.outputs_unchecked(data.map_tensors(Tensor.clone, batch))
-            state.check()
+            f = self.outputs_unchecked(batch)
+            state.check(lambda: self.outputs_unchecked(batch))
         return f.detach() if isinstance(f, Tensor) else f
 
     def apart(self, batch: data.Batch, look: Callable[[data.Batch], T]) -> T:
@@ -148,13 +151,14 @@ class Evaluator:
         that modifies its inputs is found out before it has modified the user's.
         """
         if self._reads:
-            return self._called(batch)
-        own = data.map_tensors(Tensor.clone, batch)
+            return self._called(data.map_tensors(Tensor.detach, batch) if self._touches else batch)
+        own = data.map_tensors(lambda t: t.detach().clone(), batch)
         f = self._called(own)
         given, seen = data.tensors_of(batch), data.tensors_of(own)
         if any(t._version for t in seen) or not all(map(same_entries, given, seen)):
             raise ValueError(WRITES)
         self._reads = True
+        self._touches = any(t.requires_grad or t.grad is not None for t in seen)
         return f
 
     def _called(self, batch: data.Batch) -> Any:
@@ -172,7 +176,7 @@ class Evaluator:
         """What is in force while the model runs: changes, and whether autograd records."""
         if self.device.type == "cuda":
             changes = (entered(recurrent_without_cudnn(self.model)), *changes)
-        return Borrowed(recording(record), not_compiled, *changes)
+        return Borrowed(modes_kept, recording(record), not_compiled, *changes)
 
     def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
         """The minibatches, each with its neighbours that may be looked at together with it, and the position of the
@@ -203,7 +207,7 @@ class Evaluator:
         apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
         with self.running(*changes, state, entered(made), record=not apart):
             f = self.outputs(pair).detach()
-            state.check()
+            state.check(lambda: self.outputs(pair))
         return Trial(pair, f, made.nbytes)
 
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
@@ -234,25 +238,30 @@ def check_mode(model: nn.Module) -> None:
 
 
 class State:
-    """The buffers of a model and the random state as they are, which its forward pass must leave alone.
+    """The model as it is but for its parameters: buffers, modes, gradients, and the random state of torch. The forward
+    pass must leave them alone.
 
     It is a change that makes none: what the forward pass did is taken back.
 
-    model: whose buffers. values: whether entries are compared too, and not only how often they were written, which
-    writing through ``.data`` does not count.
+    model: whose. values: whether the entries of buffers are compared too, and not only how often they were written,
+    which writing through ``.data`` does not count.
     """
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
         self.model = model
         self.values = values
+        self._drawn = False
 
     def __call__(self) -> Callable[[], Any]:
-        self._buffers = [
-            (m, dict(m._buffers), set(m._non_persistent_buffers_set)) if m._buffers else (m, _NONE, _NONE)
+        self._modules = [
+            (m, m.training, dict(m._buffers), set(m._non_persistent_buffers_set))
+            if m._buffers
+            else (m, m.training, _NONE, _NONE)
             for m in self.model.modules()
         ]
+        self._parameters = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         self._before = [
-            (b, b._version, b.clone()) for _, own, _ in self._buffers if own for b in own.values() if b is not None
+            (b, b._version, b.clone()) for *_, own, _ in self._modules if own for b in own.values() if b is not None
         ]
         self._devices = set()
         if torch.cuda.is_initialized():
@@ -261,14 +270,20 @@ class State:
         self._random = self._random_state()
         return self._take_back
 
-    def check(self) -> None:
-        """Raise if the forward pass has changed anything."""
+    def check(self, again: Callable[[], Any]) -> None:
+        """Raise if the forward pass has changed anything. again: the forward pass; if random numbers were drawn, it may
+        have been by another thread.
+        """
         if not all(map(torch.equal, self._random, self._random_state())):
-            raise ValueError(
-                "the forward pass of the model draws random numbers, so its derivative is random: call model.eval(), "
-                "or switch the noise off"
-            )
-        others = [m for m, own, _ in self._buffers if _replaced(m, own)]
+            with Draws() as draws:
+                again()
+            self._drawn = draws.met
+            if draws.met:
+                raise ValueError(
+                    "the forward pass of the model draws random numbers, so its derivative is random: call "
+                    "model.eval(), or switch the noise off"
+                )
+        others = [m for m, _, own, _ in self._modules if _replaced(m, own)]
         written = [b for b, version, before in self._before if self._written(b, version, before)]
         if others or written:
             found = {id(b) for b in written} | {id(b) for m in others for b in m._buffers.values()}
@@ -285,19 +300,39 @@ class State:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
 
     def _take_back(self) -> None:
-        for m, own, names in self._buffers:
+        for m, training, own, names in self._modules:
+            if m.training != training:
+                m.training = training
             if _replaced(m, own):
                 m._buffers.clear()
                 m._buffers.update(own)
                 m._non_persistent_buffers_set.clear()
                 m._non_persistent_buffers_set.update(names)
+        for p, requires_grad, grad in self._parameters:
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+            if p.grad is not grad:
+                p.grad = grad
         with no_grad():
             for b, version, before in self._before:
                 if self._written(b, version, before):
                     b.copy_(before)
-        torch.set_rng_state(self._random[0])
-        for d, state in zip(self._devices, self._random[1:], strict=True):
-            torch.cuda.set_rng_state(state, d)
+        if self._drawn:
+            torch.set_rng_state(self._random[0])
+            for d, state in zip(self._devices, self._random[1:], strict=True):
+                torch.cuda.set_rng_state(state, d)
+
+
+class Draws(TorchDispatchMode):
+    """Notices operations that draw random numbers, in this thread: ``met``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.met = self.met or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 _NONE: Any = MappingProxyType({})
@@ -314,10 +349,6 @@ def same_entries(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
-WRITES_PARAMETERS = (
-    "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "
-    "alone in the forward pass"
-)
 WRITES = "the model modifies its inputs in place, so a second look at them would differ: clone them"
 
 

@@ -252,7 +252,7 @@ class OwnGradients(Generator):
             state = State(self.model)
             with self.running(trainable(parameters), state):
                 f = self.outputs_of(batch)
-                state.check()
+                state.check(partial(self.outputs_of, batch))
                 grads = torch.autograd.grad(f, parameters, allow_unused=True, materialize_grads=True)
             flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]).to(self.dtype)
             yield Observation(1, 1.0, dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers)))

@@ -86,6 +86,9 @@ class Weights:
 
             def undo() -> None:
                 take_back()
+                for held, name, t in self._places:  # the forward pass may have put in others
+                    if held.get(name) is not t:
+                        held[name] = t
                 for held, name, _, other in replaced:
                     if other is _ABSENT:
                         del held[name]
@@ -95,6 +98,15 @@ class Weights:
             return undo
 
         return change
+
+    def check(self, norms: Sequence[Tensor]) -> None:
+        """Raise if a forward pass has written into the parameters or put others in their place. norms: of before."""
+        replaced = any(held.get(name) is not t for held, name, t in self._places if isinstance(t, nn.Parameter))
+        if replaced or not all(map(_equal, norms, self.norms())):
+            raise ValueError(
+                "the forward pass of the model writes into its parameters, so its output depends on the calls before: "
+                "leave them alone in the forward pass"
+            )
 
     def norms(self) -> list[Tensor]:
         """Of all copies, by which one sees whether something has written into them."""
@@ -115,6 +127,10 @@ class Weights:
                     "product), whose derivative is not seen. Compute that in the forward, or leave the layer out with "
                     "LayerCollection.exclude"
                 )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(a.isnan() and b.isnan())
 
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -293,13 +293,13 @@ def test_a_loss_of_other_examples_is_refused(kind, n):
     model, x, y = net(1), torch.randn(n, 4), torch.rand(n) + 0.1
     batches = [(x, y)]
     for matrix in (EmpiricalFisher, GradientCovariance, GGN, Hessian):
-        with pytest.raises(ValueError, match="depends on the outputs or the targets of others"):
+        with pytest.raises(ValueError, match="depends on the outputs of others, or on their targets"):
             matrix(model, batches, PMatDense, mixing(kind))
     for matrix in (GGN, Hessian):
-        with pytest.raises(ValueError, match="depends on the outputs or the targets of others"):
+        with pytest.raises(ValueError, match="depends on the outputs of others, or on their targets"):
             product(matrix(model, batches, PMatImplicit, mixing(kind)))
     influence = Influence(model, EmpiricalFisher(model, (x, y[:, None]), PMatDense, nn.MSELoss()), mixing(kind))
-    with pytest.raises(ValueError, match="depends on the outputs or the targets of others"):
+    with pytest.raises(ValueError, match="depends on the outputs of others, or on their targets"):
         influence.scores(batches, batches)
 
 

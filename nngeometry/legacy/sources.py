@@ -18,7 +18,7 @@ from ..evaluator import State
 from ..generator import Generator
 from ..hessian import LossCurvature
 from ..layercollection import LayerCollection
-from ..losses import OutputLoss, output_loss
+from ..losses import output_loss
 from ..object import (
     FMatDense,
     FVector,
@@ -36,6 +36,7 @@ from ..object import (
     PMatQuasiDiag,
     PVector,
 )
+from ..outputloss import ByExample
 from .layout import make_lowrank
 from .names import attach, warn
 
@@ -358,7 +359,7 @@ def _operator(operator: Callable[..., Any]) -> Callable[..., Any]:
                         warn("Hessian(..., function=loss)", "Hessian(..., loss=loss); function= is the model to call")
                     _use(self, reduced)
                     self.function = None
-            elif not isinstance(self.loss, OutputLoss | _Reduced):
+            elif isinstance(self.loss, ByExample):
                 reduced = _of_a_minibatch(self, examples)
                 if reduced is not None:
                     _use(self, reduced)
@@ -381,7 +382,7 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
         with source.running(state, record=False):
             f = source.model(data.arguments(batch)[0])
             value = function(f, *data.targets(batch))
-            state.check()
+            state.check(lambda: source.model(data.arguments(batch)[0]))
     except Exception:
         if certain:
             raise
@@ -406,7 +407,7 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
         with source.running(state, record=False):
             f = source.outputs_unchecked(batch)
             value = loss(f, *data.targets(batch))
-            state.check()
+            state.check(lambda: source.outputs_unchecked(batch))
     except Exception:
         return None  # it says what is wrong when it is used
     of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1

@@ -263,7 +263,7 @@ class Gradient:
         state = State(maps.evaluator.model)
         with maps.evaluator.running(maps.weights.moved(leaves, self._cast), state):
             value, weight = maps.total(data.map_tensors(self._cast, self.batch))
-            state.check()
+            state.check(lambda: maps.total(data.map_tensors(self._cast, self.batch)))
             grads: Sequence[Tensor | None] = [None] * len(edges)
             if value.requires_grad:
                 grads = torch.autograd.grad(value, edges, allow_unused=True)
