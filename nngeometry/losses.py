@@ -130,20 +130,25 @@ class OwnLoss:
                     f"loss=OwnLoss(): minibatches of type {type(arguments[0]).__name__} need function=, which returns "
                     "the loss, e.g. function=lambda x, y: model(x, labels=y).loss"
                 )
-            if not isinstance(found, Tensor):
-                found = found.get("loss") if hasattr(found, "get") else getattr(found, "loss", None)
-            if not isinstance(found, Tensor) or found.numel() != 1:
-                raise ValueError(
-                    "loss=OwnLoss(): the model returned no loss of the minibatch, one number (are the labels in the "
-                    "minibatch?): pass function=, which returns it"
-                )
-            if torch.is_grad_enabled() and not found.requires_grad:
-                raise ValueError("loss=OwnLoss(): the loss does not depend on the parameters, or is detached")
-            if not bool(torch.isfinite(found.detach())):
-                raise ValueError("loss=OwnLoss(): the loss of a minibatch is NaN or infinite: check its labels")
-            return found.reshape(())
+            return self(found)
 
         return value
+
+    def __call__(self, returned: Any) -> Tensor:
+        """The loss in what the model returned for a minibatch: a number, or the entry ``loss`` of something."""
+        found = returned
+        if not isinstance(found, Tensor):
+            found = found.get("loss") if hasattr(found, "get") else getattr(found, "loss", None)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise ValueError(
+                "loss=OwnLoss(): the model returned no loss of the minibatch, one number (are the labels in the "
+                "minibatch?): pass function=, which returns it"
+            )
+        if torch.is_grad_enabled() and not found.requires_grad:
+            raise ValueError("loss=OwnLoss(): the loss does not depend on the parameters, or is detached")
+        if not bool(torch.isfinite(found.detach())):
+            raise ValueError("loss=OwnLoss(): the loss of a minibatch is NaN or infinite: check its labels")
+        return found.reshape(())
 
     def weight(self, batch: data.Batch) -> float:
         """What the loss of a minibatch counts in the mean."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import data
+from .batch import columns
 from .changes import Changed, no_grad, recording
 from .convex import OutputHessian
 from .likelihood import Cotangents
@@ -95,7 +97,7 @@ class ByExample(OutputLoss):
             )
         if f.shape not in self._seen:
             with no_grad():
-                self._look(f.detach(), targets, values.detach())
+                self._look(data.Minibatch((f.detach(), *targets), len(f)), values.detach())
             self._seen.add(f.shape)
         return values
 
@@ -117,25 +119,47 @@ class ByExample(OutputLoss):
             self._positive.add(f.shape)
         return hessian.mv(u)
 
-    def _look(self, f: Tensor, targets: tuple[Any, ...], values: Tensor) -> None:
+    def _look(self, batch: data.Minibatch, values: Tensor) -> None:
+        """Raise if examples are not apart. One of several targets that is as long as the minibatch and has as many
+        entries as there are classes may be of classes.
+        """
+        try:
+            self._look_at(batch, values)
+        except ValueError:
+            f = batch.content[0]
+            alike = [path for path, length in columns(batch.content) if length == len(f) and path[0] > 0]
+            if len(alike) < 2 or f.shape[1:2] != f.shape[:1]:
+                raise
+            if not any(self._passes(replace(batch, whole=frozenset([path])), values) for path in alike):
+                raise
+
+    def _passes(self, batch: data.Minibatch, values: Tensor) -> bool:
+        try:
+            self._look_at(batch, values)
+        except ValueError:
+            return False
+        return True
+
+    def _look_at(self, batch: data.Minibatch, values: Tensor) -> None:
         """Raise if the value of an example changes, or its shape, where half of the examples are left out, and the
         other half; a single example is looked at next to itself.
         """
-        n = len(f)
+        f, *rest = batch.content
+        n, targets = len(f), tuple(rest)
         if n == 1:
             parts = [torch.zeros(2, dtype=torch.long)]
         else:
             odd = _odd(n)
             parts = [odd.nonzero()[:, 0], (~odd).nonzero()[:, 0]]
         for part in parts:
-            found = self._of(f, targets, part)
+            found = self._of(batch, part)
             if found is None:  # made for as many examples, e.g. with weights: the others are replaced by these
                 lengths = {len(t) if t.ndim else 0 for t in data.tensors_of(targets)}
                 if n == 1 or lengths - {n}:
                     return
                 place = part[torch.arange(n) % len(part)]
                 place[part] = part
-                found = self._of(f, targets, place)
+                found = self._of(batch, place)
                 if found is None:
                     return
                 found = found[part]
@@ -150,10 +174,10 @@ class ByExample(OutputLoss):
             if bool(((found - expected).abs() > _tolerance(values.dtype) * scale).any()):
                 raise _mixing(f, targets)
 
-    def _of(self, f: Tensor, targets: tuple[Any, ...], index: Tensor) -> Tensor | None:
+    def _of(self, batch: data.Minibatch, index: Tensor) -> Tensor | None:
         """The values of some examples by themselves, None if there are none."""
         try:
-            values = self.loss(*data.take((f, *targets), index))
+            values = self.loss(*data.content(data.take(batch, index)))
         except Exception:
             return None
         return values if isinstance(values, Tensor) and values.ndim > 0 and len(values) == len(index) else None

@@ -759,3 +759,14 @@ def test_reductions_have_no_say_in_gradients():
     for kind in (nn.CrossEntropyLoss, nn.NLLLoss):
         found = [example_loss(kind(reduction=r)).gradient(f, y) for r in ("none", "mean", "sum")]
         assert all(torch.equal(a, found[0]) for a in found)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_class_weights_in_the_minibatch(n):
+    """Also where there are as many classes as examples; a target alone is never of classes."""
+    f, y, w = torch.randn(n, 3), torch.arange(n) % 3, torch.rand(3)
+    loss = lambda f, y, w: w[y] * F.cross_entropy(f, y, reduction="none") * w.sum()  # noqa: E731
+    expected = (w[y] * w.sum()).unsqueeze(1) * loss_gradient(nn.CrossEntropyLoss(), f, y)
+    torch.testing.assert_close(loss_gradient(loss, f, y, w), expected)
+    with pytest.raises(ValueError, match=r"outputs \(3, 3\)"):
+        loss_gradient(lambda f, y: (f - y).square(), torch.randn(3, 3), torch.randn(3))
