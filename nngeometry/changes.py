@@ -210,6 +210,17 @@ def no_grad() -> Changed:
     return Changed(recording(False))
 
 
+def alone(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run while no other thread has borrowed anything: for what reads or writes the tensors of models."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with Borrowed():
+            return function(*args, **kwargs)
+
+    return run
+
+
 def unrecorded(function: Callable[P, T]) -> Callable[P, T]:
     """The function, run inside of :func:`no_grad`."""
 

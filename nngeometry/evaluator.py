@@ -18,6 +18,7 @@ from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compile
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
 from .recurrent import recurrent_without_cudnn
+from .weights import Weights
 
 T = TypeVar("T")
 
@@ -91,8 +92,8 @@ class Evaluator:
 
     def _asked(self, batch: data.Batch) -> Any:
         """What the model returns for a minibatch, of which it is given a copy."""
-        state = State(self.model)
-        with self.running(state):
+        weights, state = Weights([self.model], self.layer_collection.parameters(self.model)), State(self.model, True)
+        with self.running(weights.in_place, state):
             f = self.outputs_unchecked(batch)
             state.check(lambda: self.outputs_unchecked(batch))
         return f.detach() if isinstance(f, Tensor) else f
@@ -203,8 +204,8 @@ class Evaluator:
         all that is differentiated.
         """
         pair = data.take(batch, torch.arange(2))
-        state, made = State(self.model), Made()
         apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
+        state, made = State(self.model, values=not apart), Made()
         with self.running(*changes, state, entered(made), record=not apart):
             f = self.outputs(pair).detach()
             state.check(lambda: self.outputs(pair))
@@ -283,6 +284,10 @@ class State:
                     "the forward pass of the model draws random numbers, so its derivative is random: call "
                     "model.eval(), or switch the noise off"
                 )
+        if any(p.requires_grad != before for p, before, _ in self._parameters):
+            raise ValueError(
+                "the forward pass of the model switches requires_grad of its parameters: leave it alone there"
+            )
         others = [m for m, _, own, _ in self._modules if _replaced(m, own)]
         written = [b for b, version, before in self._before if self._written(b, version, before)]
         if others or written:
@@ -331,8 +336,20 @@ class Draws(TorchDispatchMode):
         self.met = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.met = self.met or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self.met = self.met or (
+            torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation draws only for dropout, of which there is none: attention."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("dropout_p", 0.0) == 0.0
 
 
 _NONE: Any = MappingProxyType({})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from math import hypot, prod
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import data, forms
 from .autograd import Pull, nodes
-from .changes import Change, entered, no_grad, trainable
+from .changes import Borrowed, Change, entered, no_grad, trainable
 from .composites import OneExample
 from .evaluator import Evaluator, State, Trial, check_mode
 from .forms import Gather, LayerJacobian, Outer
@@ -459,12 +459,12 @@ class Generator(Evaluator):
         edges = [e for c in calls for e in c.edges]
         with self._back(calls):
             grads = self._pull([f], edges, [s], last) if calls else []
-        return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
+            return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
 
-    def _back(self, calls: Sequence[Call]) -> AbstractContextManager[None]:
+    def _back(self, calls: Sequence[Call]) -> Borrowed:
         """What is in force on the way back, where activation checkpoints run modules again."""
         frozen = [p for p in _collected([call.site for call in calls]) if not p.requires_grad]
-        return self.running(trainable(frozen), record=False) if frozen or self.device.type == "cuda" else nullcontext()
+        return self.running(trainable(frozen), record=False) if frozen or self.device.type == "cuda" else Borrowed()
 
     def _forms(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import arguments
+from .changes import alone
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 
 
@@ -107,6 +108,7 @@ class LayerCollection:
         self.ignore_uncalled = ignore_uncalled
 
     @classmethod
+    @alone
     def from_model(
         cls, model: nn.Module, *selectors: Any, frozen: bool = False, ignore_uncalled: bool = False
     ) -> LayerCollection:
@@ -231,7 +233,12 @@ class LayerCollection:
 
         Raises ``ValueError`` if the model does not have them.
         """
+        return iter(self._named(model))
+
+    @alone
+    def _named(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         arguments.model(model)
+        parameters = []
         named = dict(model.named_parameters(remove_duplicate=False))
         for layer in self.layers.values():
             for pname, shape in layer.params:
@@ -243,12 +250,14 @@ class LayerCollection:
                         f"the layer collection is of another model: it has {full!r} of shape {shape}, "
                         f"{type(model).__name__} has {found}. Build it with LayerCollection.from_model(model)"
                     )
-                yield full, p
+                parameters.append((full, p))
+        return parameters
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """The collected parameters of a model, in flat order."""
         return [p for _, p in self.named_parameters(model)]
 
+    @alone
     def sites(self, model: nn.Module) -> list[Site]:
         """The modules of a model through which the collected parameters act."""
         params = iter(self.parameters(model))

@@ -206,8 +206,8 @@ def _separate(values: Tensor, f: Tensor, targets: tuple[Any, ...]) -> Tensor:
 def _mixing(f: Tensor, targets: tuple[Any, ...]) -> ValueError:
     return ValueError(
         "loss: the value of an example depends on the outputs of others, or on their targets (an average over the "
-        f"minibatch, ranks, or outputs {shape_of(f)} broadcast against targets {_shapes(targets)}), or is random: return "
-        "one value for each example, of its own output and targets"
+        f"minibatch, ranks, or outputs {shape_of(f)} broadcast against targets {_shapes(targets)}), or is random: "
+        "return one value for each example, of its own output and targets"
     )
 
 

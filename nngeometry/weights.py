@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .changes import other_tensors
+from .changes import alone, other_tensors
 
 
 class Weights:
@@ -30,6 +30,7 @@ class Weights:
     False
     """
 
+    @alone
     def __init__(self, modules: Sequence[nn.Module], wanted: Sequence[Tensor]) -> None:
         chosen = {id(p) for p in wanted}
         #: Where modules hold their tensors.
@@ -99,10 +100,14 @@ class Weights:
 
         return change
 
+    def replaced(self) -> bool:
+        """Whether something has put other parameters in their places."""
+        return any(held.get(name) is not t for held, name, t in self._places if isinstance(t, nn.Parameter))
+
     def check(self, norms: Sequence[Tensor]) -> None:
-        """Raise if a forward pass has written into the parameters or put others in their place. norms: of before."""
-        replaced = any(held.get(name) is not t for held, name, t in self._places if isinstance(t, nn.Parameter))
-        if replaced or not all(map(_equal, norms, self.norms())):
+        """Raise if a forward pass has written into the parameters or put others in their place. norms: of
+        before, if they are to be compared."""
+        if self.replaced() or (norms and not all(map(_equal, norms, self.norms()))):
             raise ValueError(
                 "the forward pass of the model writes into its parameters, so its output depends on the calls before: "
                 "leave them alone in the forward pass"

@@ -122,6 +122,12 @@ def _undisturbed(module: nn.Module) -> Change:
 
     def change() -> Callable[[], Any]:
         kept = [(m, {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}) for m in module.modules()]
+        # Recurrent layers have lists of their parameters, which a substitution changes.
+        lists = [
+            (m, {k: (held, list(held)) for k in ("_flat_weights", "_flat_weight_refs") if (held := vars(m).get(k))})
+            for m in module.modules()
+            if isinstance(m, nn.RNNBase)
+        ]
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         before = [dict(h) for h in hooks]
         for hook in hooks:
@@ -135,6 +141,10 @@ def _undisturbed(module: nn.Module) -> Change:
                 hook.update(all_of_them)
             for m, attributes in kept:
                 vars(m).update(attributes)
+            for m, found in lists:
+                for k, (held, items) in found.items():
+                    held[:] = items
+                    vars(m)[k] = held
 
         return undo
 

@@ -260,9 +260,10 @@ class Gradient:
         if shift is not None:
             leaves = [p + s for p, s in zip(leaves, split_like(shift, leaves), strict=True)]
         edges = [get_gradient_edge(p.requires_grad_()) for p in leaves]
-        state = State(maps.evaluator.model)
+        state = State(maps.evaluator.model, values=True)
         with maps.evaluator.running(maps.weights.moved(leaves, self._cast), state):
             value, weight = maps.total(data.map_tensors(self._cast, self.batch))
+            maps.weights.check(())
             state.check(lambda: maps.total(data.map_tensors(self._cast, self.batch)))
             grads: Sequence[Tensor | None] = [None] * len(edges)
             if value.requires_grad:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..changes import alone, unrecorded
 from ..layercollection import LayerCollection, split
 from ..linalg import gaussian
 
@@ -227,17 +228,19 @@ class PVector(FlatArray):
             grads.append(p.grad.flatten())
         return cls(lc, torch.cat(grads))
 
+    @alone
+    @unrecorded
     def copy_to_model(self, model: nn.Module) -> None:
         """Overwrite the collected parameters of the model, in place."""
-        with torch.no_grad():
-            for p, v in self._of(model):
-                p.copy_(v)
+        for p, v in self._of(model):
+            p.copy_(v)
 
+    @alone
+    @unrecorded
     def add_to_model(self, model: nn.Module) -> None:
         """Add to the collected parameters of the model, in place."""
-        with torch.no_grad():
-            for p, v in self._of(model):
-                p.add_(v)
+        for p, v in self._of(model):
+            p.add_(v)
 
     def to_model_grad(self, model: nn.Module) -> None:
         """Overwrite the ``.grad`` of the collected parameters of the model, for an optimiser to use."""
@@ -272,6 +275,10 @@ class _OfModel(PVector):
 
     @property
     def _flat(self) -> Tensor:  # type: ignore[override]
+        return self._values()
+
+    @alone
+    def _values(self) -> Tensor:
         return torch.cat([p.flatten() for p in self._parameters()])
 
     @property
