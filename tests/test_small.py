@@ -157,7 +157,7 @@ def test_algebra(net, name, n, tmp_path):
     same(F.solve(v, regul), torch.linalg.solve(M + torch.diag(each), w), loose)
     same(F.solve(v, Relative(100.0)), torch.linalg.solve(M + 100 * M.trace() / p * eye, w), loose)
     same(F.pow(2) @ v, M @ M @ w)
-    same(F.pinv(1e-8) @ v, torch.linalg.pinv(M, rtol=1e-8, hermitian=True) @ w, 1e-6)
+    same(F.pinv(rtol=1e-8) @ v, torch.linalg.pinv(M, rtol=1e-8, hermitian=True) @ w, 1e-6)
     same((F + F) @ v, 2 * M @ w)
     same((F - 0.5 * F) @ v, M @ w / 2)
     same((F @ F) @ v, M @ M @ w)

@@ -223,7 +223,7 @@ def _power(power: Callable[..., PMat]) -> Callable[..., PMat]:
     ) -> PMat:
         exponent = pow if exponent is None else exponent
         if exponent is None:
-            raise TypeError("pow: no exponent")
+            raise TypeError("pow: expected an exponent, a number, got None")
         if isinstance(use_pi, str):  # PMatEKFAC.pow(pow, regul, impl)
             use_pi, impl = None, use_pi
         if impl == "lstsq":

@@ -381,7 +381,7 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
         state = State(source.model)
         with source.running(state, record=False):
             f = source.model(data.arguments(batch)[0])
-            value = function(f, *data.targets(batch))
+            value = function(f, *source.targets(batch))
             state.check(lambda: source.model(data.arguments(batch)[0]))
     except Exception:
         if certain:
@@ -389,7 +389,7 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
         return None
     if value.ndim > 0:
         return output_loss(function) if certain else None
-    return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *data.targets(batch))
+    return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *source.targets(batch))
 
 
 def _first(source: LossCurvature, examples: Any) -> Any:
@@ -406,12 +406,12 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
         state = State(source.model)
         with source.running(state, record=False):
             f = source.outputs_unchecked(batch)
-            value = loss(f, *data.targets(batch))
+            value = loss(f, *source.targets(batch))
             state.check(lambda: source.outputs_unchecked(batch))
     except Exception:
         return None  # it says what is wrong when it is used
     of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1
-    return None if of_one else _Reduced(loss, f, *data.targets(batch))
+    return None if of_one else _Reduced(loss, f, *source.targets(batch))
 
 
 def _positional(matrix: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
