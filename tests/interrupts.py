@@ -41,15 +41,24 @@ SWAPPING = (
 
 
 def _servable(code):
-    """The instructions of a function before which signals may have been served: after calls, and jumps back."""
+    """The instructions of a function before which signals may have been served: after calls, and jumps back.
+
+    A call serves them itself, inside of the blocks in which it is: what follows must be in the same ones.
+    """
     found, before = set(), None
     for instruction in dis.get_instructions(code):
-        called = before is not None and before.startswith("CALL") and "INTRINSIC" not in before
+        called = before is not None and before.opname.startswith("CALL") and "INTRINSIC" not in before.opname
+        called = called and _blocks(code, before.offset) == _blocks(code, instruction.offset)
         if called or instruction.opname.startswith("JUMP_BACKWARD"):
             found.add(instruction.offset)
         if instruction.opname not in ("CACHE", "NOP", "EXTENDED_ARG"):
-            before = instruction.opname
+            before = instruction
     return found
+
+
+def _blocks(code, offset):
+    """Where an exception at an instruction goes."""
+    return [entry.target for entry in dis._parse_exception_table(code) if entry.start <= offset < entry.end]
 
 
 class Tracer:
