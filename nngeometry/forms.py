@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -605,6 +606,15 @@ class Lazy(LayerJacobian):
         last = self.cotangents if last is None else last
         origin = (b + start, c + first)
         return Lazy(self.compute, last - first, stop - start, self.shape, self.dtype, self.device, origin)
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Lazy:
+        """The same, computed inside of a context."""
+
+        def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+            with context():
+                return self.compute(start, stop, first, last)
+
+        return Lazy(compute, self.cotangents, self.examples, self.shape, self.dtype, self.device, self.origin)
 
     def map_cotangents(self, fn: Map) -> Lazy:
         def compute(start: int, stop: int, first: int, last: int) -> Tensor:

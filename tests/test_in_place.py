@@ -234,10 +234,5 @@ class SqueezesOne(nn.Module):
 def test_a_minibatch_of_one_whose_axis_is_squeezed():
     model = randomise(SqueezesOne())
     batches = [(torch.randn(n, 4),) for n in (3, 1)]
-    M = sum(_oracle(model, x)[1] * len(x) for (x,) in batches) / 4
-    try:
-        found = FIM(model, batches, PMatDense, "regression").to_torch()
-    except ValueError as error:
-        assert "squeeze" in str(error)
-    else:
-        assert oracle.relative(found, M) < 1e-9
+    with pytest.raises(ValueError, match="squeeze"):
+        FIM(model, batches, PMatDense, "regression")

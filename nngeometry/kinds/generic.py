@@ -42,9 +42,8 @@ def generic(
     # One example is a batch of one: the axis that vmap hides is put back with length one.
     leaves = [x.movedim(a, 0) if a is not None else x for x, a in zip(leaves, axes, strict=True)]
     mapped = tuple(0 if a is not None else None for a in axes)
-    primals = {k: p.detach() for k, p in params.items()}
     cotangents, examples = gys[0][1].shape[:2]
-    numel = sum(p.numel() for p in primals.values())
+    numel = sum(p.numel() for p in params.values())
 
     def outputs(p: dict[str, Tensor], xs: Sequence[Any]) -> tuple[Tensor, ...]:
         batch_of_one = [x.unsqueeze(a) if a is not None else x for x, a in zip(xs, axes, strict=True)]
@@ -53,12 +52,12 @@ def generic(
         return tuple(found[k].reshape(g.shape[2:]) for k, g in gys)
 
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
-        pull = vjp(lambda p: outputs(p, xs), primals)[1]
+        pull = vjp(lambda p: outputs(p, xs), {k: p.detach() for k, p in params.items()})[1]
         (grads,) = vmap(pull)(gs)
-        return torch.cat([grads[k].reshape(len(gs[0]), -1) for k in primals], 1)  # (C, p)
+        return torch.cat([grads[k].reshape(len(gs[0]), -1) for k in params], 1)  # (C, p)
 
     def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
-        leaf = {k: p.clone().requires_grad_() for k, p in primals.items()}
+        leaf = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
         rows = []
         with Changed(recording(True)):
             for b in range(gs[0].shape[1]):

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import arguments, data, forms
 from ..blocks import Block
-from ..changes import no_grad
+from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
+from ..weights import Weights
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile
@@ -305,7 +306,12 @@ class PFMapFactored(PFMap):
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
         """The Jacobian that a generator streams."""
         own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
-        return cls(generator.layer_collection, list(slabs(generator, own)))  # inputs are held: not those of the user
+        pieces = list(slabs(generator, own))  # inputs are held: not those of the user
+        if any(isinstance(form, forms.Lazy) for piece in pieces for form in piece.forms.values()):
+            model, lc = generator.model, generator.layer_collection
+            weights = Weights([model], lc.parameters(model))  # which are looked at whenever rows are made
+            pieces = [_at(weights, piece) for piece in pieces]
+        return cls(generator.layer_collection, pieces)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -396,6 +402,15 @@ class PFMapFactored(PFMap):
     def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
         pieces = [Slab(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
         return PFMapFactored(self.layer_collection, pieces)
+
+
+def _at(weights: Weights, slab: Slab) -> Slab:
+    """A slab whose rows are those of the model at these weights, whenever they are made."""
+
+    def held(form: forms.LayerJacobian) -> forms.LayerJacobian:
+        return form.within(lambda: Borrowed(weights.in_place)) if isinstance(form, forms.Lazy) else form
+
+    return Slab(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
 
 
 class PFMapImplicit(PFMap):
