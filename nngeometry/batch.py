@@ -286,6 +286,9 @@ def picked(tree: Any, index: Tensor, n: int, whole: frozenset[Path], path: Path 
 
     Raises ``TypeError`` for what holds examples but cannot be taken apart.
     """
+    if not path and not whole and type(tree) in (tuple, list) and all(map(_is_plain, tree)):  # as nearly all
+        rows = [t.ndim > 0 and len(t) == n for t in tree]
+        return type(tree)([t[index.to(t.device)] if row else t for t, row in zip(tree, rows, strict=True)]), any(rows)
     if path in whole:
         return tree, False
     if isinstance(tree, Tensor):
@@ -310,6 +313,10 @@ def picked(tree: Any, index: Tensor, n: int, whole: frozenset[Path], path: Path 
     pairs = [picked(part, index, n, whole, (*path, k)) for k, part in enumerate(found.parts)]
     taken = any(took for _, took in pairs)
     return (found.close([part for part, _ in pairs]) if taken else tree), taken
+
+
+def _is_plain(t: Any) -> bool:
+    return type(t) is Tensor and t.layout == torch.strided and not t.is_nested
 
 
 def joinable(one: Any, other: Any) -> bool:

@@ -205,10 +205,15 @@ class Evaluator:
         """
         pair = data.take(batch, torch.arange(2))
         apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
-        state, made = State(self.model, values=not apart), Made()
-        with self.running(*changes, state, entered(made), record=not apart):
-            f = self.outputs(pair).detach()
-            state.check(lambda: self.outputs(pair))
+        made = Made()
+        if apart:
+            with self.running(*changes, entered(made), record=False):
+                f = self.outputs(pair)
+        else:
+            state = State(self.model, values=True)
+            with self.running(*changes, state, entered(made)):
+                f = self.outputs(pair).detach()
+                state.check(lambda: self.outputs(pair))
         return Trial(pair, f, made.nbytes)
 
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:

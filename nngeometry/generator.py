@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import data, forms
 from .autograd import Pull, nodes
 from .changes import Borrowed, Change, entered, no_grad, trainable
-from .composites import OneExample
+from .composites import OneExample, normalises_one
 from .evaluator import Evaluator, State, Trial, check_mode
 from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
@@ -210,15 +210,15 @@ class Generator(Evaluator):
         n = data.count(batch)
         recorder = Recorder(n, () if plan is None else [None if x is None else x.expand for x in plan.layouts])
         changes: list[Change] = [*recorder.hooks(sites), trainable(_collected(sites))]
-        state = State(self.model)
-        if plan is None or plan.looked:
+        state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
+        if state is not None:
             changes.append(state)
         if n == 1 or (plan is not None and plan.normalises_one):
             changes.append(entered(OneExample()))
         with self.running(*changes):
             f = self.outputs_of(batch)
             calls = list(recorder.calls)
-            if plan is None or plan.looked:
+            if state is not None:
                 state.check(lambda: self.outputs_of(batch))
         recorder.check()
         if plan is not None:
@@ -246,13 +246,13 @@ class Generator(Evaluator):
         n = data.count(batch)
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
-        before, normalises = weights.norms(), OneExample()
+        before = weights.norm()
         with self.running(weights.in_place, state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with Made() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
-            with normalises:
-                f3, three = self._forward(sites, few[1], None)
+            f3, three = self._forward(sites, few[1], None)
+            graph = list(nodes([f3]))
             state.check(lambda: self._forward(sites, few[1], None))
             weights.check(before)
             check_same(
@@ -265,7 +265,7 @@ class Generator(Evaluator):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            gradients = self._probed(f3, three)
+            gradients = self._probed(f3, three, parameters)
             reached = iter(g is not None for g in gradients[0])
             layouts = tuple(
                 Layout.of(one, other, list(islice(reached, len(other.edges))))
@@ -278,23 +278,27 @@ class Generator(Evaluator):
                 data.axes(batch),
                 data.whole(batch),
                 None if made is None else Trial(few[0], f2.detach(), made.nbytes),
-                normalises_one=normalises.met,
+                normalises_one=any(map(normalises_one, graph)),
             )
             if any(layout is not None and layout.constant for layout in layouts):
-                plan = self._with_copies(sites, few[1], plan, f3)
+                plan = self._with_copies(sites, few[1], plan, f3, parameters)
             else:
-                self._check_derivatives(f3, three, plan, *gradients)
+                self._check_derivatives(f3, three, plan, parameters, *gradients)
         if three or not self.ignore_uncalled:
-            weights.check_reached(nodes([f3]), [name for name, _ in self.layer_collection.named_parameters(self.model)])
+            weights.check_reached(graph, parameters, self._name_of)
         return plan
 
     def _with_one(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> Plan:
         """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
-        weights = Weights([self.model], self.layer_collection.parameters(self.model))
+        parameters = self.layer_collection.parameters(self.model)
+        weights = Weights([self.model], parameters)
         with self.running(weights.in_place, State(self.model)):
             f, calls = self._forward(sites, batch, plan)
-            self._check_derivatives(f, calls, plan, *self._probed(f, calls))
+            self._check_derivatives(f, calls, plan, parameters, *self._probed(f, calls, parameters))
         return replace(plan, one=True)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        return next(name for name, p in self.layer_collection.named_parameters(self.model) if p is parameter)
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
         through = {id(p) for site in sites if site.name in called for p in site.params.values()}
@@ -311,7 +315,14 @@ class Generator(Evaluator):
                 "collect it with LayerCollection.from_model(model, ignore_uncalled=True)"
             )
 
-    def _with_copies(self, sites: Sequence[Site], batch: data.Batch, plan: Plan, expected: Tensor) -> Plan:
+    def _with_copies(
+        self,
+        sites: Sequence[Site],
+        batch: data.Batch,
+        plan: Plan,
+        expected: Tensor,
+        parameters: Sequence[Tensor],
+    ) -> Plan:
         """The plan with a way to give each example a copy of the outputs that have no axis of examples: one that
         changes neither what the model returns nor that examples are apart.
         """
@@ -337,7 +348,7 @@ class Generator(Evaluator):
                 wrong = wrong or ValueError(f"{problem} {remedy}")
                 continue
             try:
-                self._check_derivatives(f, calls, tried, *self._probed(f, calls))
+                self._check_derivatives(f, calls, tried, parameters, *self._probed(f, calls, parameters))
             except ValueError as error:
                 wrong = error
             else:
@@ -345,7 +356,9 @@ class Generator(Evaluator):
         assert wrong is not None
         raise wrong
 
-    def _probed(self, f: Tensor, calls: Sequence[Call]) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    def _probed(
+        self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """The gradients of a few examples, one between others, in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
         if not calls and self.ignore_uncalled:
@@ -355,7 +368,7 @@ class Generator(Evaluator):
         cotangent = _generic_cotangent(f)
         if len(f) > 1:
             cotangent[::2] = 0.0
-        every: list[Any] = [*edges, *self.layer_collection.parameters(self.model)]
+        every: list[Any] = [*edges, *parameters]
         found = torch.autograd.grad(f, every, cotangent, allow_unused=True)
         return found[: len(edges)], found[len(edges) :]
 
@@ -364,6 +377,7 @@ class Generator(Evaluator):
         f: Tensor,
         calls: Sequence[Call],
         plan: Plan,
+        parameters: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         truth: Sequence[Tensor | None],
     ) -> None:
@@ -384,7 +398,6 @@ class Generator(Evaluator):
                         f"derivatives are undefined. {MIXES}"
                     )
         of_one = [None if g is None else g.unsqueeze(0) for g in grads]
-        parameters = self.layer_collection.parameters(self.model)
         self._check_sum(
             self._forms(calls, plan.layouts, of_one, 1, len(f)),
             [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],

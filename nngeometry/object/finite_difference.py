@@ -263,7 +263,7 @@ class Gradient:
         state = State(maps.evaluator.model, values=True)
         with maps.evaluator.running(maps.weights.moved(leaves, self._cast), state):
             value, weight = maps.total(data.map_tensors(self._cast, self.batch))
-            maps.weights.check(())
+            maps.weights.check()
             state.check(lambda: maps.total(data.map_tensors(self._cast, self.batch)))
             grads: Sequence[Tensor | None] = [None] * len(edges)
             if value.requires_grad:

@@ -72,8 +72,8 @@ class Linearisations:
         self.examples = examples
         self.linearise = linearise
         named = evaluator.layer_collection.named_parameters(evaluator.model)
-        self.names, parameters = zip(*named, strict=True)
-        self.weights = Weights([evaluator.model, *others], parameters)
+        self._names, self._theirs = zip(*named, strict=True)
+        self.weights = Weights([evaluator.model, *others], self._theirs)
         self.values = self.weights.values
         self.edges = self.weights.edges
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
@@ -83,6 +83,7 @@ class Linearisations:
         #: What must be in force on the way back: nothing, unless something of the model is run again there.
         self._replay: tuple[Change, ...] | None = None
         self.checked = False
+        self.apart = False
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
         """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
@@ -106,19 +107,40 @@ class Linearisations:
         self._kept = keep
 
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
+        self.apart = self.evaluator.called_apart(batches[0]) is not None
+        if self.apart:  # by what the types of the modules are there is nothing to look at
+            with self.evaluator.running(self.weights.in_place), _operations_named():
+                made, weight, roots = self.linearise(batches, position)
+        else:
+            made, weight, roots = self._looked_at(position, batches)
+        self.checked = True
+        # What is made again on the way back would be made to be counted: it is taken for too much to keep.
+        held = saved_bytes(roots) if self._replay is None else budget(self.evaluator.device) + 1
+        return made, weight, held
+
+    def _looked_at(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, Sequence[Tensor]]:
+        """What a minibatch gives, with a look at what the model does to itself, thorough for the first one."""
         first = not self.checked
-        state, before = State(self.evaluator.model, values=first), self.weights.norms() if first else []
+        state, before = State(self.evaluator.model, values=first), self.weights.norm() if first else None
         with self.evaluator.running(self.weights.in_place, state, differentiable_attention), _operations_named():
-            made, weight, roots = self.linearise(batches, position)
+            made = self.linearise(batches, position)
             state.check(lambda: self.linearise(batches, position))
             if first:
                 self.weights.check(before)
         if first:
-            self.weights.check_reached(nodes(roots), self.names)
-            self.checked = True
-        # What is made again on the way back would be made to be counted: it is taken for too much to keep.
-        held = saved_bytes(roots) if self._replay is None else budget(self.evaluator.device) + 1
-        return made, weight, held
+            self.weights.check_reached(nodes(made[2]), self._theirs, self._name_of)
+        return made
+
+    def _name_of(self, parameter: Tensor) -> str:
+        return next(name for name, p in zip(self._names, self._theirs, strict=True) if p is parameter)
+
+    def outputs(self, batch: data.Batch) -> Tensor:
+        """The outputs of the model, recorded by operations that have cheap derivatives."""
+        return self.evaluator.outputs(batch) if self.apart else self.evaluator.outputs_of(batch)
+
+    def customs(self, root: Tensor) -> bool:
+        """Whether something in a graph has a backward of the user's."""
+        return not self.apart and any(custom(node) for node in nodes([root]))
 
     def recorded(self, function: Callable[..., Any], *arguments: Any) -> tuple[CheapDerivatives, Any]:
         """``function(*arguments)`` with operations that have cheap derivatives, and their mode."""
@@ -184,8 +206,9 @@ class Linear:
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
         self.maps = maps
-        derivatives, self.f = maps.recorded(maps.evaluator.outputs_of, batch)
-        if any(custom(node) for node in nodes([self.f])):
+        derivatives, self.f = maps.recorded(maps.outputs, batch)
+        self._customs = maps.customs(self.f)
+        if self._customs:
             maps.replay()
         self.u = torch.zeros_like(self.f, requires_grad=True)
         with derivatives.at_zero():
@@ -211,10 +234,9 @@ class Linear:
         """
         if self.maps.checked:
             return False
-        evaluator = self.maps.evaluator
-        if evaluator.called_apart(batch) is None:
-            evaluator.apart(batch, self._check_alone)
-        if any(custom(node) for node in nodes([self.f])):
+        if not self.maps.apart:
+            self.maps.evaluator.apart(batch, self._check_alone)
+        if self._customs:
             check_transpose(self.maps.edges, self.f, self.u, self.pulled)
         return True
 
@@ -234,11 +256,7 @@ def gauss_newton(generator: Generator, examples: Any) -> Products:
         fixed = linear.f.detach()
         rows = data.split(fixed, batches)
         if linear.check(batch):
-            two = torch.arange(min(2, len(rows[0])))
-            try:
-                generator.cotangents(rows[0][:2], data.take(batches[0], two), position)  # for the checks in there
-            except Exception:  # the loss may use what is not of examples
-                generator.cotangents(rows[0], batches[0], position)
+            generator.cotangents(rows[0], batches[0], position)  # for the checks in there
         curvature = generator.curvature(fixed, batches, position)
 
         def product(V: Tensor, into: Tensor) -> None:
@@ -288,7 +306,7 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
     def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
         derivatives, (value, weight) = products.recorded(total, data.join(batches))
         check_second_derivatives(value)
-        if any(custom(node) for node in nodes([value])):
+        if products.customs(value):
             products.replay()
         with derivatives.without_values():
             curved = _differentiable(_gradient(value, products, None, "the loss"))
