@@ -47,6 +47,7 @@ class Weights:
         copies = {key: t.detach().clone().requires_grad_(key in chosen) for key, t in theirs.items()}
         self._ours = list(copies.values())
         self._wanted = {id(p): k for k, p in enumerate(wanted)}
+        self._parameters = list(wanted)
         self._leaves = [copies[id(p)] for p in wanted]
         self._inside = 0
         #: The values of the wanted parameters, and where gradients in them arrive, whoever holds them.
@@ -57,9 +58,11 @@ class Weights:
         """A change: the model at these; once, however often it is made inside of itself."""
         take_back = self.moved(self._leaves)() if self._inside == 0 else None
         self._inside += 1
+        _active.append(self)
 
         def undo() -> None:
             self._inside -= 1
+            _active.pop()
             if take_back is not None:
                 take_back()
 
@@ -114,7 +117,8 @@ class Weights:
 
     def norm(self) -> float:
         """Of all copies together, by which one sees whether something has written into them."""
-        floats = [t.detach() for t in self._ours if t.is_floating_point()]
+        holders = self._theirs if self._inside else self._ours
+        floats = [t.detach() for t in holders if t.is_floating_point()]
         return float(nn.utils.get_total_norm(floats)) if floats else 0.0
 
     def check_reached(self, nodes: Iterable[Any], wanted: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
@@ -123,10 +127,12 @@ class Weights:
 
         wanted: the parameters. name_of: how one is called.
         """
-        known = set(map(id, wanted))
+        known = {id(p): p for p in wanted}
+        for weights in _active:  # while their copies are in place, these hold what is the model's
+            known.update(zip(map(id, weights._leaves), weights._parameters, strict=True))
         for node in nodes:
             if type(node).__name__ == "AccumulateGrad" and id(node.variable) in known:
-                name = name_of(node.variable)
+                name = name_of(known[id(node.variable)])
                 raise ValueError(
                     f"layer {name.rpartition('.')[0]!r}: its parameters also act outside of its forward: {name!r} "
                     "through a tensor that was computed from it before the call (a stored transpose, a cached "
@@ -139,6 +145,8 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
 
 
+#: Those whose copies are in place, the last one last.
+_active: list[Weights] = []
 _ABSENT: Any = object()
 
 
