@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -83,7 +85,7 @@ def minibatches(
     loader: Iterable[Batch] = [examples] if is_minibatch(examples) else examples
     require_loader(loader)
     empty = True
-    for batch in progress(loader, verbose, what):
+    for batch in progress(_drawn(loader), verbose, what):
         empty = False
         if isinstance(batch, str | bytes | int | float | type(None)):
             raise TypeError(f"loader: a minibatch is a tensor, tuple, dict or object, and this one is {batch!r:.50}")
@@ -93,6 +95,43 @@ def minibatches(
             "the loader yielded no minibatch: it is empty, or it is an iterator that was consumed before "
             "(pass a DataLoader or a list, which can be iterated again)"
         )
+
+
+def _drawn(loader: Iterable[Batch]) -> Iterable[Batch]:
+    """What a loader yields, without a trace in the random state: what it draws from the global generators of torch,
+    numpy and Python (the order of a shuffling one, augmentations) comes after their states, which are put back.
+    """
+    return loader if isinstance(loader, list | tuple) else _draw(loader)
+
+
+def _draw(loader: Iterable[Batch]) -> Iterator[Batch]:
+    iterator: Iterator[Batch] | None = None
+    own: tuple[Any, ...] | None = None
+    end = object()
+    while True:
+        before = _random_state()
+        try:
+            if own is not None:
+                _set_random_state(own)
+            if iterator is None:
+                iterator = iter(loader)
+            batch = next(iterator, end)
+        finally:
+            own = _random_state()
+            _set_random_state(before)
+        if batch is end:
+            return
+        yield batch
+
+
+def _random_state() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    random.setstate(state[2])
 
 
 def require_loader(examples: Any, name: str = "loader") -> None:

@@ -4,9 +4,11 @@ That is the model (parameters, gradients, buffers, hooks, modes, attributes), th
 switches of torch and Python. Tests that break a call do so at ``--moments`` of its moments at most.
 """
 
+import random
 import threading
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from interrupts import Tracer, in_threads, where
@@ -14,7 +16,7 @@ from state import CALLS, DRAWS, PATHS, SUBJECTS, Case, Picture
 from torch import backends, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nngeometry import (
     FIM,
@@ -140,14 +142,36 @@ def test_the_only_draw_without_a_generator_is_one_number():
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def test_a_dataloader_draws_what_it_draws_by_itself():
-    model, loader = nn.Linear(3, 2), DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=4)
-    before = torch.get_rng_state()
-    FIM(model, loader, PMatDense)
-    after = torch.get_rng_state()
-    torch.set_rng_state(before)
-    list(loader)
-    assert torch.equal(torch.get_rng_state(), after)
+def _augmented(x):
+    return x + torch.randn(()) + np.random.randn() + random.random()  # noqa: NPY002
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, k):
+        return (_augmented(torch.full((3,), float(k))),)
+
+
+@pytest.mark.parametrize("call", [lambda m, l: FIM(m, l, PMatDense), lambda m, l: FIM(m, l, PMatImplicit).trace()])
+def test_what_a_loader_draws_is_put_back(call):
+    model = nn.Linear(3, 2)
+    for loader in (DataLoader(TensorDataset(torch.ones(8, 3)), 4), DataLoader(Augmented(), 4, shuffle=True)):
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        call(model, loader)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert str(np.random.get_state()) == str(before[1])  # noqa: NPY002
+        assert random.getstate() == before[2]
+
+
+def test_a_loader_draws_what_it_would_by_itself():
+    model, loader = nn.Linear(3, 2), DataLoader(Augmented(), 3, shuffle=True)
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    M = FIM(model, loader, PMatDense, "regression").to_torch()
+    batches = list(loader)
+    torch.set_rng_state(before[0])
+    torch.testing.assert_close(FIM(model, batches, PMatDense, "regression").to_torch(), M)
 
 
 def test_a_stream_that_is_not_finished_holds_nothing():
