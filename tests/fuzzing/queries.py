@@ -139,7 +139,7 @@ def _hessian(c: Choices, problem: Problem) -> Query | None:
             ("FiniteDifference", "PMatImplicit, loss, products=FiniteDifference(), ", "A.mv(v).to_torch()", 1e-4),
         ]
     )
-    total = "total = lambda: whole(torch.cat([run(batch) for batch in batches()]), *targets)"
+    total = "total = lambda: whole(torch.cat([run(batches()[k]) for k in range(len(data))]), *targets)"
     product = "want = hessian_product(total, params, v.to_torch())"
     then = ["want = v.to_torch() @ want"] if "vTMv" in name else []
     return Query(
