@@ -50,7 +50,7 @@ _ENTRIES = (
     ("PMatImplicit vTMv", "PMatImplicit", "A.vTMv(v)", "v.to_torch() @ M @ v.to_torch()"),
     (
         "PMatMixed",
-        "PMatMixed.of(PMatBlockDiag, {list(lc)[0]: PMatDiag})",
+        "PMatMixed.of(PMatBlockDiag, {lambda layer: layer.name == list(lc)[0]: PMatDiag})",
         "A.to_torch()",
         "(lambda B, s: (B[s, s].copy_(B[s, s].diag().diag()), B)[1])(blocks_of(M, slices), slices[0])",
     ),
