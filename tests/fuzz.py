@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from fuzzing.choices import Case
-from fuzzing.judge import LEFT, REFUSED, RIGHT, Verdict, judge
+from fuzzing.judge import LEFT, REFUSED, Verdict, judge
 from fuzzing.nets import draw
 from fuzzing.scripts import script
 from fuzzing.shrink import shrink
@@ -62,8 +62,8 @@ def main() -> int:
     torch.set_num_threads(1)
     start = time.monotonic()
     verdicts: Counter[str] = Counter()
-    refusals: Counter[tuple[str, bool]] = Counter()
-    examples: dict[tuple[str, bool], int] = {}
+    refusals: Counter[str] = Counter()
+    examples: dict[str, int] = {}
     causes: Counter[tuple[str, str]] = Counter()
     small: Counter[tuple[str, str]] = Counter()
     seed, empty = args.seed, 0
@@ -74,8 +74,9 @@ def main() -> int:
             answered += 1
             verdicts[verdict.kind] += 1
             if verdict.kind in (REFUSED, LEFT):
-                refusals[verdict.cause[1], built.apart] += 1
-                examples.setdefault((verdict.cause[1], built.apart), seed)
+                reason = f"{verdict.kind}{'' if built.apart else ', examples are not apart'}: {verdict.cause[1]}"
+                refusals[reason] += 1
+                examples.setdefault(reason, seed)
             if not verdict.finding:
                 continue
             causes[verdict.cause] += 1
@@ -101,15 +102,10 @@ def main() -> int:
     print(", ".join(f"{kind} {n}" for kind, n in verdicts.most_common()))
     for cause, n in causes.most_common():
         print(f"{n:6d} {cause[0]}: {cause[1]}")
-    for (reason, apart), n in refusals.most_common():
-        print(
-            f"{n:6d} refused{'' if apart else ' (examples are not apart)'}: {reason}  [seed {examples[reason, apart]}]"
-        )
+    for reason, n in refusals.most_common():
+        print(f"{n:6d} {reason}  [seed {examples[reason]}]")
     return 1 if causes else 0
 
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["RIGHT", "case_of", "smallest"]

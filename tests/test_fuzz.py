@@ -10,8 +10,8 @@ from fuzzing.shrink import shrink
 from fuzzing.steps import TAGS
 
 #: Cases for each test, and the first of each.
-CASES = 20
-SEEDS = range(0, 200, CASES)
+CASES = 25
+SEEDS = range(0, 300, CASES)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

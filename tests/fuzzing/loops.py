@@ -55,9 +55,26 @@ def plain() -> Iterator[None]:
         axes = [k for k in range(v.ndim) if k != dim % v.ndim]
         return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
-    norms = {one.__name__: one for one in (batch_norm, instance_norm, group_norm, layer_norm, rms_norm)}
+    def embedding(ids, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+        return of_torch(ids, weight, padding_idx, max_norm, norm_type)  # by frequency is no derivative
+
+    def laid_out(formula: Callable[..., Tensor], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The formula, in memory as torch has it: what is a view of it depends on that."""
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            with torch.no_grad():
+                like = torch.empty_like(kernel(*args, **kwargs))
+            return like.copy_(formula(*args, **kwargs))
+
+        return call
+
+    of_torch = F.embedding
+    norms = {
+        one.__name__: laid_out(one, getattr(F, one.__name__))
+        for one in (batch_norm, instance_norm, group_norm, layer_norm, rms_norm)
+    }
     with (
-        mock.patch.multiple(F, **norms),
+        mock.patch.multiple(F, embedding=embedding, **norms),
         mock.patch.object(torch, "_weight_norm", weight_norm),
         sdpa_kernel(SDPBackend.MATH),
     ):

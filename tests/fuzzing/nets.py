@@ -24,6 +24,8 @@ from .steps import STEPS, TAGS, Lines, Now
 REGION = len(STEPS)
 #: Entries of one example between steps, and parameters of a net, beyond which loops would take long.
 MOST_ENTRIES = 48
+#: Of the minibatches that every net runs on: a single example, and a number that no other axis has.
+LENGTHS = (7, 1)
 MOST_PARAMETERS = 160
 
 NAMES: dict[str, Any] = {
@@ -96,10 +98,10 @@ class _Draft:
     def shape(self) -> tuple[int, ...] | None:
         """That of the output for one example; None if the net does not run, or not on one example."""
         try:
-            f = [self._run(n) for n in (2, 1)]
+            f = [self._run(n) for n in LENGTHS]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, NotImplementedError):
             return None
-        if any(len(y) != n or y.shape[1:] != f[0].shape[1:] for y, n in zip(f, (2, 1), strict=True)):
+        if any(len(y) != n or y.shape[1:] != f[0].shape[1:] for y, n in zip(f, LENGTHS, strict=True)):
             return None
         return tuple(f[0].shape[1:])
 

@@ -256,7 +256,6 @@ def view(c: Choices, now: Now) -> Lines | None:
                 "x = F.normalize(x, dim=-1)",
                 "x = torch.where(x > 0, x, 0.1 * x)",
                 "x = x.clone()",
-                "x = x.float().double()",
                 "x = x.unsqueeze(-1).expand(*x.shape, 2)",
             ]
         )

@@ -50,7 +50,7 @@ _ENTRIES = (
     ("PMatImplicit vTMv", "PMatImplicit", "A.vTMv(v)", "v.to_torch() @ M @ v.to_torch()"),
     (
         "PMatMixed",
-        "PMatMixed.of(PMatBlockDiag, {list(lc)[0]: PMatDiag})",
+        "PMatMixed.of(PMatBlockDiag, {lambda layer: layer.name == list(lc)[0]: PMatDiag})",
         "A.to_torch()",
         "(lambda B, s: (B[s, s].copy_(B[s, s].diag().diag()), B)[1])(blocks_of(M, slices), slices[0])",
     ),
@@ -139,7 +139,7 @@ def _hessian(c: Choices, problem: Problem) -> Query | None:
             ("FiniteDifference", "PMatImplicit, loss, products=FiniteDifference(), ", "A.mv(v).to_torch()", 1e-4),
         ]
     )
-    total = "total = lambda: whole(torch.cat([run(batch) for batch in batches()]), *targets)"
+    total = "total = lambda: whole(torch.cat([run(batches()[k]) for k in range(len(data))]), *targets)"
     product = "want = hessian_product(total, params, v.to_torch())"
     then = ["want = v.to_torch() @ want"] if "vTMv" in name else []
     return Query(
