@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +27,25 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """With a dense gradient."""
+    _require_derivative("nn.Embedding", weight, max_norm, scale_grad_by_freq)
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, False)
+
+
+def _require_derivative(what: str, weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool) -> None:
+    """Raise for an option with which the backward is not the derivative of the forward."""
+    if weight.requires_grad and (max_norm is not None or scale_grad_by_freq):
+        option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        raise NotImplementedError(
+            f"{what} with {option} has no Jacobian (its backward is not the derivative of its forward): set {option} "
+            "off on the module"
+        )
+
+
+def require_derivative(module: nn.Module) -> None:
+    """Raise for a module whose backward is not the derivative of its forward."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        what = f"nn.{type(module).__name__}"
+        _require_derivative(what, module.weight, module.max_norm, module.scale_grad_by_freq)
 
 
 def embedding_bag(
@@ -44,7 +62,8 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Of torch's own the backward has no derivative. Bags are filled up to the longest."""
-    if max_norm is not None or scale_grad_by_freq:  # not the derivative of anything
+    _require_derivative("nn.EmbeddingBag", weight, max_norm, scale_grad_by_freq)
+    if max_norm is not None or scale_grad_by_freq:
         options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset)
         return F.embedding_bag(input, weight, offsets, *options, padding_idx)
     ids, factors, there = input, per_sample_weights, torch.ones_like(input, dtype=torch.bool)
@@ -76,7 +95,15 @@ COMPOSITES: dict[Any, Callable[..., Tensor]] = {
     F.embedding_bag: embedding_bag,
 }
 
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Torch's own gets the shape of its derivative wrong where ``vmap`` has hidden an axis."""
+    slope = weight.view(-1, *[1] * (input.ndim - 2)) if weight.numel() > 1 and input.ndim > 1 else weight
+    return torch.where(input > 0, input, slope * input)
+
+
 _NORMALISATIONS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}
+_GROUPS = {F.group_norm, torch.group_norm}
 
 
 def normalised(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -86,6 +113,8 @@ def normalised(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     On a CPU torch (2.13, 2.14) takes one of input and cotangent for the other's order in memory where there is one
     example, whose stride says nothing: strides (C, 1, W C, C) beside contiguous ones give values wrong by their size.
     """
+    if function in _GROUPS:
+        return _group_norm(function, *args, **kwargs)
     if not _of_one(function, args, kwargs):
         return function(*args, **kwargs)
     if args:
@@ -97,6 +126,12 @@ def normalised(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return y
 
 
+def _group_norm(function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Torch's backward for the weight alone reads where there is nothing if the input is in another order of memory."""
+    found: Tensor = function(input if input.requires_grad else input.contiguous(), *args, **kwargs)
+    return found
+
+
 def _of_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if function not in _NORMALISATIONS:
         return False
@@ -105,10 +140,11 @@ def _of_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
 
 
 class OneExample(TorchFunctionMode):
-    """Inside of it, normalisations of one example are as :func:`normalised` says."""
+    """Inside of it, normalisations are as :func:`normalised` says, and PReLU as :func:`prelu`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return normalised(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        return prelu(*args, **kwargs) if func is F.prelu else normalised(func, args, kwargs)
 
 
 def normalises_one(node: Any) -> bool:

@@ -405,21 +405,29 @@ def _problem(batch: Minibatch, f: Tensor, output: Callable[[Batch], Any]) -> Exc
     return None
 
 
-def grouped(batches: Iterable[Batch], most: Callable[[Batch], int]) -> Iterator[tuple[int, list[Batch]]]:
+def grouped(
+    batches: Iterable[Batch], most: Callable[[Batch], int], alike: Callable[[Batch], bool]
+) -> Iterator[tuple[int, list[Batch]]]:
     """Neighbouring minibatches that can be laid end to end, each group with the position of its first.
 
     most: from the first minibatch to how many examples a group of several may have. None are laid together if the
-    first two have a tensor in common, which is none of examples.
+    first two have a tensor in common, which is none of examples. alike: from a minibatch to whether a model computes
+    the same for one of its examples alone; if not, minibatches of one are for themselves.
     """
     group: list[Batch] = []
     position = held = 0
     limit: int | None = None
+    of_one: bool | None = None
     for batch in batches:
         n = count(batch)
         if group:
             if limit is None:
                 limit = 0 if parts.shares(group[0], batch) else most(group[0])
-            if held + n > limit or not (aligned(batch) and parts.joinable(content(group[0]), content(batch))):
+            fits = held + n <= limit and aligned(batch) and parts.joinable(content(group[0]), content(batch))
+            if fits and n == 1:
+                of_one = alike(group[0]) if of_one is None else of_one
+                fits = of_one
+            if not fits:
                 yield position, group
                 position += len(group)
                 group, held = [], 0

@@ -197,7 +197,18 @@ class Evaluator:
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
-        return data.grouped(self.minibatches(examples), most)
+        return data.grouped(self.minibatches(examples), most, self._alike_alone)
+
+    def _alike_alone(self, batch: data.Batch) -> bool:
+        """Whether the model returns the same for an example alone as among others."""
+        if self.called_apart(batch) is not None:
+            return True
+        try:
+            with self.running(State(self.model, values=True)):
+                two, one = (self.outputs_of(data.take(batch, torch.arange(n))).detach() for n in (2, 1))
+        except Exception:
+            return False
+        return same_up_to_rounding(one, two[:1], two)
 
     def trial(self, batch: data.Batch, *changes: Change) -> Trial:
         """The model on the first two examples, under changes. Operations that are not recorded count too: a head may be
@@ -372,6 +383,16 @@ def same_entries(a: Tensor, b: Tensor) -> bool:
 
 
 WRITES = "the model modifies its inputs in place, so a second look at them would differ: clone them"
+
+
+def same_up_to_rounding(f: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Whether two tensors differ by rounding of numbers as large as those of ``scale`` alone."""
+    return bool((f - expected).abs().max() <= tolerance(f.dtype) * scale.abs().max())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What counts as equal up to rounding in a checked sum: far above it, far below any mistake."""
+    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
 def _finite(f: Tensor) -> bool:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from math import hypot, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from . import data, forms
 from .autograd import Pull, nodes
 from .changes import Borrowed, Change, entered, no_grad, trainable
-from .composites import OneExample, normalises_one
-from .evaluator import Evaluator, State, Trial, check_mode
+from .composites import OneExample, normalises_one, require_derivative
+from .evaluator import Evaluator, State, Trial, check_mode, same_up_to_rounding, tolerance
 from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
 from .kinds.generic import generic
@@ -80,6 +80,14 @@ class Plan:
     def fits(self, batch: data.Batch) -> bool:
         """Whether it is for minibatches like this one."""
         return self.axes == data.axes(batch)
+
+
+class _Probed(NamedTuple):
+    """Gradients in the outputs of calls, of one example between others and of all; those of all in the parameters."""
+
+    alone: Sequence[Tensor | None]
+    of_all: Sequence[Tensor | None]
+    truth: Sequence[Tensor | None]
 
 
 class Generator(Evaluator):
@@ -213,7 +221,8 @@ class Generator(Evaluator):
         state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
         if state is not None:
             changes.append(state)
-        if n == 1 or (plan is not None and plan.normalises_one):
+        odd = plan is None and any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
+        if n == 1 or odd or (plan is not None and plan.normalises_one):
             changes.append(entered(OneExample()))
         with self.running(*changes):
             f = self.outputs_of(batch)
@@ -244,6 +253,8 @@ class Generator(Evaluator):
 
     def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
         n = data.count(batch)
+        for site in sites:
+            require_derivative(site.module)
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before = weights.norm()
@@ -265,8 +276,8 @@ class Generator(Evaluator):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            gradients = self._probed(f3, three, parameters)
-            reached = iter(g is not None for g in gradients[0])
+            probed = self._probed(f3, three, parameters)
+            reached = iter(g is not None for g in probed.of_all)
             layouts = tuple(
                 Layout.of(one, other, list(islice(reached, len(other.edges))))
                 for one, other in zip(two, three, strict=True)
@@ -283,7 +294,7 @@ class Generator(Evaluator):
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[1], plan, f3, parameters)
             else:
-                self._check_derivatives(f3, three, plan, parameters, *gradients)
+                self._check_derivatives(f3, three, plan, parameters, probed)
         if three or not self.ignore_uncalled:
             weights.check_reached(graph, parameters, self._name_of)
         return plan
@@ -294,7 +305,7 @@ class Generator(Evaluator):
         weights = Weights([self.model], parameters)
         with self.running(weights.in_place, State(self.model)):
             f, calls = self._forward(sites, batch, plan)
-            self._check_derivatives(f, calls, plan, parameters, *self._probed(f, calls, parameters))
+            self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters))
         return replace(plan, one=True)
 
     def _name_of(self, parameter: Tensor) -> str:
@@ -348,7 +359,7 @@ class Generator(Evaluator):
                 wrong = wrong or ValueError(f"{problem} {remedy}")
                 continue
             try:
-                self._check_derivatives(f, calls, tried, parameters, *self._probed(f, calls, parameters))
+                self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters))
             except ValueError as error:
                 wrong = error
             else:
@@ -356,37 +367,33 @@ class Generator(Evaluator):
         assert wrong is not None
         raise wrong
 
-    def _probed(
-        self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """The gradients of a few examples, one between others, in the outputs of calls and in the parameters."""
+    def _probed(self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]) -> _Probed:
+        """The gradients of a few examples in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
         if not calls and self.ignore_uncalled:
-            return [], [None] * len(self.layer_collection.parameters(self.model))
+            return _Probed([], [], [None] * len(parameters))
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
-        if len(f) > 1:
-            cotangent[::2] = 0.0
+        several = len(f) > 1
         every: list[Any] = [*edges, *parameters]
-        found = torch.autograd.grad(f, every, cotangent, allow_unused=True)
-        return found[: len(edges)], found[len(edges) :]
+        found = torch.autograd.grad(f, every, cotangent, retain_graph=several, allow_unused=True)
+        of_all, truth = found[: len(edges)], found[len(edges) :]
+        if not several:
+            return _Probed(of_all, of_all, truth)
+        alone = cotangent.clone()
+        alone[::2] = 0.0
+        return _Probed(torch.autograd.grad(f, edges, alone, allow_unused=True), of_all, truth)
 
     def _check_derivatives(
-        self,
-        f: Tensor,
-        calls: Sequence[Call],
-        plan: Plan,
-        parameters: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        truth: Sequence[Tensor | None],
+        self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor], probed: _Probed
     ) -> None:
         """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
-        The cotangent is of one example, between others: its gradient may reach none of these, and its forms must add
-        up to the gradient in the parameters.
+        The gradient of one example, between others, may reach none of these; and the forms of all must add up to the
+        gradient in the parameters.
         """
-        remaining = iter(grads)
+        remaining = iter(probed.alone)
         for call, layout in zip(calls, plan.layouts, strict=True):
             for k, y in enumerate(call.outputs):
                 g = next(remaining)
@@ -397,11 +404,11 @@ class Generator(Evaluator):
                         f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
                         f"derivatives are undefined. {MIXES}"
                     )
-        of_one = [None if g is None else g.unsqueeze(0) for g in grads]
+        grads = [None if g is None else g.unsqueeze(0) for g in probed.of_all]
         self._check_sum(
-            self._forms(calls, plan.layouts, of_one, 1, len(f)),
-            [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
-            _tolerance(f.dtype),
+            self._forms(calls, plan.layouts, grads, 1, len(f)),
+            [_dense(g, p) for g, p in zip(probed.truth, parameters, strict=True)],
+            tolerance(f.dtype),
         )
 
     def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
@@ -575,6 +582,15 @@ class Generator(Evaluator):
         return t.to(self.dtype) if t.is_floating_point() else t
 
 
+def counted(total: float) -> float:
+    """What a mean is divided by. Raises ``ValueError`` if that is nothing."""
+    if total == 0:
+        raise ValueError(
+            "the mean of the loss is over nothing: every target of the data is ignored, or has weight zero"
+        )
+    return total
+
+
 def at_once(cotangents: CotangentFunction) -> SeveralCotangents:
     """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
     return lambda f, batches, position: cotangents(f, data.join(batches), position)
@@ -603,20 +619,10 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """What counts as equal up to rounding in a checked sum: far above it, far below any mistake."""
-    return {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
-
-
 def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
     """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
     if not same_up_to_rounding(f, expected, scale):
         raise ValueError(f"{problem}. {remedy}")
-
-
-def same_up_to_rounding(f: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Whether two tensors differ by rounding of numbers as large as those of ``scale`` alone."""
-    return bool((f - expected).abs().max() <= _tolerance(f.dtype) * scale.abs().max())
 
 
 #: How many ways of giving examples copies of what is alike for them are tried.

@@ -126,7 +126,7 @@ def summed(model: nn.Module, function: Callable[..., Any] | None) -> Callable[..
 
     def total(*minibatch: Any) -> Tensor:
         f = model(minibatch[0]) if function is None else function(*minibatch)
-        return f.flatten(1).sum(1, keepdim=True)
+        return f.reshape(len(f), -1).sum(1, keepdim=True)
 
     return total
 

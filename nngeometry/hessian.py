@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import arguments, data
 from .blocks import Operator
-from .evaluator import Evaluator
+from .evaluator import Evaluator, State, same_up_to_rounding
 from .generator import Generator, at_once
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .losses import Loss, OwnLoss, output_loss
+from .memory import work_array
 from .metrics import Representation
 from .object import PMat
 from .object.finite_difference import Differences
@@ -190,6 +191,25 @@ class LossCurvature(Evaluator):
         self._weight = arguments.explaining(loss, self.loss.weight)
         self.targets = selected(targets)
         self.products = products
+
+    def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
+        """The minibatches, each for itself if the model mixes examples."""
+
+        def of_two(batch: data.Batch) -> int:
+            return made_of_two(batch) if self._keeps_apart(batch) else 2 * work_array(self.device)
+
+        return super().joined(examples, of_two)
+
+    def _keeps_apart(self, batch: data.Batch) -> bool:
+        if self.called_apart(batch) is not None:
+            return True
+        some = torch.tensor([data.count(batch) // 2, 0])  # in another order: examples may depend on those before
+        try:
+            with self.running(State(self.model)):
+                f, g = self.outputs_of(batch).detach(), self.outputs_of(data.take(batch, some)).detach()
+        except Exception:
+            return False
+        return same_up_to_rounding(g, f[some], f)
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""

@@ -561,11 +561,11 @@ def test_a_look_at_the_loss_leaves_the_random_state_alone(model):
     loader = DataLoader(TensorDataset(torch.randn(8, 1, 4, 4), torch.randint(3, (8,))), batch_size=8, shuffle=True)
     torch.manual_seed(3)
     [(_, y)] = loader
-    after = torch.get_rng_state()
     torch.manual_seed(3)
+    before = torch.get_rng_state()
     Hessian(model, loader, PMatDense, seen)
     assert all(torch.equal(b, y) for b in batches if len(b) == 8)
-    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_function_of_the_prediction(model, loader, lc, v):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .. import blocks, data, generator, gram, hessian, likelihood, metrics
 from ..blocks import Block
+from ..changes import Borrowed
 from ..evaluator import State
 from ..generator import Generator
 from ..hessian import LossCurvature
@@ -37,6 +38,7 @@ from ..object import (
     PVector,
 )
 from ..outputloss import ByExample
+from ..weights import Weights
 from .layout import make_lowrank
 from .names import attach, warn
 
@@ -377,12 +379,13 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
     batch = _first(source, examples)
     function: Any = source.function
     certain = isinstance(source, TorchFuncHessianBackend)
+    if not certain and _is_of_minibatches(source, function, batch):
+        return None
     try:
-        state = State(source.model)
-        with source.running(state, record=False):
-            f = source.model(data.arguments(batch)[0])
-            value = function(f, *source.targets(batch))
-            state.check(lambda: source.model(data.arguments(batch)[0]))
+        with _trying(source):
+            own = data.map_tensors(Tensor.clone, batch)
+            f = source.model(data.arguments(own)[0])
+            value = function(f, *source.targets(own))
     except Exception:
         if certain:
             raise
@@ -390,6 +393,22 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
     if value.ndim > 0:
         return output_loss(function) if certain else None
     return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *source.targets(batch))
+
+
+def _is_of_minibatches(source: LossCurvature, function: Any, batch: data.Batch) -> bool:
+    """Whether a function of the elements of a minibatch gives a row for each example, as one of a model does."""
+    try:
+        with _trying(source):
+            rows = function(*data.arguments(data.map_tensors(Tensor.clone, batch)))
+    except Exception:
+        return False
+    return isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) == data.count(batch)
+
+
+def _trying(source: LossCurvature) -> Borrowed:
+    """The model at copies of all its tensors, for a look."""
+    weights = Weights([source.model], source.layer_collection.parameters(source.model))
+    return source.running(weights.in_place, State(source.model, values=True), record=False)
 
 
 def _first(source: LossCurvature, examples: Any) -> Any:
@@ -403,11 +422,9 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
     loss: Any = getattr(source.loss, "loss", None)
     batch = _first(source, examples)
     try:
-        state = State(source.model)
-        with source.running(state, record=False):
+        with _trying(source):
             f = source.outputs_unchecked(batch)
             value = loss(f, *source.targets(batch))
-            state.check(lambda: source.outputs_unchecked(batch))
     except Exception:
         return None  # it says what is wrong when it is used
     of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1

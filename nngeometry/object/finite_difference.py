@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import data
 from ..evaluator import Evaluator, State
+from ..generator import counted
 from ..memory import nbytes_of
 from .products import INDEPENDENT, Linearisations, Total, split_like
 
@@ -92,7 +93,7 @@ class Differences(Linearisations):
                 scale = max(float(vector_norm(product)), self._typical * float(vector_norm(v)))
                 if not error <= self.rtol * scale:
                     raise RuntimeError(self._refusal(error / scale if scale else math.inf))
-        out = (out / total if self.mean else out) * sizes
+        out = (out / counted(total) if self.mean else out) * sizes
         return out.where(finite, math.nan)
 
     @cached_property

@@ -15,7 +15,7 @@ from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, Part, QuasiDiag, Sp
 from ..changes import no_grad
 from ..data import require_repeatable
 from ..forms import LayerJacobian
-from ..generator import Generator, Observation
+from ..generator import Generator, Observation, counted
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import chunk_length, require
@@ -114,7 +114,7 @@ def _run(
                         j = layer.packing.unpack(observation.forms[layer.name].total())
                         mean[layer.name] = mean[layer.name] + j if layer.name in mean else j
             del observation  # before the next one is made
-        n = total if generator.mean else 1.0
+        n = counted(total) if generator.mean else 1.0
         blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
     return blocks, {name: j / n for name, j in mean.items()} if generator.centred else None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..blocks import Block, Operator
 from ..changes import Borrowed, no_grad
-from ..generator import Generator
+from ..generator import Generator, counted
 from .fit import diag, fit
 from .pmat import PMat
 from .products import gauss_newton
@@ -69,7 +69,7 @@ def trace_of(generator: Generator, examples: Any) -> Tensor:
             total += observation.weight
             trace += sum(form.sqnorm().sum() for form in observation.forms.values())
             del observation  # before the next one is made
-    return trace / total if generator.mean else trace
+    return trace / counted(total) if generator.mean else trace
 
 
 def diagonal_of_gram(generator: Generator, examples: Any, names: Sequence[str]) -> Tensor:
@@ -96,4 +96,4 @@ def mean_jacobian(generator: Generator, examples: Any) -> Tensor:
                 pieces[name] = pieces[name] + layers[name].packing.unpack(form.total())
             del observation, form  # before the next one is made
     flat = torch.cat(list(pieces.values()))
-    return flat / total if generator.mean else flat
+    return flat / counted(total) if generator.mean else flat

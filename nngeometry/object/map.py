@@ -450,7 +450,7 @@ class PFMapImplicit(PFMap):
         While what autograd needs fits the memory budget, the forward pass is kept from one product to the next.
         """
         maps = jacobians(generator, examples)
-        shapes = [tuple(linear.f.flatten(1).shape) for linear, _, _ in maps]
+        shapes = [(len(linear.f), linear.f[0].numel()) for linear, _, _ in maps]
         if len({c for _, c in shapes}) > 1:
             raise ValueError(f"the minibatches have different numbers of outputs: {sorted({c for _, c in shapes})}")
 
@@ -458,7 +458,7 @@ class PFMapImplicit(PFMap):
             found = []
             for linear, _, held in maps:
                 pieces = [linear.jvp(v.to(linear.f.dtype)) for v in V.split(chunk_length(held, len(V), V.device))]
-                found.append(torch.cat(pieces).detach().flatten(2).transpose(1, 2))
+                found.append(torch.cat(pieces).detach().reshape(len(V), len(linear.f), -1).transpose(1, 2))
             return torch.cat(found, 2).to(generator.dtype)
 
         def vjp(S: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..autograd import Pull, accumulate, nodes
 from ..changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
 from ..derivatives import Bent, CheapDerivatives, Pulled, Value
 from ..evaluator import Evaluator, State, check_mode
-from ..generator import MIXES, Generator, check_same
+from ..generator import MIXES, Generator, check_same, counted
 from ..memory import budget, chunk_length
 from ..weights import Weights
 
@@ -198,7 +198,7 @@ class Products(Linearisations):
                 product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made
-        return out.div_(total) if self.mean else out
+        return out.div_(counted(total)) if self.mean else out
 
 
 class Linear:
