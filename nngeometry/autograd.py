@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -128,3 +130,29 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
         yield node
+
+
+#: What torch says of an operation that it cannot differentiate twice.
+_NO_SECOND = re.compile(r"derivative for aten::_?(\w+?)(?:_backward\w*)? is not implemented|@?(once_differentiable)")
+
+
+@contextmanager
+def operations_named() -> Iterator[None]:
+    """Say which operation torch cannot differentiate, or not twice, and what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise NotImplementedError(
+                "activation checkpoints with use_reentrant=True can be differentiated by loss.backward() alone: pass "
+                "use_reentrant=False to torch.utils.checkpoint"
+            ) from error
+        found = _NO_SECOND.search(str(error))
+        if found is None:
+            raise
+        what = f"operation {found[1]}" if found[1] else "custom autograd function of the model (once_differentiable)"
+        raise NotImplementedError(
+            f"the {what} has a backward that cannot be differentiated: use a representation that is made of Jacobians "
+            "instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and GGN or products=FiniteDifference() "
+            "instead of Hessian"
+        ) from error

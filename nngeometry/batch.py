@@ -177,11 +177,11 @@ def move(tree: Any, device: torch.device) -> Any:
     to move.
     """
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return tree.to(device) if not tree.is_inference() else tree.to(device).clone()  # those cannot be recorded
     if type(tree) in (tuple, list):
         return type(tree)([move(part, device) for part in tree])
     found = opened(tree)
-    if found is None or all(t.device == device for t in tensors_of(tree)):
+    if found is None or all(t.device == device and not t.is_inference() for t in tensors_of(tree)):
         return tree
     if callable(getattr(tree, "to", None)):
         made = copy.copy(tree)  # some move themselves, and return nothing or themselves

@@ -82,6 +82,9 @@ class Changed:
     def __exit__(self, *exception: Any) -> None:
         try:
             self._take_back()
+        except Exception:
+            if not any(exception):  # one that is on its way is not replaced
+                raise
         finally:
             _end()
 
@@ -127,11 +130,15 @@ def _begin() -> None:
     if threading.get_ident() != _MAIN:
         return
     if _depth == 0:
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler) and handler is not _on_signal:
-                _theirs[number] = handler
-                signal.signal(number, _on_signal)
+        try:
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler) and handler is not _on_signal:
+                    _theirs[number] = handler
+                    signal.signal(number, _on_signal)
+        except BaseException:  # from a handler that we did not yet stand before
+            _stand_back()
+            raise
     _depth += 1
 
 
@@ -142,11 +149,15 @@ def _end() -> None:
         return
     _depth -= 1
     if _depth == 0:
-        for number, handler in _theirs.items():
-            if signal.getsignal(number) is _on_signal:
-                signal.signal(number, handler)
+        _stand_back()
     if _waiting and not _in_between(sys._getframe(2)):
         _let_through()
+
+
+def _stand_back() -> None:
+    for number, handler in _theirs.items():
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, handler)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -187,6 +198,15 @@ def entered(context: AbstractContextManager[Any]) -> Change:
         return lambda: context.__exit__(None, None, None)
 
     return change
+
+
+def require_recording() -> None:
+    """Raise inside of ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "nothing can be differentiated inside of torch.inference_mode(): leave it for this call, or use "
+            "torch.no_grad() instead"
+        )
 
 
 def recording(on: bool) -> Change:

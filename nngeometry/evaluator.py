@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import arguments, data
 from .apart import called_apart
-from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording
+from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
 from .layercollection import LayerCollection
 from .memory import Made, keep_freed, nbytes_of, work_array
 from .recurrent import recurrent_without_cudnn
@@ -52,6 +52,7 @@ class Evaluator:
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
+        require_recording()
         arguments.model(model)
         arguments.instance("layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)")
         arguments.function(function)
@@ -175,6 +176,7 @@ class Evaluator:
 
     def running(self, *changes: Change, record: bool = True) -> Borrowed:
         """What is in force while the model runs: changes, and whether autograd records."""
+        require_recording()
         if self.device.type == "cuda":
             changes = (entered(recurrent_without_cudnn(self.model)), *changes)
         return Borrowed(modes_kept, recording(record), not_compiled, *changes)

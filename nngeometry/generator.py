@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data, forms
-from .autograd import Pull, nodes
+from .autograd import Pull, nodes, operations_named
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .composites import OneExample, normalises_one, require_derivative
 from .evaluator import Evaluator, State, Trial, check_mode, same_up_to_rounding, tolerance
@@ -83,9 +83,10 @@ class Plan:
 
 
 class _Probed(NamedTuple):
-    """Gradients in the outputs of calls, of one example between others and of all; those of all in the parameters."""
+    """Gradients in the outputs of calls and in the parameters, of one example between others, and of all."""
 
     alone: Sequence[Tensor | None]
+    truth_alone: Sequence[Tensor | None]
     of_all: Sequence[Tensor | None]
     truth: Sequence[Tensor | None]
 
@@ -371,27 +372,30 @@ class Generator(Evaluator):
         """The gradients of a few examples in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
         if not calls and self.ignore_uncalled:
-            return _Probed([], [], [None] * len(parameters))
+            return _Probed([], [None] * len(parameters), [], [None] * len(parameters))
         if not edges or not f.requires_grad:
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
         several = len(f) > 1
         every: list[Any] = [*edges, *parameters]
-        found = torch.autograd.grad(f, every, cotangent, retain_graph=several, allow_unused=True)
+        with operations_named():
+            found = torch.autograd.grad(f, every, cotangent, retain_graph=several, allow_unused=True)
         of_all, truth = found[: len(edges)], found[len(edges) :]
         if not several:
-            return _Probed(of_all, of_all, truth)
+            return _Probed(of_all, truth, of_all, truth)
         alone = cotangent.clone()
         alone[::2] = 0.0
-        return _Probed(torch.autograd.grad(f, edges, alone, allow_unused=True), of_all, truth)
+        found = torch.autograd.grad(f, every, alone, allow_unused=True)
+        return _Probed(found[: len(edges)], found[len(edges) :], of_all, truth)
 
     def _check_derivatives(
         self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor], probed: _Probed
     ) -> None:
         """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
-        The gradient of one example, between others, may reach none of these; and the forms of all must add up to the
-        gradient in the parameters.
+        The gradient of one example, between others, may reach none of these, and its forms must add up to the gradient
+        in the parameters. So must those of all, since the one may have no derivative; only less precisely, for sums of
+        several may be made in a lower precision than the output has.
         """
         remaining = iter(probed.alone)
         for call, layout in zip(calls, plan.layouts, strict=True):
@@ -404,12 +408,17 @@ class Generator(Evaluator):
                         f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
                         f"derivatives are undefined. {MIXES}"
                     )
-        grads = [None if g is None else g.unsqueeze(0) for g in probed.of_all]
-        self._check_sum(
-            self._forms(calls, plan.layouts, grads, 1, len(f)),
-            [_dense(g, p) for g, p in zip(probed.truth, parameters, strict=True)],
-            tolerance(f.dtype),
-        )
+        exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
+        for grads, truth, most in (
+            (probed.alone, probed.truth_alone, exact),
+            (probed.of_all, probed.truth, max(exact, _OF_SUMS)),
+        ):
+            batched = [None if g is None else g.unsqueeze(0) for g in grads]
+            self._check_sum(
+                self._forms(calls, plan.layouts, batched, 1, len(f)),
+                [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
+                most,
+            )
 
     def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
         """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""
@@ -477,7 +486,7 @@ class Generator(Evaluator):
         self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
     ) -> Observation:
         edges = [e for c in calls for e in c.edges]
-        with self._back(calls):
+        with self._back(calls), operations_named():
             grads = self._pull([f], edges, [s], last) if calls else []
             return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
 
@@ -625,6 +634,8 @@ def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy:
         raise ValueError(f"{problem}. {remedy}")
 
 
+#: What counts as equal in sums that may be made in single precision.
+_OF_SUMS = 1e-4
 #: How many ways of giving examples copies of what is alike for them are tried.
 _MOST_WAYS = 16
 

@@ -32,6 +32,8 @@ class Weights:
     @alone
     def __init__(self, modules: Sequence[nn.Module], wanted: Sequence[Tensor]) -> None:
         chosen = {id(p) for p in wanted}
+        self._tops = list(modules)
+        self._modules = self._present()
         #: Where modules hold their tensors.
         self._places: list[tuple[dict[str, Any], str, Tensor]] = [
             (held, name, t)
@@ -79,6 +81,11 @@ class Weights:
         swap = other_tensors(self._theirs, ours)
 
         def change() -> Callable[[], Any]:
+            if self._present() != self._modules:
+                raise ValueError(
+                    "the model has other modules than when this was made of it (a parametrisation, a layer put in or "
+                    "taken out): make it again"
+                )
             # Modules may have got other parameters in the meantime.
             replaced = [
                 (held, name, t, held.get(name, _ABSENT)) for held, name, t in self._places if held.get(name) is not t
@@ -114,6 +121,9 @@ class Weights:
                 "the forward pass of the model writes into its parameters, so its output depends on the calls before: "
                 "leave them alone in the forward pass"
             )
+
+    def _present(self) -> list[tuple[int, type]]:
+        return [(id(module), type(module)) for top in self._tops for module in top.modules()]
 
     def norm(self) -> float:
         """Of all copies together, by which one sees whether something has written into them."""

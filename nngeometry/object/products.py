@@ -8,7 +8,6 @@ gradient on padding).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .. import data
-from ..autograd import Pull, accumulate, nodes
+from ..autograd import Pull, accumulate, nodes, operations_named
 from ..changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
 from ..derivatives import Bent, CheapDerivatives, Pulled, Value
 from ..evaluator import Evaluator, State, check_mode
@@ -109,7 +108,7 @@ class Linearisations:
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
         self.apart = self.evaluator.called_apart(batches[0]) is not None
         if self.apart:  # by what the types of the modules are there is nothing to look at
-            with self.evaluator.running(self.weights.in_place), _operations_named():
+            with self.evaluator.running(self.weights.in_place), operations_named():
                 made, weight, roots = self.linearise(batches, position)
         else:
             made, weight, roots = self._looked_at(position, batches)
@@ -122,7 +121,7 @@ class Linearisations:
         """What a minibatch gives, with a look at what the model does to itself, thorough for the first one."""
         first = not self.checked
         state, before = State(self.evaluator.model, values=first), self.weights.norm() if first else None
-        with self.evaluator.running(self.weights.in_place, state, differentiable_attention), _operations_named():
+        with self.evaluator.running(self.weights.in_place, state, differentiable_attention), operations_named():
             made = self.linearise(batches, position)
             state.check(lambda: self.linearise(batches, position))
             if first:
@@ -163,14 +162,14 @@ class Linearisations:
 
     def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Vector-Jacobian products for every row of ``weights``, zero for an input that is not used."""
-        with self._back(), _operations_named():
+        with self._back(), operations_named():
             grads = self._pull(outputs, inputs, weights)
         k = len(weights[0])
         return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
     def add_pulled(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], into: Tensor) -> None:
         """Add vector-Jacobian products with respect to the parameters, for every row of ``weights``, to ``(k, P)``."""
-        with self._back(), _operations_named():
+        with self._back(), operations_named():
             if len(into) == 1 and into.dtype == self.dtype:
                 accumulate(outputs, self.edges, [w[0] for w in weights], split_like(into[0], self.values))
                 return
@@ -365,27 +364,6 @@ def check_second_derivatives(value: Tensor) -> None:
                 f"the second derivative of {WRONG_SECOND_DERIVATIVE[node.name()]} is wrong in torch: use GGN, remove "
                 "the normalisation, or pass products=FiniteDifference()"
             )
-
-
-#: What torch says of an operation that it cannot differentiate twice.
-_NO_SECOND = re.compile(r"derivative for aten::_?(\w+?)(?:_backward\w*)? is not implemented|@?(once_differentiable)")
-
-
-@contextmanager
-def _operations_named() -> Iterator[None]:
-    """Say which operation torch cannot differentiate twice, and what can be done."""
-    try:
-        yield
-    except RuntimeError as error:
-        found = _NO_SECOND.search(str(error))
-        if found is None:
-            raise
-        what = f"operation {found[1]}" if found[1] else "custom autograd function of the model (once_differentiable)"
-        raise NotImplementedError(
-            f"the {what} has a backward that cannot be differentiated: use a representation that is made of Jacobians "
-            "instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and GGN or products=FiniteDifference() "
-            "instead of Hessian"
-        ) from error
 
 
 def custom(node: Any) -> bool:
