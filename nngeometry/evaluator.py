@@ -205,12 +205,30 @@ class Evaluator:
         """Whether the model returns the same for an example alone as among others."""
         if self.called_apart(batch) is not None:
             return True
-        try:
-            with self.running(State(self.model, values=True)):
+
+        def alike() -> bool:
+            try:
                 two, one = (self.outputs_of(data.take(batch, torch.arange(n))).detach() for n in (2, 1))
-        except Exception:
-            return False
-        return same_up_to_rounding(one, two[:1], two)
+            except Exception:
+                return False
+            return same_up_to_rounding(one, two[:1], two)
+
+        return self.looked(alike)
+
+    def looked(self, look: Callable[[], bool]) -> bool:
+        """What a look at the model finds, at copies of all of its tensors: nothing of the user's is done anything to.
+
+        Raises:
+            ValueError: If the forward pass draws random numbers, or writes into parameters or buffers.
+        """
+        weights = Weights([self.model], self.layer_collection.parameters(self.model))
+        state = State(self.model, values=True)
+        with self.running(weights.in_place, state):
+            before = weights.norm()
+            found = look()
+            weights.check(before)
+            state.check(look)
+        return found
 
     def trial(self, batch: data.Batch, *changes: Change) -> Trial:
         """The model on the first two examples, under changes. Operations that are not recorded count too: a head may be

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import arguments, data
 from .blocks import Operator
-from .evaluator import Evaluator, State, same_up_to_rounding
+from .evaluator import Evaluator, same_up_to_rounding
 from .generator import Generator, at_once
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
@@ -204,12 +204,16 @@ class LossCurvature(Evaluator):
         if self.called_apart(batch) is not None:
             return True
         some = torch.tensor([data.count(batch) // 2, 0])  # in another order: examples may depend on those before
-        try:
-            with self.running(State(self.model)):
-                f, g = self.outputs_of(batch).detach(), self.outputs_of(data.take(batch, some)).detach()
-        except Exception:
-            return False
-        return same_up_to_rounding(g, f[some], f)
+
+        def apart() -> bool:
+            f = self.outputs_of(batch).detach()
+            try:
+                g = self.outputs_of(data.take(batch, some)).detach()
+            except Exception:
+                return False
+            return same_up_to_rounding(g, f[some], f)
+
+        return self.looked(apart)
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""

@@ -10,6 +10,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from .changes import alone, other_tensors
 
+WRITES_WEIGHTS = (
+    "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "
+    "alone in the forward pass"
+)
+
 
 class Weights:
     """Copies of the parameters and buffers of a model as they are now.
@@ -19,8 +24,7 @@ class Weights:
 
     >>> model = nn.Linear(2, 1)
     >>> weights = Weights([model], [model.weight])
-    >>> with torch.no_grad():
-    ...     _ = model.weight.zero_()
+    >>> _ = nn.init.zeros_(model.weight)
     >>> from nngeometry.changes import Borrowed
     >>> with Borrowed(weights.in_place):
     ...     bool(model.weight.any())
@@ -117,10 +121,7 @@ class Weights:
         """Raise if a forward pass has written into the parameters or put others in their place. norm: of
         before, if it is to be compared."""
         if self.replaced() or (norm is not None and repr(norm) != repr(self.norm())):
-            raise ValueError(
-                "the forward pass of the model writes into its parameters, so its output depends on the calls before: "
-                "leave them alone in the forward pass"
-            )
+            raise ValueError(WRITES_WEIGHTS)
 
     def _present(self) -> list[tuple[int, type]]:
         return [(id(module), type(module)) for top in self._tops for module in top.modules()]

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import data
-from ..evaluator import Evaluator, State
+from ..evaluator import Evaluator, State, same_entries
 from ..generator import counted
 from ..memory import nbytes_of
+from ..weights import WRITES_WEIGHTS
 from .products import INDEPENDENT, Linearisations, Total, split_like
 
 #: From one step to the next.
@@ -95,6 +96,10 @@ class Differences(Linearisations):
                     raise RuntimeError(self._refusal(error / scale if scale else math.inf))
         out = (out / counted(total) if self.mean else out) * sizes
         return out.where(finite, math.nan)
+
+    def at_origin(self, dtype: torch.dtype) -> bool:
+        """Whether the parameters that the model holds now are those that products are taken at."""
+        return all(same_entries(p.detach(), v.to(dtype)) for p, v in zip(self._theirs, self.values, strict=True))
 
     @cached_property
     def _typical(self) -> float:
@@ -265,6 +270,8 @@ class Gradient:
         with maps.evaluator.running(maps.weights.moved(leaves, self._cast), state):
             value, weight = maps.total(data.map_tensors(self._cast, self.batch))
             maps.weights.check()
+            if shift is None and not maps.at_origin(self.dtype):
+                raise ValueError(WRITES_WEIGHTS)
             state.check(lambda: maps.total(data.map_tensors(self._cast, self.batch)))
             grads: Sequence[Tensor | None] = [None] * len(edges)
             if value.requires_grad:
