@@ -60,7 +60,8 @@ class Plan:
     tensor of the minibatch had; a model may do something else with more or fewer. whole: where there are tensors as
     long as the minibatch that are none of examples. trial: of two examples, if what is made of them was counted.
     looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
-    something is normalised as one example however many there are.
+    something is normalised as one example however many there are. repeated: whether it saw one example several times,
+    by which one cannot tell whether a model mixes examples.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -72,6 +73,7 @@ class Plan:
     looked: bool = True
     one: bool = False
     normalises_one: bool = False
+    repeated: bool = False
 
     def read(self, batch: data.Batch) -> data.Batch:
         """A minibatch, with what was found about those like it."""
@@ -79,7 +81,7 @@ class Plan:
 
     def fits(self, batch: data.Batch) -> bool:
         """Whether it is for minibatches like this one."""
-        return self.axes == data.axes(batch)
+        return self.axes == data.axes(batch) and not (self.repeated and data.count(batch) > 1)
 
 
 class _Probed(NamedTuple):
@@ -291,6 +293,7 @@ class Generator(Evaluator):
                 data.whole(batch),
                 None if made is None else Trial(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
+                repeated=n == 1,
             )
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[1], plan, f3, parameters)

@@ -168,3 +168,22 @@ def test_one_number_for_each_example():
     for representation in (FMatImplicit,):
         found = GramMatrix(model, (x,), function=function, representation=representation).to_torch()
         assert oracle.relative(found, K) < 1e-10
+
+
+class Flipped(nn.Module):
+    """Adds to every example another one, which a minibatch of one does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(h + h.flip(0))
+
+
+def test_mixing_is_seen_when_the_first_minibatch_has_one_example():
+    torch.manual_seed(0)
+    model, x = Flipped().double(), torch.randn(3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="depends on the others"):
+        FIM(model, [(x[:1],), (x[1:],)], PMatDense, "regression")
