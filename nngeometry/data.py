@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,32 +107,54 @@ def _drawn(loader: Iterable[Batch]) -> Iterable[Batch]:
 
 def _draw(loader: Iterable[Batch]) -> Iterator[Batch]:
     iterator: Iterator[Batch] | None = None
-    own: tuple[Any, ...] | None = None
+    sources = [_Source(*of) for of in _SOURCES]
     end = object()
     while True:
-        before = _random_state()
+        for source in sources:
+            source.enter()
         try:
-            if own is not None:
-                _set_random_state(own)
             if iterator is None:
                 iterator = iter(loader)
             batch = next(iterator, end)
         finally:
-            own = _random_state()
-            _set_random_state(before)
+            for source in sources:
+                source.leave()
         if batch is end:
             return
         yield batch
 
 
-def _random_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+class _Source:
+    """A global generator of random numbers, of which a loader has a state of its own as soon as it draws from it.
+
+    To read and to write a state costs more than a small minibatch, so none is written that did not change.
+    """
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any], same: Callable[[Any, Any], bool]) -> None:
+        self.get, self.put, self.same = get, put, same
+        self.own: Any = None
+
+    def enter(self) -> None:
+        self.before = self.get()
+        if self.own is not None:
+            self.put(self.own)
+
+    def leave(self) -> None:
+        now = self.get()
+        if self.own is not None or not self.same(now, self.before):
+            self.own = now
+            self.put(self.before)
 
 
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    random.setstate(state[2])
+def _same_numbers(a: Any, b: Any) -> bool:
+    return a[0] == b[0] and a[2:] == b[2:] and bool(np.array_equal(a[1], b[1]))
+
+
+_SOURCES: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any, Any], bool]], ...] = (
+    (torch.get_rng_state, torch.set_rng_state, torch.equal),
+    (np.random.get_state, np.random.set_state, _same_numbers),
+    (random.getstate, random.setstate, operator.eq),
+)
 
 
 def require_loader(examples: Any, name: str = "loader") -> None:
