@@ -93,10 +93,7 @@ class Evaluator:
 
     def _asked(self, batch: data.Batch) -> Any:
         """What the model returns for a minibatch, of which it is given a copy."""
-        weights, state = Weights([self.model], self.layer_collection.parameters(self.model)), State(self.model, True)
-        with self.running(weights.in_place, state):
-            f = self.outputs_unchecked(batch)
-            state.check(lambda: self.outputs_unchecked(batch))
+        f = self.looked(lambda: self.outputs_unchecked(batch))
         return f.detach() if isinstance(f, Tensor) else f
 
     def apart(self, batch: data.Batch, look: Callable[[data.Batch], T]) -> T:
@@ -215,7 +212,7 @@ class Evaluator:
 
         return self.looked(alike)
 
-    def looked(self, look: Callable[[], bool]) -> bool:
+    def looked(self, look: Callable[[], T]) -> T:
         """What a look at the model finds, at copies of all of its tensors: nothing of the user's is done anything to.
 
         Raises:
