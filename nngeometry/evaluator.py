@@ -101,6 +101,10 @@ class Evaluator:
         try:
             return look(batch)
         except Exception as error:
+            try:
+                self._asked(batch)
+            except Exception:
+                raise error from None  # the model does not run on the whole minibatch either
             found = data.settled(batch, self._asked)
             if found is None:
                 raise error
@@ -223,8 +227,8 @@ class Evaluator:
         with self.running(weights.in_place, state):
             before = weights.norm()
             found = look()
-            weights.check(before)
             state.check(look)
+            weights.check(before)
         return found
 
     def trial(self, batch: data.Batch, *changes: Change) -> Trial:
