@@ -1,5 +1,6 @@
 """The geometry of neural networks: Fisher information and gradient covariance matrices under one linear algebra."""
 
+from .accumulator import Accumulator
 from .generator import Generator
 from .gram import GramMatrix
 from .hessian import GGN, FiniteDifference, Hessian
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FIM",
     "GGN",
+    "Accumulator",
     "Bernoulli",
     "Categorical",
     "EmpiricalFisher",

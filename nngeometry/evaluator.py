@@ -427,3 +427,24 @@ def _check_one_of(what: str, found: set[Any], remedy: str) -> None:
             f"the collected parameters have more than one {what} ({', '.join(map(str, sorted(found, key=str)))}): "
             f"{remedy}"
         )
+
+
+MIXES = (
+    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
+    "is random: use model.eval(), or feed one example at a time"
+)
+
+
+def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
+    """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
+    if not same_up_to_rounding(f, expected, scale):
+        raise ValueError(f"{problem}. {remedy}")
+
+
+def counted(total: float) -> float:
+    """What a mean is divided by. Raises ``ValueError`` if that is nothing."""
+    if total == 0:
+        raise ValueError(
+            "the mean of the loss is over nothing: every target of the data is ignored, or has weight zero"
+        )
+    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -14,24 +14,37 @@ from torch import Tensor, nn
 
 from . import data, forms
 from .autograd import Pull, nodes, operations_named
+from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .composites import OneExample, normalises_one, require_derivative
-from .evaluator import Evaluator, State, Trial, check_mode, same_up_to_rounding, tolerance
+from .evaluator import (
+    MIXES,
+    Evaluator,
+    State,
+    Trial,
+    check_mode,
+    check_same,
+    counted,
+    same_up_to_rounding,
+    tolerance,
+)
 from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
+from .matrix_free import gauss_newton
 from .memory import Made, chunk_length, grain, slices
 from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .structure import Structure
 from .weights import Weights
 
-#: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
-#: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
-#: from a seed and the position).
+#: From the output of the model, the minibatch and its position to the cotangents whose products with the Jacobian are
+#: streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
-#: The same of neighbouring minibatches laid end to end, from the position of the first.
-SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents]
+#: The same of neighbouring minibatches laid end to end, from the position of the first; None if they cannot be taken
+#: together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 
@@ -42,13 +55,17 @@ class Observation:
 
     n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
     sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
-    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. It
+    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. outputs:
+    of the model, for all examples of the chunk. batch: these examples. minibatches: how many begin with this chunk. It
     should be let go of before the next one is made.
     """
 
     n: int
     weight: float
     forms: dict[str, LayerJacobian]
+    outputs: Tensor
+    batch: data.Batch
+    minibatches: int
 
 
 @dataclass(frozen=True)
@@ -97,27 +114,30 @@ class Generator(Evaluator):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
     model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
-    ``(B, *out)``, the minibatch and its position to the s_c. centred: matrices are of ``J - mean J`` instead of J.
-    curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to
-    what it counts in a mean, by default its number of examples. mean: whether matrices are divided by the sum of that.
-    together: the cotangents of minibatches laid end to end, if there is a faster way than one minibatch at a time.
+    ``(B, *out)``, the minibatches that it is of and the position of the first to the s_c, as :func:`rowwise` makes it
+    of a function of one minibatch. centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c .
+    u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to what it counts in a mean, by
+    default its number of examples. mean: whether matrices are divided by the sum of that. seed: the position of the
+    first minibatch, from which random cotangents are drawn.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
 
     >>> from nngeometry.likelihood import Gaussian
     >>> model = nn.Linear(3, 2)
-    >>> g = Generator(model, LayerCollection.from_model(model), lambda f, batch, k: Gaussian().sqrt(f))
+    >>> g = Generator(model, LayerCollection.from_model(model), rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
     >>> [observation] = g.stream((torch.randn(5, 3),))
     >>> observation.n, observation.forms[""].dense().shape
     (5, torch.Size([2, 5, 1, 2, 4]))
     """
 
+    jacobians = True
+
     def __init__(
         self,
         model: nn.Module,
         layer_collection: LayerCollection,
-        cotangents: CotangentFunction,
+        cotangents: SeveralCotangents,
         *,
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
@@ -126,7 +146,7 @@ class Generator(Evaluator):
         curvature: Curvature | None = None,
         weigh: Callable[[Tensor, data.Batch], float] | None = None,
         mean: bool = True,
-        together: SeveralCotangents | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
         self.cotangents = cotangents
@@ -134,9 +154,11 @@ class Generator(Evaluator):
         self._closed = curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
-        self._together = together
+        self.seed = seed
         self.ignore_uncalled = layer_collection.ignore_uncalled
         self._pull = Pull()
+        #: What was found when the model was looked at last, and what it was then.
+        self._looked: tuple[Structure, Plan] | None = None
 
     def plan(self, batch: data.Batch) -> Plan:
         """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
@@ -154,42 +176,98 @@ class Generator(Evaluator):
         return Plan((Layout((0,), (0,)),) * len(order), order, data.aligned(batch), data.axes(batch), looked=False)
 
     def stream(
-        self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
+        self,
+        examples: Any,
+        plan: Plan | None = None,
+        by_example: bool = False,
+        join: bool = False,
+        first: int | None = None,
     ) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order.
 
         by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
         the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
         minibatch. join: where a model and its minibatches are so small that most time would go into starting
-        operations, observe neighbouring minibatches as one; each has its own cotangents.
+        operations, observe neighbouring minibatches as one; each has its own cotangents. first: the position of the
+        first minibatch, by default the seed.
         """
+        start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
 
+        if plan is None:
+            plan = self._remembered()
+
         def planned(batch: data.Batch, measure: bool = False) -> Plan:
             nonlocal plan
+            before = plan
             if plan is None or not plan.fits(batch):
                 plan = self._plan(sites, batch, measure)
             if plan.looked and not plan.one and data.count(batch) == 1:
                 plan = self._with_one(sites, batch, plan)
+            if plan is not before and plan.looked:
+                self._looked = Structure(self.model), plan
             return plan
 
         def made_of_two(batch: data.Batch) -> int:
             trial = planned(batch, measure=True).trial or self.trial(batch)
-            return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
+            return trial.made * (1 + self._of_one(trial.output, trial.pair, start).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
             found = planned(batches[0])
-            yield from self._observe(sites, [found.read(b) for b in batches], position, found, by_example)
+            yield from self._observe(sites, [found.read(b) for b in batches], start + position, found, by_example)
 
-    def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
-        """The cotangents of minibatches laid end to end, None if their numbers differ."""
-        if self._together is not None:
-            return self._together(f, batches, position)
-        own = zip(data.split(f, batches), batches, strict=True)
-        each = [self.cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
-        return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
+    def _remembered(self) -> Plan | None:
+        """What was found when the model was looked at last, if it is still the same."""
+        if self._looked is None:
+            return None
+        then, plan = self._looked
+        return plan if then.same(Structure(self.model)) else None
+
+    def operator(self, examples: Any) -> Operator:
+        """The matrix by its products, at the parameters as they are now; its trace and diagonal by the Jacobians."""
+        products = gauss_newton(self, self, examples)
+        layers = self.layer_collection.layers
+        like = torch.empty(0, dtype=self.dtype, device=products.device)
+
+        def summed(of: Callable[[Layer, LayerJacobian], Tensor]) -> Tensor:
+            """``sum of(layer, Jacobian)`` over all observations, divided as the matrix is: one for each layer."""
+            sums = [torch.zeros((), dtype=self.dtype, device=products.device) for _ in layers]
+
+            def step(observation: Observation) -> None:
+                for k, (name, layer) in enumerate(layers.items()):
+                    sums[k] = sums[k] + of(layer, observation.forms[name])
+
+            with Borrowed(products.weights.in_place):
+                total = fold(self.stream(examples, by_example=True, join=True), step)
+            found = torch.cat([s.flatten() for s in sums])
+            return found / counted(total) if self.mean else found
+
+        def trace() -> Tensor:
+            return summed(lambda layer, j: j.sqnorm().sum()).sum()
+
+        def diagonal() -> Tensor:
+            return summed(lambda layer, j: layer.packing.unpack(j.square()))
+
+        size = self.layer_collection.numel()
+        if not self.centred:
+            return Operator(products, size, trace, diagonal, like, psd=True)
+        mean = summed(lambda layer, j: layer.packing.unpack(j.total()))
+
+        def centred(V: Tensor) -> Tensor:
+            return products(V) - torch.outer(V @ mean, mean)
+
+        def spread() -> Tensor:
+            return (diagonal() - mean.square()).clamp(min=0)
+
+        return Operator(centred, size, lambda: trace() - mean.square().sum(), spread, like, psd=True)
+
+    def _of_one(self, f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        """The cotangents of one minibatch."""
+        found = self.cotangents(f, [batch], position)
+        assert found is not None
+        return found
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
         """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
@@ -198,11 +276,11 @@ class Generator(Evaluator):
             return lambda u: closed(f, u, batch, position)
 
         def product(u: Tensor) -> Tensor:
-            cotangents = self._joint(f, batches, position)
+            cotangents = self.cotangents(f, batches, position)
             if cotangents is not None:
                 return self._curvature(f, u, cotangents)
             own = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
-            each = [(g, v, self.cotangents(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
+            each = [(g, v, self._of_one(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
             return torch.cat([self._curvature(g, v, c) for g, v, c in each])
 
         return product
@@ -448,7 +526,7 @@ class Generator(Evaluator):
         batch = data.join(batches)
         f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
-        cotangents = self._joint(fixed, batches, position)
+        cotangents = self.cotangents(fixed, batches, position)
         if cotangents is None:
             for k, b in enumerate(batches):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
@@ -462,36 +540,46 @@ class Generator(Evaluator):
         parts = min(-(-n // few), n // 2)
         apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count, f.device) >= step
         if not (by_example and apart) or step == count or parts < 2:
-            yield from self._chunks(f, calls, cotangents, step, weight, plan)
+            yield from self._chunks(f, calls, cotangents, step, weight, plan, batch, len(batches))
             return
         del f, calls  # what a work array holds is made again, for a few examples at a time
         for k in range(parts):
             start, stop = k * n // parts, (k + 1) * n // parts
-            f, calls = self._forward(sites, data.take(batch, torch.arange(start, stop)), plan)
+            part = data.take(batch, torch.arange(start, stop))
+            f, calls = self._forward(sites, part, plan)
             check_same(
                 f, fixed[start:stop], fixed, "the output of the model for an example depends on the others", MIXES
             )
             at_once = max(1, n * step // (stop - start))
-            yield from self._chunks(f, calls, cotangents.narrow(start, stop), at_once, 0.0 if k else weight, plan)
+            those, counted = cotangents.narrow(start, stop), (0.0, 0) if k else (weight, len(batches))
+            yield from self._chunks(f, calls, those, at_once, counted[0], plan, part, counted[1])
             del f, calls
 
     def _chunks(
-        self, f: Tensor, calls: Sequence[Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
+        self,
+        f: Tensor,
+        calls: Sequence[Call],
+        cotangents: Cotangents,
+        step: int,
+        weight: float,
+        plan: Plan,
+        batch: data.Batch,
+        minibatches: int,
     ) -> Iterator[Observation]:
+        outputs = f.detach()
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
-            n, counted = (0, 0.0) if c.start else (len(f), weight)
-            last = c.stop == cotangents.count
+            n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             # Not kept here, so that who receives it can let go of it.
-            yield self._pulled(f, calls, s, plan, n, counted, last)
+            yield Observation(
+                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count), outputs, batch, begun
+            )
 
-    def _pulled(
-        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
-    ) -> Observation:
+    def _pulled(self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool) -> dict[str, LayerJacobian]:
         edges = [e for c in calls for e in c.edges]
         with self._back(calls), operations_named():
             grads = self._pull([f], edges, [s], last) if calls else []
-            return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
+            return self._forms(calls, plan.layouts, grads, len(s), len(f))
 
     def _back(self, calls: Sequence[Call]) -> Borrowed:
         """What is in force on the way back, where activation checkpoints run modules again."""
@@ -594,24 +682,33 @@ class Generator(Evaluator):
         return t.to(self.dtype) if t.is_floating_point() else t
 
 
-def counted(total: float) -> float:
-    """What a mean is divided by. Raises ``ValueError`` if that is nothing."""
-    if total == 0:
-        raise ValueError(
-            "the mean of the loss is over nothing: every target of the data is ignored, or has weight zero"
-        )
+def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> float:
+    """``step(observation)`` for every observation, outside of autograd, each let go of before the next one is made.
+    Returns what they weigh together. step: must keep nothing of an observation.
+    """
+    total = 0.0
+    with no_grad():
+        for observation in stream:
+            total += observation.weight
+            step(observation)
+            del observation
     return total
 
 
-def at_once(cotangents: CotangentFunction) -> SeveralCotangents:
+def rowwise(cotangents: CotangentFunction) -> SeveralCotangents:
     """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
     return lambda f, batches, position: cotangents(f, data.join(batches), position)
 
 
-MIXES = (
-    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
-    "is random: use model.eval(), or feed one example at a time"
-)
+def one_by_one(cotangents: CotangentFunction) -> SeveralCotangents:
+    """Those of several minibatches, each for itself: they may be drawn at random, or depend on each other."""
+
+    def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
+        own = zip(data.split(f, batches), batches, strict=True)
+        each = [cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
+        return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
+
+    return several
 
 
 def _generic_cotangent(f: Tensor) -> Tensor:
@@ -629,12 +726,6 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
     if g is None:
         return torch.zeros_like(p)
     return g.to_dense() if g.is_sparse else g
-
-
-def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
-    """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
-    if not same_up_to_rounding(f, expected, scale):
-        raise ValueError(f"{problem}. {remedy}")
 
 
 #: What counts as equal in sums that may be made in single precision.

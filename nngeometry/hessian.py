@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from . import arguments, data
 from .blocks import Operator
 from .evaluator import Evaluator, same_up_to_rounding
-from .generator import Generator, at_once
+from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .losses import Loss, OwnLoss, output_loss
+from .matrix_free import Products, Total, hessian
 from .memory import work_array
 from .metrics import Representation
 from .object import PMat
 from .object.finite_difference import Differences
-from .object.products import Total, hessian
 from .targets import Targets, selected
 
 
@@ -110,14 +110,13 @@ def GGN(
     generator = Generator(
         model,
         lc,
-        cotangents,
+        rowwise(cotangents),
         function=function,
         device=device,
         verbose=verbose,
         curvature=curvature,
         weigh=lambda f, batch: weight(f, *given(batch)),
         mean=known.mean,
-        together=at_once(cotangents),
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 
@@ -175,6 +174,9 @@ def Hessian(
 class LossCurvature(Evaluator):
     """A model with a loss: the source of Hessian products. Arguments as in :func:`Hessian`."""
 
+    jacobians = centred = False
+    seed = 0
+
     def __init__(
         self,
         model: nn.Module,
@@ -187,6 +189,7 @@ class LossCurvature(Evaluator):
     ) -> None:
         super().__init__(model, layer_collection, **options)
         self.loss = output_loss(loss)
+        self.mean = self.loss.mean
         self._total = arguments.explaining(loss, self.loss.total)
         self._weight = arguments.explaining(loss, self.loss.weight)
         self.targets = selected(targets)
@@ -234,6 +237,10 @@ class LossCurvature(Evaluator):
 class OwnCurvature(Evaluator):
     """A model that computes its loss itself: the source of Hessian products. Arguments as in :func:`Hessian`."""
 
+    jacobians = centred = False
+    mean = True
+    seed = 0
+
     def __init__(
         self,
         model: nn.Module,
@@ -271,10 +278,10 @@ def _operator(
     products: FiniteDifference | None,
 ) -> Operator:
     """The Hessian of a summed loss as an operator. others: what has parameters and buffers beside the model."""
-    matvec: Callable[[Tensor], Tensor]
+    matvec: Products | Differences
     if products is None:
         matvec = hessian(source, examples, total, mean)
     else:
         matvec = Differences(source, examples, total, others, mean, products.step, products.rtol)
     like = torch.empty(0, dtype=source.dtype, device=source.device)
-    return Operator(matvec, source.layer_collection.numel(), None, None, like, psd=False)
+    return Operator(matvec, source.layer_collection.numel(), None, None, like, False, lambda: matvec.weight)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, data
-from .generator import Generator
+from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
 from .object.map import PFMap, PFMapDense
@@ -75,4 +75,4 @@ def of_outputs(
         return diagonal_cotangents(torch.ones_like(f))
 
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    return Generator(model, lc, cotangents, function=function, device=device, verbose=verbose)
+    return Generator(model, lc, rowwise(cotangents), function=function, device=device, verbose=verbose)

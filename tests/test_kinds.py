@@ -29,6 +29,7 @@ from nngeometry import (
     memory_budget,
 )
 from nngeometry.autocorrelation import patch_moment
+from nngeometry.generator import rowwise
 from nngeometry.kinds import Packing, affine
 from nngeometry.kinds.kind import _TABLE as table
 from nngeometry.likelihood import Cotangents
@@ -37,7 +38,7 @@ from nngeometry.likelihood import Cotangents
 def streamed(model, batch, function, lc=None, budget=2**30):
     """The Jacobian ``(C, n, P)`` from the stream of forms."""
     lc = lc or LayerCollection.from_model(model)
-    generator = Generator(model, lc, lambda f, b, k: Gaussian().sqrt(f), function=function)
+    generator = Generator(model, lc, rowwise(lambda f, b, k: Gaussian().sqrt(f)), function=function)
     pieces = []
     with memory_budget(budget), torch.no_grad():
         for observation in generator.stream(batch):
@@ -74,7 +75,7 @@ def test_form_methods_equal_the_derived_ones(name):
     def cotangents(f, b, k):
         return Cotangents.of(torch.randn(2, *f.shape))
 
-    generator = Generator(model, lc, cotangents, function=function)
+    generator = Generator(model, lc, rowwise(cotangents), function=function)
     with torch.no_grad():
         (observation,) = generator.stream(batch)
         for layer, form in observation.forms.items():

@@ -31,7 +31,8 @@ class Operator(Functions, Block):
     """A symmetric matrix given as functions.
 
     matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
-    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite.
+    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite; weight_of:
+    what the data that it is of count, which is known after a first product.
     """
 
     matvec: Map
@@ -40,6 +41,7 @@ class Operator(Functions, Block):
     diag_of: Callable[[], Tensor] | None
     like: Tensor
     psd: bool
+    weight_of: Callable[[], float] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,6 +65,11 @@ class Operator(Functions, Block):
 
     def trace(self) -> Tensor:
         return super().trace() if self.trace_of is None else self.trace_of()
+
+    def weight(self) -> float:
+        """What the data that it is of count, after a product with it."""
+        assert self.weight_of is not None
+        return self.weight_of()
 
     def congruence(self, s: Tensor) -> Block:
         return Operator(

@@ -14,13 +14,13 @@ from ..blocks import Block
 from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
+from ..matrix_free import jacobians
 from ..memory import chunk_length, require
 from ..weights import Weights
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile
 from .layouts import Full, positions
-from .products import jacobians
 from .vector import Array, FlatArray, FVector, PVector, check_same_space
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from .. import arguments
 from ..blocks import Block, Direct, add, matmul
-from ..generator import Generator
+from ..estimation import Estimation, OfJacobians, OfProducts, Source
+from ..estimation import Estimator as BlockEstimator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
-from . import fit
+from ..matrix_free import single_product
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
-from .products import single_product
 from .regul import Relative, regul_number
 from .saved import FORMAT, check_whole, read
 from .vector import FlatArray, PVector, check_same_space
@@ -70,10 +71,21 @@ class PMat(VectorSpace):
 
     @classmethod
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
-        layers = list(generator.layer_collection.layers.values())
-        if isinstance(generator, Generator):
-            return Direct(tuple(fit.fit(generator, examples, cls.plan(layers, **options))))
-        return cls.project(generator.operator(examples), layers, **options)
+        estimation = cls._begun(generator, **options)
+        estimation.update(examples, last=True)
+        return estimation.root(last=True)
+
+    @classmethod
+    def estimation(cls, source: Source, **options: Any) -> Estimation:
+        """This representation of the matrix of a source, of which nothing was seen yet, to be estimated in pieces."""
+        return cls._begun(source, **options)
+
+    @classmethod
+    def _begun(cls, source: Source, **options: Any) -> Estimation:
+        layers = list(source.layer_collection.layers.values())
+        if source.jacobians:
+            return OfJacobians(source, cls.plan(layers, **options))
+        return OfProducts(source, partial(cls.project, layers=layers, **options))
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
@@ -84,7 +96,7 @@ class PMat(VectorSpace):
         )
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[fit.Estimator]:
+    def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
         """How this representation estimates a set of layers: one estimator for each of its blocks."""
         raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
 

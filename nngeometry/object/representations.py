@@ -12,12 +12,11 @@ import torch
 from .. import arguments, blocks
 from ..blocks import Block
 from ..changes import no_grad
-from ..generator import Generator
+from ..estimation import Estimation, Estimator, OfJacobians, Source
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
-from . import fit
-from .fit import Estimator
+from . import estimators
 from .map import PFMap, PFMapDense
 from .pmat import PMat, RegulLike
 from .vector import PVector
@@ -28,11 +27,11 @@ class PMatDense(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.dense(layers)]
+        return [estimators.dense(layers)]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
-        return _direct([blocks.Dense(fit.principal(operator, 0, operator.numel))])
+        return _direct([blocks.Dense(estimators.principal(operator, 0, operator.numel))])
 
 
 class PMatBlockDiag(PMat):
@@ -40,13 +39,13 @@ class PMatBlockDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.dense([layer]) for layer in layers]
+        return [estimators.dense([layer]) for layer in layers]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
         ends = list(accumulate(layer.numel() for layer in layers))
         starts = [0, *ends[:-1]]
-        return _direct([blocks.Dense(fit.principal(operator, a, b)) for a, b in zip(starts, ends, strict=True)])
+        return _direct([blocks.Dense(estimators.principal(operator, a, b)) for a, b in zip(starts, ends, strict=True)])
 
 
 class PMatDiag(PMat):
@@ -54,11 +53,11 @@ class PMatDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.diag(layer) for layer in layers]
+        return [estimators.diag(layer) for layer in layers]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
-        pieces = fit.diagonal(operator).split([layer.numel() for layer in layers])
+        pieces = estimators.diagonal(operator).split([layer.numel() for layer in layers])
         return _direct([blocks.Diag(piece) for piece in pieces])
 
 
@@ -70,7 +69,7 @@ class PMatQuasiDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.quasidiag(layer) for layer in layers]
+        return [estimators.quasidiag(layer) for layer in layers]
 
 
 class PMatKFAC(PMat):
@@ -86,7 +85,8 @@ class PMatKFAC(PMat):
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
         return [
-            fit.kron(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers
+            estimators.kron(layer, reduce) if layer.kronecker else estimators.exact_block(layer, cls.__name__)
+            for layer in layers
         ]
 
 
@@ -101,7 +101,7 @@ class PMatEKFAC(PMat):
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
         return [
-            fit.ekfac(layer, reduce) if cls.factored(layer) else fit.exact_block(layer, cls.__name__)
+            estimators.ekfac(layer, reduce) if cls.factored(layer) else estimators.exact_block(layer, cls.__name__)
             for layer in layers
         ]
 
@@ -121,16 +121,26 @@ class PMatEKFAC(PMat):
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
-        estimators = [
-            fit.second_moments(layer, part.block.basis, elsewhere=True) if self.factored(layer) else fit.dense([layer])
-            for layer, part in zip(layers, old, strict=True)
-        ]
-        self.root = blocks.Direct(tuple(fit.fit(self.generator, examples, estimators)))
+        again = OfJacobians(
+            self.generator,
+            [
+                estimators.second_moments(layer, part.block.basis, elsewhere=True)
+                if self.factored(layer)
+                else estimators.dense([layer])
+                for layer, part in zip(layers, old, strict=True)
+            ],
+        )
+        again.update(examples, last=True)
+        self.root = again.root(last=True)
         return self
 
 
 class PMatLowRank(PMat):
     """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples.
+
+    rows: how many rows of the Jacobian are kept at least, by default all. Whenever there are more than twice as many,
+    they are replaced by the ``rows`` that are nearest to them in least squares (a truncated singular value
+    decomposition): an approximation from below.
 
     Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default). Of any matrix, an
     approximation from products with random vectors: :meth:`nystrom`, :meth:`randomised`.
@@ -142,8 +152,19 @@ class PMatLowRank(PMat):
     """
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.lowrank(layers)]
+    def plan(cls, layers: Sequence[Layer], rows: int | None = None) -> list[Estimator]:
+        if rows is not None:
+            arguments.integer("PMatLowRank: rows", rows, least=1)
+        return [estimators.lowrank(layers, rows)]
+
+    @classmethod
+    def estimation(cls, source: Source, **options: Any) -> Estimation:
+        if not source.jacobians:
+            raise NotImplementedError(
+                f"{cls.__name__}: the eigenpairs of a Hessian have no running average: use PMatDense, PMatBlockDiag or "
+                "PMatDiag, whose entries have one, or GGN instead of Hessian"
+            )
+        return super().estimation(source, **options)
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer], rank: int = 10) -> Block:
@@ -258,13 +279,13 @@ class PMatMixed(PMat):
                 chosen.append((representation, [layer]))
             else:
                 group.append(layer)
-        estimators: list[Estimator] = []
+        planned: list[Estimator] = []
         for representation, group in chosen:
             if isinstance(representation, partial):
-                estimators += representation.func.plan(group, **representation.keywords)  # type: ignore[attr-defined]
+                planned += representation.func.plan(group, **representation.keywords)  # type: ignore[attr-defined]
             else:
-                estimators += representation.plan(group)
-        return estimators
+                planned += representation.plan(group)
+        return planned
 
 
 class PMatEye(PMat):
@@ -283,7 +304,7 @@ class PMatEye(PMat):
     def __init__(
         self,
         layer_collection: LayerCollection,
-        generator: Generator | None = None,
+        generator: Source | None = None,
         data: blocks.Block | None = None,
         examples: Any = None,
         scaling: float = 1.0,
@@ -300,7 +321,7 @@ class PMatEye(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.eye(layers)]
+        return [estimators.eye(layers)]
 
     def _fitted(self, like: Any) -> PMatEye:
         if (

@@ -13,20 +13,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from .. import data
-from ..autograd import Pull, accumulate, nodes, operations_named
-from ..changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
-from ..derivatives import Bent, CheapDerivatives, Pulled, Value
-from ..evaluator import Evaluator, State, check_mode
-from ..generator import MIXES, Generator, check_same, counted
-from ..memory import budget, chunk_length
-from ..weights import Weights
+from . import data
+from .autograd import Pull, accumulate, nodes, operations_named
+from .changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
+from .derivatives import Bent, CheapDerivatives, Pulled, Value
+from .evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
+from .memory import budget, chunk_length
+from .weights import Weights
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
 Product = Callable[[Tensor, Tensor], None]
@@ -197,6 +196,8 @@ class Products(Linearisations):
                 product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made
+        #: What was seen counts together.
+        self.weight = total
         return out.div_(counted(total)) if self.mean else out
 
 
@@ -247,23 +248,36 @@ class Linear:
         check_same(alone, fixed[some], fixed, "the output for one example depends on the others", MIXES)
 
 
-def gauss_newton(generator: Generator, examples: Any) -> Products:
-    """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
+class Curved(Protocol):
+    """What the Gauss-Newton matrix of a model is made of beside its Jacobian: see :class:`~nngeometry.Generator`."""
+
+    seed: int
+    mean: bool
+    cotangents: Callable[[Tensor, Sequence[data.Batch], int], Any]
+    weigh: Callable[[Tensor, data.Batch], float]
+
+    def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
+        """From u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
+        ...
+
+
+def gauss_newton(evaluator: Evaluator, curved: Curved, examples: Any) -> Products:
+    """Products with ``sum_x J^T (sum_c s_c s_c^T) J``: J v, then the curvature, then J^T."""
 
     def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
         linear = Linear(products, batch := data.join(batches))
         fixed = linear.f.detach()
         rows = data.split(fixed, batches)
         if linear.check(batch):
-            generator.cotangents(rows[0], batches[0], position)  # for the checks in there
-        curvature = generator.curvature(fixed, batches, position)
+            curved.cotangents(rows[0], batches[:1], curved.seed + position)  # for the checks in there
+        curvature = curved.curvature(fixed, batches, curved.seed + position)
 
         def product(V: Tensor, into: Tensor) -> None:
             linear.add_vjp(torch.stack([curvature(one) for one in linear.jvp(V)]), into)
 
-        return product, sum(map(generator.weigh, rows, batches)), linear.roots
+        return product, sum(map(curved.weigh, rows, batches)), linear.roots
 
-    products = Products(generator, examples, linearise, generator.mean)
+    products = Products(evaluator, examples, linearise, curved.mean)
     return products
 
 
