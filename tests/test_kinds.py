@@ -28,7 +28,7 @@ from nngeometry import (
     memory,
     memory_budget,
 )
-from nngeometry.autocorrelation import patch_moment
+from nngeometry.forms.autocorrelation import patch_moment
 from nngeometry.generator import rowwise
 from nngeometry.kinds import Packing, affine
 from nngeometry.kinds.kind import _TABLE as table
@@ -247,8 +247,8 @@ def test_reductions_of_a_jacobian_in_panels(panel, groups, cut):
 def test_moments_but_the_last_are_of_no_fewer_rows_than_columns(cut, monkeypatch):
     cut(replace(memory.CPU, panel_bytes=1))
     rows = []
-    real = forms.second_moment
-    monkeypatch.setattr(forms, "second_moment", lambda x: (rows.append(len(x)), real(x))[1])
+    real = forms.outer.second_moment
+    monkeypatch.setattr(forms.outer, "second_moment", lambda x: (rows.append(len(x)), real(x))[1])
     a = torch.randn(10, 2, 1, 7)
     found, count = forms.Outer(a, torch.zeros(1, 10, 2, 1, 3)).right_factor(reduce=False)
     x = a.flatten(0, 2)

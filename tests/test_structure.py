@@ -16,7 +16,6 @@ FLOORS = [
         "changes",
         "memory",
         "autograd",
-        "autocorrelation",
         "composites",
         "operations",
         "derivatives",

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autocorrelation import patch_moment
 from ..forms import Gather, LayerJacobian, Outer, moment_with_one
+from ..forms.autocorrelation import patch_moment
 from ..memory import grain
 from .kind import Packing, kind, when_imported
 

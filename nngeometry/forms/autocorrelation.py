@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
-from .memory import chunk_length, grain, panel_length, slices
+from ..memory import chunk_length, grain, panel_length, slices
 
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
