@@ -262,7 +262,7 @@ class Generator(Evaluator):
             other = Generator(self.model, at, self.cotangents, function=self.function, device=self.device)
             return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
 
-        raise remedies.tried(self.model, self.layer_collection, refused, look) from refused
+        raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
 
     def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
         n = data.count(batch)

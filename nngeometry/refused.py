@@ -29,10 +29,10 @@ def named(name: str, module: Any, more: int = 0) -> str:
     """How messages name a layer. more: how many others it stands for.
 
     >>> named("0", "abc"), named("", "abc", more=2)
-    ("layer '0' (str)", "layer '' (str, the model itself) and 2 more")
+    ("layer '0' (str)", "layer '' (str, the model itself, and 2 more)")
     """
-    what = f"layer {name!r} ({type(module).__name__}{'' if name else ', the model itself'})"
-    return f"{what} and {more} more" if more else what
+    of = [type(module).__name__, *([] if name else ["the model itself"]), *([f"and {more} more"] if more else [])]
+    return f"layer {name!r} ({', '.join(of)})"
 
 
 #: What may be done about a layer of any kind, where nothing better is known.

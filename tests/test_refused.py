@@ -268,7 +268,7 @@ class Towers(nn.Module):
 def test_one_of_two_towers():
     model, x = Towers(), torch.randn(5, 2)
     said = refused(model, x, function=model.image)
-    assert said.startswith("layer '' (Towers, the model itself) and 2 more was never called")
+    assert said.startswith("layer '' (Towers, the model itself, and 2 more) was never called")
     assert "exclude('', 'text')" in said
     assert "ignore_uncalled=True" in said
     assert "whole" not in said
