@@ -340,6 +340,11 @@ def inputs(batch: Any, dtype: torch.dtype, error: Exception) -> None:
     """Raise ``ValueError`` if what a model raised may be because its inputs are of another dtype."""
     found = {t.dtype for t in data.tensors_of(batch) if t.is_floating_point() or t.is_complex()} - {dtype}
     if "dtype" in str(error) or "same type" in str(error):
+        if not found and all(t.dtype == dtype for t in data.tensors_of(batch)):
+            raise ValueError(
+                f"the forward pass of the model mixes dtypes ({error}), where the minibatch and the parameters are "
+                f"{dtype}: leave casts (.float()) and torch.autocast out of it, or cast back to {dtype}"
+            ) from error
         what = ", ".join(map(str, found or {t.dtype for t in data.tensors_of(batch)}))
         raise ValueError(
             f"the minibatch holds {what}, the model computes in {dtype} ({error}): cast one of them, x.to({dtype})"

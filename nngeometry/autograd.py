@@ -132,6 +132,16 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         yield node
 
 
+def coarsest(roots: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The least precise of a dtype and those that some tensors were computed in, as far as it was recorded.
+
+    >>> coarsest([torch.ones(2, requires_grad=True).double().float().double()], torch.float64)
+    torch.float32
+    """
+    found = (of.dtype for node in nodes(roots) for of in getattr(node, "_input_metadata", ()))
+    return max([dtype, *(d for d in found if d.is_floating_point)], key=lambda d: torch.finfo(d).eps)
+
+
 #: What torch says of an operation that it cannot differentiate twice.
 _NO_SECOND = re.compile(r"derivative for aten::_?(\w+?)(?:_backward\w*)? is not implemented|@?(once_differentiable)")
 

@@ -292,9 +292,11 @@ def other_tensors(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Change:
         done: list[tuple[Tensor, Tensor]] = []
 
         def undo() -> None:
+            torch.clear_autocast_cache()  # it holds what weights were cast to, by these
             while done:
                 torch._C._swap_tensor_impl(*done.pop())
 
+        torch.clear_autocast_cache()
         try:
             for one, other in zip(theirs, ours, strict=True):
                 torch._C._swap_tensor_impl(one, other)

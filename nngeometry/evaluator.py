@@ -118,10 +118,7 @@ class Evaluator:
             arguments.inputs(batch, next(self.model.parameters()).dtype, error)
             raise
         if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model returned a {type(f).__name__}, not a tensor: pass function=, "
-                "e.g. function=lambda *batch: model(batch[0]).logits"
-            )
+            raise TypeError(_not_a_tensor(f, batch, self.function is not None))
         if not f.is_floating_point():
             raise TypeError(
                 f"the model returned {f.dtype}: its outputs must be real numbers that can be differentiated"
@@ -256,6 +253,26 @@ class Evaluator:
         called = called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
         self._reads = self._reads or called is not None
         return called
+
+
+def _not_a_tensor(f: Any, batch: data.Batch, by_function: bool) -> str:
+    """What to do with a model that returns something else than its outputs, whose they are among others."""
+    one = isinstance(data.content(batch), Mapping)
+    call = "lambda batch: model(**batch)" if one else "lambda *batch: model(batch[0])"
+    named = list(f.items()) if isinstance(f, Mapping) else list(enumerate(f)) if isinstance(f, tuple | list) else []
+    named = named or list(getattr(f, "__dict__", {}).items())
+    n = data.count(batch)
+    fitting = [k for k, t in named if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 0 and len(t) == n]
+    key = "logits" if "logits" in fitting else fitting[0] if fitting else None
+    if key is None:
+        part, hint = "", "one row of real numbers for each example"
+    else:
+        part = f".{key}" if isinstance(key, str) and hasattr(f, key) else f"[{key!r}]"
+        hint = f"its {part}" if len(fitting) == 1 else f"one of {', '.join(map(str, fitting))}"
+    who = "function= returned" if by_function else "the model returned"
+    how = "let it return" if by_function else "pass a function= that returns"
+    example = f", e.g. function={call}{part}" if part else ""
+    return f"{who} a {type(f).__name__}, not a tensor: {how} {hint}{example}"
 
 
 def check_mode(model: nn.Module) -> None:
@@ -429,10 +446,12 @@ def _check_one_of(what: str, found: set[Any], remedy: str) -> None:
         )
 
 
-MIXES = (
+MIXED = (
     "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
-    "is random: use model.eval(), or feed one example at a time"
+    "is random"
 )
+APART = "use model.eval(), or feed one example at a time"
+MIXES = f"{MIXED}: {APART}"
 
 
 def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, forms
-from .autograd import Pull, nodes, operations_named
+from . import data, forms, remedies
+from .autograd import Pull, coarsest, nodes, operations_named
 from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .composites import OneExample, normalises_one, require_derivative
 from .evaluator import (
+    APART,
+    MIXED,
     MIXES,
     Evaluator,
     State,
@@ -36,6 +38,7 @@ from .likelihood import Cotangents
 from .matrix_free import gauss_newton
 from .memory import Made, chunk_length, grain, slices
 from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .refused import EXCLUDE, Refused, named
 from .structure import Structure
 from .weights import Weights
 
@@ -330,7 +333,16 @@ class Generator(Evaluator):
 
         measure: whether to count what the model makes.
         """
-        return self.apart(batch, lambda b: self._probe(sites, b, measure))
+        try:
+            return self.apart(batch, lambda b: self._probe(sites, b, measure))
+        except Refused as error:
+            refused = error
+
+        def look(at: LayerCollection) -> Plan:
+            other = Generator(self.model, at, self.cotangents, function=self.function, device=self.device)
+            return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
+
+        raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
 
     def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
         n = data.count(batch)
@@ -394,18 +406,19 @@ class Generator(Evaluator):
         return next(name for name, p in self.layer_collection.named_parameters(self.model) if p is parameter)
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
+        if self.ignore_uncalled:
+            return
         through = {id(p) for site in sites if site.name in called for p in site.params.values()}
-        for site in sites:
-            wanted = {k for _, names in site.routes for k in names}
-            if site.name in called or all(id(site.params[k]) in through for k in wanted):
-                continue  # a tied module that is not used is no harm
-            if self.ignore_uncalled:
-                continue
-            raise ValueError(
-                f"layer {site.name!r} ({type(site.module).__name__}) was never called, so its Jacobian is unknown. "
-                "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters without "
-                "calling it, declare that module's type with nngeometry.whole, or, if its derivative is to be zero, "
-                "collect it with LayerCollection.from_model(model, ignore_uncalled=True)"
+        missing = [
+            site  # a tied module that is not used is no harm
+            for site in sites
+            if site.name not in called
+            and any(id(site.params[k]) not in through for _, names in site.routes for k in names)
+        ]
+        if missing:
+            what = named(missing[0].name, missing[0].module, len(missing) - 1)
+            raise Refused(
+                [site.name for site in missing], f"{what} was never called, so its Jacobian is unknown", EXCLUDE
             )
 
     def _with_copies(
@@ -420,13 +433,17 @@ class Generator(Evaluator):
         changes neither what the model returns nor that examples are apart.
         """
         constant = [k for k, layout in enumerate(plan.layouts) if layout is not None and layout.constant]
-        remedy = (
-            "giving it one changes what the model does. Call it with one input for each example (e.g. position ids "
-            "expanded to the batch), or leave it out with LayerCollection.exclude"
+        names = list(dict.fromkeys(plan.names[k] for k in constant))
+        first = next(site.module for site in sites if site.name == names[0])
+        refused = Refused(
+            names,
+            f"{named(names[0], first, len(names) - 1)}: its output has no axis of examples, and giving it one changes "
+            "what the model does",
+            "call it with one input for each example (e.g. position ids expanded to the batch)",
+            EXCLUDE,
         )
-        problem = f"layer {', '.join(repr(plan.names[k]) for k in constant)}: its output has no axis of examples, and"
         ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
-        wrong: ValueError | None = None
+        wrong: Exception | None = None
         for way in islice(product(*ways), _MOST_WAYS):
             layouts = list(plan.layouts)
             for k, expand in zip(constant, way, strict=True):
@@ -434,14 +451,16 @@ class Generator(Evaluator):
             tried = replace(plan, layouts=tuple(layouts))
             try:
                 f, calls = self._forward(sites, batch, tried)
-            except Exception as error:
-                wrong = wrong or ValueError(f"{problem} {remedy} ({_first_line(error)})")
+            except Exception:
+                wrong = wrong or refused
                 continue
             if f.shape != expected.shape or not same_up_to_rounding(f, expected, expected):
-                wrong = wrong or ValueError(f"{problem} {remedy}")
+                wrong = wrong or refused
                 continue
             try:
                 self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters))
+            except Refused as error:
+                wrong = refused if error.layers[0] in names else error
             except ValueError as error:
                 wrong = error
             else:
@@ -452,9 +471,10 @@ class Generator(Evaluator):
     def _probed(self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]) -> _Probed:
         """The gradients of a few examples in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
-        if not calls and self.ignore_uncalled:
+        uncalled = not calls and self.ignore_uncalled
+        if uncalled and not f.requires_grad:
             return _Probed([], [None] * len(parameters), [], [None] * len(parameters))
-        if not edges or not f.requires_grad:
+        if not f.requires_grad or not (edges or uncalled):
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
         several = len(f) > 1
@@ -485,9 +505,11 @@ class Generator(Evaluator):
                 if g is None or layout is None or len(f) == 1:
                     continue
                 if _by_example(g.reshape(y.shape), layout.outputs[k] or 0, len(f))[::2].any():
-                    raise ValueError(
-                        f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
-                        f"derivatives are undefined. {MIXES}"
+                    raise Refused(
+                        [call.site.name],
+                        f"{call.what}: the output for one example depends on the others, so per-example derivatives "
+                        f"are undefined. {MIXED}",
+                        APART,
                     )
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
         for grads, truth, most in (
@@ -499,10 +521,14 @@ class Generator(Evaluator):
                 self._forms(calls, plan.layouts, batched, 1, len(f)),
                 [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
                 most,
+                f,
             )
 
-    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
-        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""
+    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], most: float, f: Tensor) -> None:
+        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters.
+
+        most: how far they may be from that, relative to these. f: the output of the model.
+        """
         norm = torch.linalg.vector_norm
         layers = self.layer_collection.layers
         remaining = iter(truth)
@@ -512,12 +538,21 @@ class Generator(Evaluator):
         for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
             with no_grad():
                 wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
-            if wrong > tolerance * max(floor, size):
-                raise ValueError(
-                    f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient of "
-                    "the model. Its parameters also act outside of its forward (used by another module, a cached or "
-                    "stored tensor), or what it returns for one example alone differs. Leave it out with "
-                    "LayerCollection.exclude, or declare the module that uses them all with nngeometry.whole"
+            if wrong > most * max(floor, size):
+                what = f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient"
+                coarse = coarsest([f], self.dtype)
+                if most < tolerance(coarse) and wrong <= tolerance(coarse) * max(floor, size):
+                    cast = f"cast model and data to {coarse}, or " if coarse == torch.float32 else ""
+                    raise NotImplementedError(
+                        f"{what} more precisely than in {coarse}, in which the model computes somewhere (.float(), "
+                        f".half(), autocast) though its parameters are {truth[0].dtype}: {cast}leave such casts and "
+                        f"autocast out of the forward, or {remedies.PRODUCTS}"
+                    )
+                raise Refused(
+                    [name],
+                    f"{what} of the model, so its parameters also act outside of its forward (used by another module, "
+                    "a cached or stored tensor), or what it returns for one example alone differs",
+                    EXCLUDE,
                 )
 
     def _observe(
@@ -635,9 +670,11 @@ class Generator(Evaluator):
         """The Jacobian of one call of a module with respect to all of its parameters."""
         site = call.site
         if not call.outputs:
-            raise ValueError(
+            raise Refused(
+                [site.name],
                 f"{call.what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
-                "returns its own class of output, or a detached one): leave it out with LayerCollection.exclude"
+                "returns its own class of output, or a detached one)",
+                EXCLUDE,
             )
         leaves = leaves_of(call.inputs)
         outputs = [(y, axis) for y, axis, used in zip(call.outputs, layout.outputs, layout.used, strict=True) if used]
@@ -646,9 +683,8 @@ class Generator(Evaluator):
         lengths = {shape[axis] for shape, axis in axes}
         length = lengths.pop() if lengths else examples
         if lengths or length % examples:
-            raise NotImplementedError(
-                f"{call.what}: its inputs and outputs split {examples} examples differently; leave it out with "
-                "LayerCollection.exclude"
+            raise Refused(
+                [site.name], f"{call.what}: its inputs and outputs split {examples} examples differently", EXCLUDE
             )
         fronts = []
         used_gys = [gy for gy, used in zip(gys, layout.used, strict=True) if used]
@@ -664,9 +700,11 @@ class Generator(Evaluator):
             )
         else:
             (gy,) = fronts
-            for shape, axis in axes:
-                if axis and (not site.kind.features_last or axis == len(shape) - 1):
-                    raise NotImplementedError(f"{call.what}: its examples are along axis {axis}, expected axis 0")
+            for _, axis in axes:
+                if axis and not site.kind.features_last:
+                    raise Refused(
+                        [site.name], f"{call.what}: its examples are along axis {axis}, expected axis 0", EXCLUDE
+                    )
             where = {id(x): axis for x, axis in zip(leaves, layout.inputs, strict=True)}
             given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
             with no_grad():
@@ -732,11 +770,6 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
 _OF_SUMS = 1e-4
 #: How many ways of giving examples copies of what is alike for them are tried.
 _MOST_WAYS = 16
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, in short."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:

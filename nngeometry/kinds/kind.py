@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..changes import Change
 from ..forms import LayerJacobian, Places
 
 
@@ -213,6 +214,17 @@ def whole(*types: type[nn.Module]) -> None:
     """
     for t in types:
         _TABLE[t] = _WHOLE
+
+
+def declared_whole(of: type[nn.Module]) -> Change:
+    """What :func:`whole` declares, as a change."""
+
+    def change() -> Callable[[], Any]:
+        before = _TABLE.get(of)
+        _TABLE[of] = _WHOLE
+        return lambda: _TABLE.pop(of) if before is None else _TABLE.update({of: before})
+
+    return change
 
 
 _LATER: dict[str, Callable[[], None]] = {}
