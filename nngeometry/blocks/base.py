@@ -19,6 +19,7 @@ from torch import Tensor
 from ..changes import no_grad
 from ..linalg import cg, eigsh, minres
 from ..memory import require
+from ..registry import Registry
 
 Map = Callable[[Tensor], Tensor]
 #: One number, or a positive one for each coordinate.
@@ -27,14 +28,15 @@ Regul = float | Tensor
 _ROUNDING = 64
 
 
+CLASSES: Registry[Block] = Registry("block")
+
+
 @dataclass(frozen=True, eq=False)
 class Block(ABC):
     """A linear map on tensors of shape ``(..., *shape)``."""
 
-    kinds: ClassVar[dict[str, type[Block]]] = {}
-
     def __init_subclass__(cls) -> None:
-        Block.kinds[cls.__name__] = cls
+        CLASSES.add(cls)
 
     # What a structure is: these four, of which the first two are due.
 
@@ -130,7 +132,7 @@ class Block(ABC):
 
     def apply(self, f: Map) -> Block:
         """f(M), with f applied to the eigenvalues."""
-        return _make("Function", self, f) if self.by_products else self.eig().apply(f)
+        return Derived.function(self, f) if self.by_products else self.eig().apply(f)
 
     def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
@@ -188,7 +190,7 @@ class Block(ABC):
         return self._inv(regul)
 
     def _inv(self, regul: float) -> Block:
-        return _make("Inverse", self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
+        return Derived.inverse(self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
 
     def logdet(self, regul: Regul = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
@@ -237,18 +239,18 @@ class Block(ABC):
 
     def restrict(self, s: slice) -> Block:
         """The diagonal sub-block of the flat coordinates s."""
-        return _make("Compression", self, s.start, s.stop)
+        return Derived.compression(self, s.start, s.stop)
 
     def transpose(self) -> Block:
         return self
 
     def map_square(self) -> Block:
         """The matrix of squared entries, for the bases that need it."""
-        return _make("Dense", self.to_dense().square(), self.shape)
+        return Derived.dense(self.to_dense().square(), self.shape)
 
     def scale(self, c: float) -> Block:
         """c M."""
-        return _make("Sum", (self,), (c,))
+        return Derived.sum((self,), (c,))
 
     def plus(self, other: Block) -> Block | None:
         """M + other if the sum has a closed form here, otherwise None."""
@@ -293,11 +295,14 @@ class Block(ABC):
 
     def state(self) -> dict[str, Any]:
         """Plain dict of tensors, numbers and strings, from which :meth:`from_state` makes the block again."""
-        return {"block": type(self).__name__, **{f.name: _state(getattr(self, f.name)) for f in fields(self)}}
+        return {"block": CLASSES.name_of(type(self)), **self._fields()}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: _state(getattr(self, f.name), f"{type(self).__name__}.{f.name}") for f in fields(self)}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Block:
-        return Block.kinds[state["block"]]._rebuild({k: v for k, v in state.items() if k != "block"})
+        return CLASSES.find(state["block"])._rebuild({k: v for k, v in state.items() if k != "block"})
 
     @classmethod
     def _rebuild(cls, state: dict[str, Any]) -> Block:
@@ -320,12 +325,17 @@ class Block(ABC):
             "work on fewer layers, use a representation with a closed form",
             self.device,
         )
-        return _make("Dense", self.to_dense(), self.shape, self.symmetric)
+        return Derived.dense(self.to_dense(), self.shape, self.symmetric)
 
 
-def _make(name: str, *arguments: Any) -> Any:
-    """A block of a structure that is built upon this file."""
-    return Block.kinds[name](*arguments)
+class Derived:
+    """What any block is made into: the classes of these are written upon this file, and put here by theirs."""
+
+    dense: ClassVar[Callable[..., Any]]
+    function: ClassVar[Callable[..., Any]]
+    inverse: ClassVar[Callable[..., Any]]
+    compression: ClassVar[Callable[..., Any]]
+    sum: ClassVar[Callable[..., Any]]
 
 
 def check_order(ord: Any) -> None:
@@ -374,12 +384,17 @@ def _map(fn: Map, value: Any) -> Any:
     return value
 
 
-def _state(value: Any) -> Any:
+def _state(value: Any, where: str) -> Any:
     if isinstance(value, Block):
         return value.state()
     if isinstance(value, tuple):
-        return [_state(v) for v in value]
-    return value
+        return [_state(v, where) for v in value]
+    if value is None or isinstance(value, Tensor | str | bool | int | float):
+        return value
+    raise TypeError(
+        f"{where} is of type {type(value).__name__}, which files do not hold: tensors, blocks, numbers, strings and "
+        "tuples of these they do. Write state() and _rebuild() for the block"
+    )
 
 
 def _from_state(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import funm
-from .base import Block, Map, Regul
+from .base import Block, Derived, Map, Regul
 from .spectral import Eye
 
 
@@ -197,6 +197,9 @@ class Product(Block):
 
     def transpose(self) -> Block:
         return Product(self.right.transpose(), self.left.transpose())
+
+
+Derived.function, Derived.inverse, Derived.compression, Derived.sum = Function, Inverse, Compression, Sum
 
 
 def add(one: Block, other: Block, weight: float = 1.0) -> Block:

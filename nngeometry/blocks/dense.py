@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import Block, Map, check_invertible
+from .base import Block, Derived, Map, check_invertible
 from .spectral import Diag, Eye, Spectral
 
 
@@ -175,6 +175,9 @@ class Dense(Block):
 
     def map_square(self) -> Dense:
         return Dense(self.data.square(), self.out)
+
+
+Derived.dense = Dense
 
 
 def _dense_batch(spectral: Spectral) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Map, Regul, check_held
+from .base import CLASSES, Block, Map, Regul, check_held
 from .composite import add, matmul
 from .spectral import Spectral
 
@@ -205,7 +205,7 @@ class Direct(Block):
                     "block": part.block.state(),
                 }
             )
-        return {"block": "Direct", "parts": parts}
+        return {"block": CLASSES.name_of(type(self)), "parts": parts}
 
     @classmethod
     def _rebuild(cls, state: dict[str, Any]) -> Direct:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
+from ..registry import Registry, Unknown
 from . import fit
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
@@ -31,6 +32,9 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 Estimator = Callable[..., Any]
 
 
+CLASSES: Registry[PMat] = Registry("representation")
+
+
 class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
@@ -38,10 +42,8 @@ class PMat(VectorSpace):
     that it consists of. options: of the representation. Operations return new matrices and leave this one as it is.
     """
 
-    classes: ClassVar[dict[str, type[PMat]]] = {}
-
     def __init_subclass__(cls) -> None:
-        PMat.classes[cls.__name__] = cls
+        CLASSES.add(cls)
 
     def __init__(
         self,
@@ -86,7 +88,9 @@ class PMat(VectorSpace):
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[fit.Estimator]:
         """How this representation estimates a set of layers: one estimator for each of its blocks."""
-        raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
+        raise NotImplementedError(
+            f"{cls.__name__} cannot be estimated from data: use one of {', '.join(CLASSES.ours())}"
+        )
 
     # Products
 
@@ -296,13 +300,15 @@ class PMat(VectorSpace):
             }
             for layer in self.layer_collection.layers.values()
         ]
-        torch.save({"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+        name = CLASSES.name_of(type(self))
+        torch.save({"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}, path)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
         """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run.
 
-        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else.
+        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else, or has a block or
+        representation of yours whose module is not imported.
         """
         saved = read(path, device)
         try:
@@ -312,9 +318,12 @@ class PMat(VectorSpace):
                 packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
                 params = tuple((k, tuple(size)) for k, size in entry["params"])
                 layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
-            kind = PMat.classes.get(saved["class"], PMat)
-            found: PMat = kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+            found: PMat = CLASSES.find(saved["class"])._of_blocks(
+                LayerCollection(layers), Block.from_state(saved["root"])
+            )
             check_whole(found.root, found.layer_collection)
+        except Unknown as error:
+            raise ValueError(f"PMat.load: {path} cannot be read: {error}") from error
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise ValueError(f"PMat.load: the matrix in {path} is damaged ({reason}): save it again") from error
@@ -429,6 +438,9 @@ class PMat(VectorSpace):
         """A result: of the same representation if its blocks have the same structure, otherwise a plain PMat."""
         same = _structure(root) == _structure(self.root)
         return self._rebuild(root) if same else PMat(self.layer_collection, data=root)
+
+
+CLASSES.add(PMat)
 
 
 def _structure(root: Block) -> list[type[Block]]:
