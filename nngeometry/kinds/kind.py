@@ -68,7 +68,7 @@ class Packing:
             weight = weight.reshape(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
         if not self.bias:
             return weight.reshape(*lead, *self.shape)
-        weight = weight.reshape(*lead, *self.shape[:-1], -1)
+        weight = weight.reshape(*lead, *self.shape[:-1], self.shape[-1] - 1)
         bias = v[..., prod(self.view) :].reshape(*lead, *self.shape[:-1], 1)
         return torch.cat([weight, bias], -1)
 
@@ -82,10 +82,10 @@ class Packing:
         if not self._in_order:
             weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
             weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
-        weight = weight.reshape(*lead, -1)
+        weight = weight.reshape(*lead, prod(self.view))
         if not self.bias:
             return weight
-        return torch.cat([weight, m[..., -1].reshape(*lead, -1)], -1)
+        return torch.cat([weight, m[..., -1].reshape(*lead, prod(self.shape[:-1]))], -1)
 
     def places(self, v: Tensor) -> Places:
         """Where the columns of what :meth:`unpack` takes are in what it returns, ``(..., p)``: views of that."""

@@ -128,6 +128,43 @@ class PMat(VectorSpace):
         forms = (j * self._mv(j)).sum(-1)
         return forms.sum(0) if reduction == "sum" else forms
 
+    def matvec(self, V: Tensor) -> Tensor:
+        """``M`` times each row of a tensor ``(..., P)`` in flat parameter order, for algorithms that know nothing of
+        layers. Differentiable in V.
+
+        Raises ``ValueError`` for rows of another length, dtype or device.
+
+        >>> from nngeometry import PMatEye, linalg
+        >>> F = PMatEye(LayerCollection.from_model(torch.nn.Linear(2, 1)), scaling=2.0)
+        >>> F.matvec(torch.ones(2, 3))
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+        >>> linalg.eigsh(F.matvec, F.size(0), 1, like=F.like).values
+        tensor([2.])
+        """
+        if not isinstance(V, Tensor):
+            raise TypeError(f"matvec: expected a tensor (..., {self.size(0)}), got {arguments.described(V)}: use mv")
+        fitted = self._fitted(V)
+        if V.shape[-1:] != fitted.root.shape:
+            raise ValueError(f"matvec: expected rows of {self.size(0)} parameters, got a tensor {tuple(V.shape)}")
+        fitted._check_like(V)
+        return fitted.root.mv(V)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of its dtype, on its device: what algorithms make vectors like."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it equals its transpose, as a product of two matrices need not."""
+        return self.root.symmetric
+
+    @property
+    def definite(self) -> bool:
+        """Whether it is known to be positive semidefinite by how it is made, without a look at its eigenvalues."""
+        return self.root.definite
+
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
             return self._with(matmul(self.root, self._other(other)))
@@ -222,7 +259,7 @@ class PMat(VectorSpace):
     def sample(self, generator: torch.Generator | None = None) -> PVector:
         """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
         arguments.generator(generator)
-        (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
+        (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
     # Entries
@@ -357,10 +394,7 @@ class PMat(VectorSpace):
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
                 f"products=60), got {arguments.described(estimator)}"
             )
-        return estimator(self.root.mv, self.size(0), like=self._like())
-
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+        return estimator(self.matvec, self.size(0), like=self.like)
 
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""
@@ -378,7 +412,7 @@ class PMat(VectorSpace):
         self._check_like(v, flat)
         return flat
 
-    def _check_like(self, v: FlatArray | PFMap, flat: Tensor | None = None) -> None:
+    def _check_like(self, v: FlatArray | PFMap | Tensor, flat: Tensor | None = None) -> None:
         values = v if flat is None else flat
         if values.device != self.device or values.dtype != self.dtype:
             raise ValueError(
