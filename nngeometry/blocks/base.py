@@ -22,8 +22,6 @@ from ..memory import require
 from ..registry import Registry
 
 Map = Callable[[Tensor], Tensor]
-#: One number, or a positive one for each coordinate.
-Regul = float | Tensor
 #: What rounding leaves of a Ritz value of zero is below so many eps of the largest, whatever the size of the matrix.
 _ROUNDING = 64
 
@@ -48,6 +46,10 @@ class Block(ABC):
     @abstractmethod
     def mv(self, V: Tensor) -> Tensor:
         """``M V`` for V of shape ``(..., *shape)``. Differentiable in V."""
+
+    def once(self, V: Tensor) -> Tensor:
+        """``M V`` where it may be the only product: nothing is made for the sake of later ones."""
+        return self.mv(V)
 
     def on_columns(self, V: Tensor) -> Tensor:
         """A block on ``(G, cols)`` along the last axis of V ``(..., G, rows, cols)``."""
@@ -134,26 +136,18 @@ class Block(ABC):
         """f(M), with f applied to the eigenvalues."""
         return Derived.function(self, f) if self.by_products else self.eig().apply(f)
 
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
-        if isinstance(regul, Tensor):
-            s = self._inverse_root(regul)
-            return s * self.congruence(s)._solve(s * V, 1.0)
-        return self._solve(V, regul)
+        solved: Tensor = self.iterate(V, regul) if self.by_products else self._as_dense("solve").solve(V, regul)
+        return solved
 
-    def _inverse_root(self, regul: Tensor) -> Tensor:
-        if not bool((regul > 0).all()):
-            raise ValueError("regul: layers that share a block need a positive value each")
-        return regul.rsqrt().reshape(self.shape)
+    def iterate(
+        self, V: Tensor, shift: float | Tensor, rtol: float | None = None, precondition: Map | None = None
+    ) -> Tensor:
+        """``(M + shift)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self.iterate(V, regul) if self.by_products else self._as_dense("solve")._solve(V, regul)
-
-    def iterate(self, V: Tensor, regul: Regul, rtol: float | None = None, precondition: Map | None = None) -> Tensor:
-        """``(M + regul)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
-
-        rtol: of the true residual, by default 1e-6 (100 eps if that is more). precondition: approximates
-        ``(M + regul)^-1`` on ``(k, p)``; for conjugate gradients.
+        shift: a number, or a flat one for each coordinate. rtol: of the true residual, by default 1e-6 (100 eps if that
+        is more). precondition: approximates ``(M + shift)^-1`` on ``(k, p)``; for conjugate gradients.
         """
         if not self.symmetric:
             raise NotImplementedError(
@@ -162,7 +156,6 @@ class Block(ABC):
             )
         with no_grad():
             b = V.reshape(-1, self.numel)
-            shift = regul.reshape(-1) if isinstance(regul, Tensor) else regul
             tolerance = max(1e-6, 100 * torch.finfo(self.dtype).eps) if rtol is None else rtol
 
             def shifted(rows: Tensor) -> Tensor:
@@ -182,20 +175,13 @@ class Block(ABC):
     def _empty(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def inv(self, regul: Regul = 0.0) -> Block:
+    def inv(self, regul: float = 0.0) -> Block:
         """``(M + regul)^-1``. Raises ``ValueError`` if that is singular to working precision."""
-        if isinstance(regul, Tensor):
-            s = self._inverse_root(regul)
-            return self.congruence(s)._inv(1.0).congruence(s)
-        return self._inv(regul)
+        inverse: Block = Derived.inverse(self, regul) if self.by_products else self._as_dense("inverse").inv(regul)
+        return inverse
 
-    def _inv(self, regul: float) -> Block:
-        return Derived.inverse(self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
-
-    def logdet(self, regul: Regul = 0.0) -> Tensor:
+    def logdet(self, regul: float = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
-        if isinstance(regul, Tensor):
-            return self.congruence(self._inverse_root(regul)).logdet(1.0) + regul.log().sum()
         l = self.eigenvalues()
         check_invertible(l, regul)
         if bool((l + regul < 0).any()):

@@ -31,7 +31,8 @@ class Operator(Functions, Block):
     """A symmetric matrix given as functions.
 
     matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
-    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite.
+    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite; single: the
+    same products, each as if it were the only one, None if there is no difference.
     """
 
     matvec: Map
@@ -40,6 +41,7 @@ class Operator(Functions, Block):
     diag_of: Callable[[], Tensor] | None
     like: Tensor
     psd: bool
+    single: Map | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,9 +56,15 @@ class Operator(Functions, Block):
         return self.psd
 
     def mv(self, V: Tensor) -> Tensor:
+        return self._by(self.matvec, V)
+
+    def once(self, V: Tensor) -> Tensor:
+        return self._by(self.single or self.matvec, V)
+
+    def _by(self, matvec: Map, V: Tensor) -> Tensor:
         if V.numel() == 0:
             return V.clone()
-        return Adjointed.apply(self.matvec, self.matvec, V.reshape(-1, self.size)).view(V.shape)
+        return Adjointed.apply(matvec, self.matvec, V.reshape(-1, self.size)).view(V.shape)
 
     def diag(self) -> Tensor:
         return super().diag() if self.diag_of is None else self.diag_of()
@@ -65,6 +73,7 @@ class Operator(Functions, Block):
         return super().trace() if self.trace_of is None else self.trace_of()
 
     def congruence(self, s: Tensor) -> Block:
+        single = self.single
         return Operator(
             lambda V: s * self.matvec(s * V),
             self.size,
@@ -72,6 +81,7 @@ class Operator(Functions, Block):
             lambda: s.square() * self.diag(),
             self.like,
             self.psd,
+            None if single is None else lambda V: s * single(s * V),
         )
 
     def map(self, fn: Map) -> Block:

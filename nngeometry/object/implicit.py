@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,14 +51,22 @@ def operator(generator: Generator, examples: Any) -> Operator:
             )
 
     if not generator.centred:
-        return Operator(products, size, trace, diagonal, like, psd=True)
+        return Operator(products, size, trace, diagonal, like, psd=True, single=products.once)
     with Borrowed(products.weights.in_place):
         mean = mean_jacobian(generator, examples)
 
-    def centred(V: Tensor) -> Tensor:
-        return products(V) - torch.outer(V @ mean, mean)
+    def centred(product: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+        return product(V) - torch.outer(V @ mean, mean)
 
-    return Operator(centred, size, lambda: trace() - mean.square().sum(), diagonal, like, psd=True)
+    return Operator(
+        partial(centred, products),
+        size,
+        lambda: trace() - mean.square().sum(),
+        diagonal,
+        like,
+        psd=True,
+        single=partial(centred, products.once),
+    )
 
 
 def trace_of(generator: Generator, examples: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..blocks import Block, Direct, add, matmul
+from ..blocks import Block, Direct, Regul, Uniform, Varying, add, matmul
 from ..generator import Generator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
@@ -19,7 +19,6 @@ from ..registry import Registry, Unknown
 from . import fit
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
-from .products import single_product
 from .regul import Relative, regul_number
 from .saved import FORMAT, check_whole, read
 from .vector import FlatArray, PVector, check_same_space
@@ -105,18 +104,14 @@ class PMat(VectorSpace):
             self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
-        return v._like(self._mv(flat), self.layer_collection)
-
-    def _mv(self, flat: Tensor) -> Tensor:
-        with single_product():
-            return self.root.mv(flat)
+        return v._like(self.root.once(flat), self.layer_collection)
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
         """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
         to it.
         """
         flat = self._of(v)
-        return self._per_layer(flat * self._mv(flat), per_layer)
+        return self._per_layer(flat * self.root.once(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: ``(n,)``, summed over the outputs of each example, or
@@ -125,7 +120,7 @@ class PMat(VectorSpace):
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
         j = self._of(pfmap)
-        forms = (j * self._mv(j)).sum(-1)
+        forms = (j * self.root.once(j)).sum(-1)
         return forms.sum(0) if reduction == "sum" else forms
 
     def matvec(self, V: Tensor) -> Tensor:
@@ -188,16 +183,16 @@ class PMat(VectorSpace):
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
         if not self.root.by_products:
-            x = self.root.solve(flat, r)
+            x = r.solve(self.root, flat)
         elif inverse is None:
-            x = self.root.iterate(flat, r, rtol)
+            x = self.root.iterate(flat, r.shift, rtol)
         else:
-            x = self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r))
+            x = self.root.iterate(flat, r.shift, rtol, lambda rows: r.solve(inverse, rows))
         return b._like(x, self.layer_collection)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
-        return self._with(self.root.inv(self._regul(regul)))
+        return self._with(self._regul(regul).inv(self.root))
 
     def pinv(self, cut: None = None, /, *, rtol: float | None = None, atol: float | None = None) -> PMat:
         """Pseudo-inverse. Eigenvalues up to ``atol``, or up to ``rtol`` times the largest, in magnitude count as zero;
@@ -214,7 +209,7 @@ class PMat(VectorSpace):
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
-        return self.root.logdet(self._regul(regul))
+        return self._regul(regul).logdet(self.root)
 
     # Spectrum
 
@@ -436,7 +431,7 @@ class PMat(VectorSpace):
             )
         return other.root
 
-    def _regul(self, regul: RegulLike) -> float | Tensor:
+    def _regul(self, regul: RegulLike) -> Regul:
         if isinstance(regul, Mapping):
             missing = set(regul) ^ set(self.layer_collection)
             if missing:
@@ -450,8 +445,9 @@ class PMat(VectorSpace):
                 mean = float(traces[name]) / layer.numel() if isinstance(regul[name], Relative) else 1.0
                 value = regul_number(f"regul of layer {name!r}", regul[name], mean)
                 values.append(torch.full((layer.numel(),), value, dtype=self.dtype, device=self.device))
-            return torch.cat(values)
-        return regul_number("regul", regul, float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0)
+            return Varying(torch.cat(values))
+        mean = float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0
+        return Uniform(regul_number("regul", regul, mean))
 
     def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
         arguments.flag("per_layer", per_layer)
