@@ -84,7 +84,7 @@ def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tenso
     sizes = [m + a + b - k + 1 for m, (a, b), k in zip(x.shape[2:], padding, module.kernel_size, strict=True)]
     if max(module.kernel_size) == 1 or min(sizes) < 2:
         return None
-    if module.kernel_size[0] == 1 and not grain(x.device).has_cache:  # the axis along which it would be done
+    if module.kernel_size[0] == 1 and grain(x.device).few_operations:  # the axis along which it would be done
         return None
     bias = module.bias is not None
     if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < grain(x.device).large_product:
