@@ -35,6 +35,7 @@ from .object import (
     PMatQuasiDiag,
     PVector,
     Relative,
+    at,
     random_pvector,
 )
 
@@ -84,6 +85,7 @@ __all__ = [
     "Poisson",
     "Relative",
     "TokenCrossEntropy",
+    "at",
     "kind",
     "memory_budget",
     "random_pvector",

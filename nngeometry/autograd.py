@@ -92,8 +92,8 @@ def _batched(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence
 def _in_few_operations(
     outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations. Where
-    operations start at once that is slower.
+    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations.
+    Where operations start at once that is slower.
     """
     reached: list[bool] = []
 
