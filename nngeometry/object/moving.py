@@ -23,7 +23,8 @@ def at(model: nn.Module, vector: PVector) -> Borrowed:
     into them inside of the block is lost. The vector is copied, and parameters outside of its layers stay as they are.
 
     What is recorded inside is to be differentiated inside, and what was recorded before outside: otherwise torch
-    raises, where it needs the values of the parameters. Other threads that use this library wait until the block is left.
+    raises, where it needs the values of the parameters. Other threads that use this library wait until the end of the
+    block.
 
     Args:
         model: Any module.
