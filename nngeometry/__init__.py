@@ -36,6 +36,7 @@ from .object import (
     PMatQuasiDiag,
     PVector,
     Relative,
+    at,
     random_pvector,
 )
 
@@ -86,6 +87,7 @@ __all__ = [
     "Poisson",
     "Relative",
     "TokenCrossEntropy",
+    "at",
     "kind",
     "memory_budget",
     "random_pvector",

@@ -73,7 +73,7 @@ def accumulate(
 
 
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    if not grain(outputs[0].device).has_cache:
+    if grain(outputs[0].device).few_operations:
         with Borrowed(warnings_ignored(NO_BATCHING_RULE)):
             return uninterrupted(_in_few_operations, outputs, inputs, weights)
     return uninterrupted(_batched, outputs, inputs, weights)
@@ -92,8 +92,8 @@ def _batched(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence
 def _in_few_operations(
     outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations. With
-    a cache that is slower.
+    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations.
+    Where operations start at once that is slower.
     """
     reached: list[bool] = []
 

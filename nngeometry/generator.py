@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, product
 from math import hypot, prod
 from typing import Any, NamedTuple
@@ -255,16 +256,24 @@ class Generator(Evaluator):
 
         size = self.layer_collection.numel()
         if not self.centred:
-            return Operator(products, size, trace, diagonal, like, psd=True)
+            return Operator(products, size, trace, diagonal, like, psd=True, single=products.once)
         mean = summed(lambda layer, j: layer.packing.unpack(j.total()))
 
-        def centred(V: Tensor) -> Tensor:
-            return products(V) - torch.outer(V @ mean, mean)
+        def centred(product: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+            return product(V) - torch.outer(V @ mean, mean)
 
         def spread() -> Tensor:
             return (diagonal() - mean.square()).clamp(min=0)
 
-        return Operator(centred, size, lambda: trace() - mean.square().sum(), spread, like, psd=True)
+        return Operator(
+            partial(centred, products),
+            size,
+            lambda: trace() - mean.square().sum(),
+            spread,
+            like,
+            psd=True,
+            single=partial(centred, products.once),
+        )
 
     def _of_one(self, f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         """The cotangents of one minibatch."""

@@ -279,9 +279,12 @@ def _operator(
 ) -> Operator:
     """The Hessian of a summed loss as an operator. others: what has parameters and buffers beside the model."""
     matvec: Products | Differences
+    single: Callable[[Tensor], Tensor] | None = None
     if products is None:
-        matvec = hessian(source, examples, total, mean)
+        matvec = exact = hessian(source, examples, total, mean)
+        single = exact.once
     else:
         matvec = Differences(source, examples, total, others, mean, products.step, products.rtol)
     like = torch.empty(0, dtype=source.dtype, device=source.device)
-    return Operator(matvec, source.layer_collection.numel(), None, None, like, False, lambda: matvec.weight)
+    size = source.layer_collection.numel()
+    return Operator(matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight)

@@ -82,7 +82,7 @@ class Influence:
         self._query = generator(
             loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
         )
-        self._inverse = None if refine is not None else matrix.inv(regul).root
+        self._inverse = None if refine is not None else matrix.inv(regul)
 
     @unrecorded
     def scores(self, queries: Any, train: Any, per_layer: bool = False) -> Any:
@@ -105,7 +105,7 @@ class Influence:
             if self._inverse is None:
                 left, right = slab, self._solved([slab])
             else:
-                pair = through(self._inverse, slab.forms, self.matrix.layer_collection)
+                pair = through(self._inverse, slab.forms)
                 left, right = (Slab(slab.examples, slab.outputs, found) for found in pair)
             shares.append({name: form.paired(right.forms[name])[0] for name, form in left.forms.items()})
         joined = {name: torch.cat([one[name] for one in shares]) for name in self.matrix.layer_collection}
@@ -138,11 +138,11 @@ class Influence:
         if self._inverse is None:
             asked = [self._solved(found)]
         else:
-            asked = [Slab(s.examples, s.outputs, through(self._inverse, s.forms, lc)[1]) for s in found]
+            asked = [Slab(s.examples, s.outputs, through(self._inverse, s.forms)[1]) for s in found]
         layout = Traced((1, 1), (0, 0))
         start = 0
         for slab in slabs(self._train, train):
-            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms, lc)
+            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms)
             one = Slab(slab.examples, slab.outputs, seen)
             yield start, {name: torch.cat([tile(q, one, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples

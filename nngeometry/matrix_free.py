@@ -8,9 +8,7 @@ gradient on padding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -38,20 +36,6 @@ Total = Callable[[data.Batch], tuple[Tensor, float]]
 
 #: How many times what the model makes is kept, to differentiate it twice.
 _COPIES = 4
-
-
-#: Whether the product at hand may be the only one.
-_SINGLE: ContextVar[bool] = ContextVar("nngeometry_single_product", default=False)
-
-
-@contextmanager
-def single_product() -> Iterator[None]:
-    """Inside, the first product of a matrix over several minibatches keeps nothing for a second one, which does."""
-    token = _SINGLE.set(True)
-    try:
-        yield
-    finally:
-        _SINGLE.reset(token)
 
 
 class Linearisations:
@@ -85,15 +69,21 @@ class Linearisations:
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
         """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
-        check_mode(self.evaluator.model)
-        return iter(self._kept) if self._kept is not None else self._linearised()
+        return self.each()
 
-    def _linearised(self) -> Iterator[tuple[Any, float, int]]:
+    def each(self, single: bool = False) -> Iterator[tuple[Any, float, int]]:
+        """The same. single: this may be the only time, so that of several minibatches none is kept the first time, but
+        all are the second time.
+        """
+        check_mode(self.evaluator.model)
+        return iter(self._kept) if self._kept is not None else self._linearised(single)
+
+    def _linearised(self, single: bool) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
         groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b, self.weights.in_place).made)
         head = list(islice(groups, 2))
-        once, self._used = _SINGLE.get() and not self._used, True
+        once, self._used = single and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
         for position, batches in chain(head, groups):
             made = self._prepare(position, batches)
@@ -188,10 +178,17 @@ class Products(Linearisations):
 
     def __call__(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, P)``."""
+        return self._product(V, self)
+
+    def once(self, V: Tensor) -> Tensor:
+        """The same, which keeps nothing for a second product if it is the first."""
+        return self._product(V, self.each(single=True))
+
+    def _product(self, V: Tensor, maps: Iterable[tuple[Any, float, int]]) -> Tensor:
         V = V.detach().to(self.dtype)
         out = torch.zeros_like(V, dtype=self.evaluator.dtype)
         total = 0.0
-        for product, weight, held in self:
+        for product, weight, held in maps:
             for rows, into in zip(V.split(step := chunk_length(held, len(V), V.device)), out.split(step), strict=True):
                 product(rows, into)
             total += weight

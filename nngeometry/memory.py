@@ -25,9 +25,10 @@ class Grain:
 
     work_fraction: work arrays take at most the budget divided by that. busy: a work array divided by that keeps the
     device busy, so that no more is made at once where nothing is made twice. panel_bytes: what is only read once is
-    made in pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products
-    are made as many columns at a time, up to the diagonal. large_product: multiplications from which many small
-    products are faster than one of copies.
+    made in pieces of at most that many bytes, where there is a cache in which they stay, None where there is none.
+    columns: symmetric products are made as many columns at a time, up to the diagonal. large_product: multiplications
+    from which many small products are faster than one of copies. few_operations: to start an operation takes so long
+    that few large ones are faster than many small ones, also where they multiply more or copy.
     """
 
     work_fraction: int
@@ -35,17 +36,20 @@ class Grain:
     panel_bytes: int | None
     columns: int
     large_product: int
+    few_operations: bool
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is a cache to keep pieces in."""
+        """Whether what is made in pieces stays in a cache until it is read."""
         return self.panel_bytes is not None
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Grain(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9)
+CPU = Grain(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9, few_operations=False)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
-ACCELERATOR = Grain(work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10)
+ACCELERATOR = Grain(
+    work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10, few_operations=True
+)
 _GRAINS = {"cpu": CPU}
 
 

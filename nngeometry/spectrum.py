@@ -212,7 +212,7 @@ def spectral_density(
         raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
     if not 0 <= outliers < size:
         raise ValueError(f"spectral_density: expected 0 <= outliers < {size}, got {outliers}")
-    like, spent = _like(F), 0
+    like, spent = F.like, 0
     exact, basis = torch.zeros(0, dtype=torch.float64), like.new_empty(0, size)
     free = size - outliers
 
@@ -222,7 +222,7 @@ def spectral_density(
         rows = rows - (rows @ basis.mT) @ basis
         return rows * (free**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    with no_grad(), _progress(F.root.mv, verbose) as matvec:
+    with no_grad(), _progress(F.matvec, verbose) as matvec:
         if outliers:
             exact, basis, _, spent = eigsh(matvec, size, outliers, which="magnitude", like=like)
         bulk = slq(
@@ -286,14 +286,10 @@ def extreme_eigenpairs(
     arguments.integer("extreme_eigenpairs: k", k, least=1)
     arguments.one_of("extreme_eigenpairs: which", which, get_args(Which))
     arguments.keywords("extreme_eigenpairs", eigsh, options)
-    with no_grad(), _progress(F.root.mv, verbose) as matvec:
-        pairs = eigsh(matvec, F.size(0), k, which=which, like=_like(F), **options)
+    with no_grad(), _progress(F.matvec, verbose) as matvec:
+        pairs = eigsh(matvec, F.size(0), k, which=which, like=F.like, **options)
     vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]
     return ExtremePairs(pairs.values, vectors, pairs.residuals, pairs.products)
-
-
-def _like(F: PMat) -> Tensor:
-    return torch.empty(0, dtype=F.dtype, device=F.device)
 
 
 @contextmanager

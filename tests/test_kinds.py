@@ -27,6 +27,7 @@ from nngeometry import (
     kind,
     memory,
     memory_budget,
+    whole,
 )
 from nngeometry.forms.autocorrelation import patch_moment
 from nngeometry.generator import rowwise
@@ -579,3 +580,84 @@ def test_what_is_registered_is_a_type_of_modules_with_names():
     for names in ((), ("a", "a"), (1,)):
         with pytest.raises(ValueError, match="must be different names"):
             kind(Adapter, parameters=names)
+    with pytest.raises(TypeError, match="is not a function"):
+        kind(Adapter)(None)
+    with pytest.raises(TypeError, match=r"packing=.* must be a function"):
+        kind(Adapter, packing=Packing.flat(3))
+    for wrong in ("Linear", int):
+        with pytest.raises(TypeError, match=r"whole: .* is not a type of modules"):
+            whole(wrong)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_function_of_the_library_for_a_type_of_the_users_is_looked_at_too():
+    class Same(nn.Linear):
+        pass
+
+    kind(Same, Doubled, packing=lambda module, bias: table[nn.Linear].packing(module, bias), kronecker=True)(
+        affine.linear
+    )
+    lc = check_every_representation(oracle.randomise(nn.Sequential(Same(4, 3))))
+    assert lc["0"].served_by == "linear"
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 4), Doubled(4, 3)))
+    with pytest.raises(ValueError, match=r"layer '1'.*do not add up"):
+        streamed(model, (torch.randn(5, 4),), None)
+
+
+class OfChildren(nn.Module):
+    """A low-rank adapter of two layers, which may have a parameter of its own."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        if scale is not False:
+            self.scale = None if scale is None else nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        y = self.up(self.down(x))
+        return y if getattr(self, "scale", None) is None else y * self.scale
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("names", "scale"),
+    [
+        (("down.weight", "up.weight"), None),
+        (("weight", "bias"), None),
+        (("scale",), False),
+        (("scale", "down.weight"), True),
+        (("scale", "up.weight"), None),
+    ],
+)
+def test_a_kind_for_parameters_of_children_is_refused(names, scale):
+    @kind(OfChildren, parameters=names)
+    def never(module, gy, x):
+        raise AssertionError
+
+    model = nn.Sequential(nn.Linear(4, 4), OfChildren(scale))
+    with pytest.raises(ValueError, match=r"layer '1' \(OfChildren\): .*'never' is for .* parameters of its children"):
+        LayerCollection.from_model(model)
+    model[1].requires_grad_(False)
+    assert list(LayerCollection.from_model(model)) == ["0"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_module_may_lack_what_its_kind_is_for():
+    class Scaled(OfChildren):
+        def forward(self, x):
+            y = x + self.up(self.down(x))
+            return y if self.scale is None else y * self.scale
+
+    @kind(Scaled, parameters=["scale"])
+    def scaled(module, gy, x):
+        return forms.Dense(gy * (x + module.up(module.down(x))))
+
+    for scale in (True, None):
+        lc = check_every_representation(oracle.randomise(nn.Sequential(Scaled(scale))))
+        assert list(lc) == ["0"] * (scale is True) + ["0.down", "0.up"]
+        assert (", scaled" in repr(lc)) == (scale is True)

@@ -15,6 +15,7 @@ FLOORS = [
     [
         "changes",
         "memory",
+        "registry",
         "autograd",
         "composites",
         "operations",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Map, Regul, check_held
+from .base import CLASSES, Block, Map, check_held
 from .composite import add, matmul
 from .spectral import Spectral
 
@@ -61,13 +61,16 @@ class Direct(Block):
     def _each(self, fn: Callable[[Block], Block]) -> Direct:
         return Direct(tuple(part.with_block(fn(part.block)) for part in self.parts))
 
-    def _join(self, fn: Callable[[Part], Tensor]) -> Tensor:
+    def join(self, fn: Callable[[Part], Tensor]) -> Tensor:
         """Flat vectors from one vector for each part."""
         pieces = [piece for part in self.parts for piece in part.give(fn(part))]
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -1)
 
     def mv(self, V: Tensor) -> Tensor:
-        return self._join(lambda part: part.block.mv(part.take(V)))
+        return self.join(lambda part: part.block.mv(part.take(V)))
+
+    def once(self, V: Tensor) -> Tensor:
+        return self.join(lambda part: part.block.once(part.take(V)))
 
     def to_dense(self) -> Tensor:
         out = torch.zeros(self.numel, self.numel, dtype=self.dtype, device=self.device)
@@ -82,7 +85,7 @@ class Direct(Block):
         return out
 
     def diag(self) -> Tensor:
-        return self._join(lambda part: part.block.diag())
+        return self.join(lambda part: part.block.diag())
 
     def eig(self) -> Direct:
         return self._each(lambda block: block.eig())
@@ -123,23 +126,17 @@ class Direct(Block):
     def pow(self, exponent: float) -> Direct:
         return self._each(lambda block: block.pow(exponent))
 
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
-        return self._join(lambda part: part.block.solve(part.take(V), _regul(part, regul)))
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.join(lambda part: part.block.solve(part.take(V), regul))
 
-    def inv(self, regul: Regul = 0.0) -> Direct:
-        return Direct(tuple(part.with_block(part.block.inv(_regul(part, regul))) for part in self.parts))
+    def inv(self, regul: float = 0.0) -> Direct:
+        return self._each(lambda block: block.inv(regul))
 
-    def logdet(self, regul: Regul = 0.0) -> Tensor:
-        return torch.stack([part.block.logdet(_regul(part, regul)) for part in self.parts]).sum()
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self.solve(V, regul)
-
-    def _inv(self, regul: float) -> Direct:
-        return self.inv(regul)
+    def logdet(self, regul: float = 0.0) -> Tensor:
+        return torch.stack([part.block.logdet(regul) for part in self.parts]).sum()
 
     def sample(self, noise: Tensor) -> Tensor:
-        return self._join(lambda part: part.block.sample(part.take(noise)))
+        return self.join(lambda part: part.block.sample(part.take(noise)))
 
     def congruence(self, s: Tensor) -> Direct:
         return Direct(tuple(part.with_block(part.block.congruence(part.take(s))) for part in self.parts))
@@ -205,7 +202,7 @@ class Direct(Block):
                     "block": part.block.state(),
                 }
             )
-        return {"block": "Direct", "parts": parts}
+        return {"block": CLASSES.name_of(type(self)), "parts": parts}
 
     @classmethod
     def _rebuild(cls, state: dict[str, Any]) -> Direct:
@@ -216,16 +213,6 @@ class Direct(Block):
             slices = tuple((a, b) for a, b in part["slices"])
             parts.append(Part(slices, packing, Block.from_state(part["block"])))
         return cls(tuple(parts))
-
-
-def _regul(part: Part, regul: Regul) -> Regul:
-    """What a part sees of a regularisation: one number where it is constant."""
-    if not isinstance(regul, Tensor):
-        return regul
-    values = torch.cat([regul[a:b] for a, b in part.slices])
-    if bool((values == values[0]).all()):
-        return float(values[0])
-    return part.packing.pack(values)
 
 
 def _aligned(p: Part, q: Part) -> tuple[Part, Part]:

@@ -3,6 +3,7 @@
 from .fspace import FMat, FMatDense, FMatImplicit
 from .implicit import PMatImplicit
 from .map import PFMap, PFMapDense, PFMapFactored, PFMapImplicit
+from .moving import at
 from .pmat import PMat
 from .regul import Relative
 from .representations import (
@@ -42,5 +43,6 @@ __all__ = [
     "PMatQuasiDiag",
     "PVector",
     "Relative",
+    "at",
     "random_pvector",
 ]

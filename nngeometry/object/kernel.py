@@ -90,7 +90,7 @@ def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, e
     if metric is None:
         kept = tape(slab.forms)
         return Sides(kept, kept)
-    left, right = through(metric, slab.forms, layer_collection)
+    left, right = _through(metric, slab.forms, layer_collection)
     return Sides(tape(left), tape(right))
 
 
@@ -105,9 +105,29 @@ def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
 
 
 @unrecorded
-def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
-    """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
-    left = left_of(metric, found, layer_collection)
+def through(matrix: Any, found: Forms) -> tuple[Forms, Forms]:
+    """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through a PMat."""
+    return _through(matrix.root, found, matrix.layer_collection)
+
+
+@unrecorded
+def left_of(matrix: Any, found: Forms) -> Forms:
+    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
+    return _left_of(matrix.root, found, matrix.layer_collection)
+
+
+def check_separate(matrix: Any) -> None:
+    """Raise ``ValueError`` if a PMat has a block over several layers."""
+    root = matrix.root
+    if not isinstance(root, Direct) or any(len(layers) > 1 for _, layers in _parts(root, matrix.layer_collection)):
+        raise ValueError(
+            "GramMatrix: the metric couples layers, so there are no kernels of layers that sum to the whole: use "
+            "per_layer=False, or a metric with a block for each layer (PMatBlockDiag, PMatKFAC, ...)"
+        )
+
+
+def _through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
+    left = _left_of(metric, found, layer_collection)
     right: Forms = {}
     for part, layers in _parts(metric, layer_collection):
         if len(layers) == 1:
@@ -118,9 +138,7 @@ def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> t
     return left, right
 
 
-@unrecorded
-def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
-    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
+def _left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
     left = dict(found)
     for part, layers in _parts(metric, layer_collection):
         for name, layer in layers.items():
@@ -258,23 +276,23 @@ _PIECE = 2**19
 class Tape:
     """One side of a kernel: minibatches, held in memory, whose Jacobians are made again where they do not fit.
 
-    generator: of the Jacobians. batches: as the generator takes them. metric: between the sides. partners: how many
-    examples the other side has. limit: bytes that the Jacobians of neighbouring minibatches may take. runs:
+    generator: of the Jacobians. batches: as the generator takes them. matrix: a PMat between the sides. partners: how
+    many examples the other side has. limit: bytes that the Jacobians of neighbouring minibatches may take. runs:
     neighbouring minibatches that fit together, each with which examples it is.
     """
 
     def __init__(
-        self, generator: Generator, batches: Sequence[data.Batch], metric: Block | None, partners: int, limit: int
+        self, generator: Generator, batches: Sequence[data.Batch], matrix: Any, partners: int, limit: int
     ) -> None:
         self.generator = generator
-        self.metric = metric
+        self.metric: Block | None = None if matrix is None else matrix.root
         self.partners = partners
         self.plan = generator.plan(batches[0])
         self.batches = batches = data.Minibatches(map(self.plan.read, batches))
         one = next(slabs(generator, data.Minibatches([data.take(batches[0], torch.arange(1))]), self.plan))
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
-        each = max(1, predicted_bytes(one, metric, partners))
+        each = max(1, predicted_bytes(one, self.metric, partners))
         tile = budget(self.device) // 16 // self.dtype.itemsize  # entries
         self.runs = _runs(batches, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
 

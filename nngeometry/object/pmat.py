@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .. import arguments
-from ..blocks import Block, Direct, add, matmul
+from ..blocks import Block, Direct, Regul, Uniform, Varying, add, matmul
 from ..estimation import Estimation, OfJacobians, OfProducts, Source
 from ..estimation import Estimator as BlockEstimator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
-from ..matrix_free import single_product
+from ..registry import Registry, Unknown
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
 from .regul import Relative, regul_number
@@ -32,6 +32,9 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 Estimator = Callable[..., Any]
 
 
+CLASSES: Registry[PMat] = Registry("representation")
+
+
 class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
@@ -39,10 +42,8 @@ class PMat(VectorSpace):
     that it consists of. options: of the representation. Operations return new matrices and leave this one as it is.
     """
 
-    classes: ClassVar[dict[str, type[PMat]]] = {}
-
     def __init_subclass__(cls) -> None:
-        PMat.classes[cls.__name__] = cls
+        CLASSES.add(cls)
 
     def __init__(
         self,
@@ -98,7 +99,9 @@ class PMat(VectorSpace):
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
         """How this representation estimates a set of layers: one estimator for each of its blocks."""
-        raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
+        raise NotImplementedError(
+            f"{cls.__name__} cannot be estimated from data: use one of {', '.join(CLASSES.ours())}"
+        )
 
     # Products
 
@@ -113,18 +116,14 @@ class PMat(VectorSpace):
             self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
-        return v._like(self._mv(flat), self.layer_collection)
-
-    def _mv(self, flat: Tensor) -> Tensor:
-        with single_product():
-            return self.root.mv(flat)
+        return v._like(self.root.once(flat), self.layer_collection)
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
         """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
         to it.
         """
         flat = self._of(v)
-        return self._per_layer(flat * self._mv(flat), per_layer)
+        return self._per_layer(flat * self.root.once(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: ``(n,)``, summed over the outputs of each example, or
@@ -133,8 +132,45 @@ class PMat(VectorSpace):
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
         j = self._of(pfmap)
-        forms = (j * self._mv(j)).sum(-1)
+        forms = (j * self.root.once(j)).sum(-1)
         return forms.sum(0) if reduction == "sum" else forms
+
+    def matvec(self, V: Tensor) -> Tensor:
+        """``M`` times each row of a tensor ``(..., P)`` in flat parameter order, for algorithms that know nothing of
+        layers. Differentiable in V.
+
+        Raises ``ValueError`` for rows of another length, dtype or device.
+
+        >>> from nngeometry import PMatEye, linalg
+        >>> F = PMatEye(LayerCollection.from_model(torch.nn.Linear(2, 1)), scaling=2.0)
+        >>> F.matvec(torch.ones(2, 3))
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+        >>> linalg.eigsh(F.matvec, F.size(0), 1, like=F.like).values
+        tensor([2.])
+        """
+        if not isinstance(V, Tensor):
+            raise TypeError(f"matvec: expected a tensor (..., {self.size(0)}), got {arguments.described(V)}: use mv")
+        fitted = self._fitted(V)
+        if V.shape[-1:] != fitted.root.shape:
+            raise ValueError(f"matvec: expected rows of {self.size(0)} parameters, got a tensor {tuple(V.shape)}")
+        fitted._check_like(V)
+        return fitted.root.mv(V)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of its dtype, on its device: what algorithms make vectors like."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it equals its transpose, as a product of two matrices need not."""
+        return self.root.symmetric
+
+    @property
+    def definite(self) -> bool:
+        """Whether it is known to be positive semidefinite by how it is made, without a look at its eigenvalues."""
+        return self.root.definite
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
@@ -159,16 +195,16 @@ class PMat(VectorSpace):
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
         if not self.root.by_products:
-            x = self.root.solve(flat, r)
+            x = r.solve(self.root, flat)
         elif inverse is None:
-            x = self.root.iterate(flat, r, rtol)
+            x = self.root.iterate(flat, r.shift, rtol)
         else:
-            x = self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r))
+            x = self.root.iterate(flat, r.shift, rtol, lambda rows: r.solve(inverse, rows))
         return b._like(x, self.layer_collection)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
-        return self._with(self.root.inv(self._regul(regul)))
+        return self._with(self._regul(regul).inv(self.root))
 
     def pinv(self, cut: None = None, /, *, rtol: float | None = None, atol: float | None = None) -> PMat:
         """Pseudo-inverse. Eigenvalues up to ``atol``, or up to ``rtol`` times the largest, in magnitude count as zero;
@@ -185,7 +221,7 @@ class PMat(VectorSpace):
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
-        return self.root.logdet(self._regul(regul))
+        return self._regul(regul).logdet(self.root)
 
     # Spectrum
 
@@ -230,7 +266,7 @@ class PMat(VectorSpace):
     def sample(self, generator: torch.Generator | None = None) -> PVector:
         """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
         arguments.generator(generator)
-        (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
+        (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
     # Entries
@@ -308,13 +344,15 @@ class PMat(VectorSpace):
             }
             for layer in self.layer_collection.layers.values()
         ]
-        torch.save({"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+        name = CLASSES.name_of(type(self))
+        torch.save({"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}, path)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
         """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run.
 
-        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else.
+        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else, or has a block or
+        representation of yours whose module is not imported.
         """
         saved = read(path, device)
         try:
@@ -324,9 +362,12 @@ class PMat(VectorSpace):
                 packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
                 params = tuple((k, tuple(size)) for k, size in entry["params"])
                 layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
-            kind = PMat.classes.get(saved["class"], PMat)
-            found: PMat = kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+            found: PMat = CLASSES.find(saved["class"])._of_blocks(
+                LayerCollection(layers), Block.from_state(saved["root"])
+            )
             check_whole(found.root, found.layer_collection)
+        except Unknown as error:
+            raise ValueError(f"PMat.load: {path} cannot be read: {error}") from error
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise ValueError(f"PMat.load: the matrix in {path} is damaged ({reason}): save it again") from error
@@ -360,10 +401,7 @@ class PMat(VectorSpace):
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
                 f"products=60), got {arguments.described(estimator)}"
             )
-        return estimator(self.root.mv, self.size(0), like=self._like())
-
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+        return estimator(self.matvec, self.size(0), like=self.like)
 
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""
@@ -381,7 +419,7 @@ class PMat(VectorSpace):
         self._check_like(v, flat)
         return flat
 
-    def _check_like(self, v: FlatArray | PFMap, flat: Tensor | None = None) -> None:
+    def _check_like(self, v: FlatArray | PFMap | Tensor, flat: Tensor | None = None) -> None:
         values = v if flat is None else flat
         if values.device != self.device or values.dtype != self.dtype:
             raise ValueError(
@@ -405,7 +443,7 @@ class PMat(VectorSpace):
             )
         return other.root
 
-    def _regul(self, regul: RegulLike) -> float | Tensor:
+    def _regul(self, regul: RegulLike) -> Regul:
         if isinstance(regul, Mapping):
             missing = set(regul) ^ set(self.layer_collection)
             if missing:
@@ -419,8 +457,9 @@ class PMat(VectorSpace):
                 mean = float(traces[name]) / layer.numel() if isinstance(regul[name], Relative) else 1.0
                 value = regul_number(f"regul of layer {name!r}", regul[name], mean)
                 values.append(torch.full((layer.numel(),), value, dtype=self.dtype, device=self.device))
-            return torch.cat(values)
-        return regul_number("regul", regul, float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0)
+            return Varying(torch.cat(values))
+        mean = float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0
+        return Uniform(regul_number("regul", regul, mean))
 
     def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
         arguments.flag("per_layer", per_layer)
@@ -441,6 +480,9 @@ class PMat(VectorSpace):
         """A result: of the same representation if its blocks have the same structure, otherwise a plain PMat."""
         same = _structure(root) == _structure(self.root)
         return self._rebuild(root) if same else PMat(self.layer_collection, data=root)
+
+
+CLASSES.add(PMat)
 
 
 def _structure(root: Block) -> list[type[Block]]:

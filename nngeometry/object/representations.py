@@ -230,19 +230,18 @@ class PMatLowRank(PMat):
         iterations: int,
         generator: torch.Generator | None,
     ) -> PMatLowRank:
-        if not matrix.root.symmetric:
+        if not matrix.symmetric:
             raise ValueError(f"{cls.__name__}: the matrix is not symmetric, as a product of two matrices need not be")
-        like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
         with no_grad():
             near = algorithm(
-                matrix.root.mv,
+                matrix.matvec,
                 matrix.size(0),
                 rank,
                 oversampling=oversampling,
                 iterations=iterations,
                 probes=0,
                 generator=generator,
-                like=like,
+                like=matrix.like,
             )
         return cls(matrix.layer_collection, data=_direct([blocks.LowRank(near.vectors, near.values)]))
 
@@ -326,7 +325,7 @@ class PMatEye(PMat):
     def _fitted(self, like: Any) -> PMatEye:
         if (
             self._free is None
-            or not isinstance(like, PMat | PFMap | PVector)
+            or not isinstance(like, PMat | PFMap | PVector | torch.Tensor)
             or (like.dtype == self.dtype and like.device == self.device)
         ):
             return self
