@@ -314,8 +314,7 @@ class Generator(Evaluator):
         state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
         if state is not None:
             changes.append(state)
-        odd = plan is None and any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
-        if n == 1 or odd or (plan is not None and plan.normalises_one):
+        if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
         with self.running(*changes):
             f = self.outputs_of(batch)
