@@ -44,6 +44,7 @@ FLOORS = [
     ["layercollection"],
     ["evaluator", "recording", "remedies"],
     ["matrix_free"],
+    ["mixing"],
     ["generator"],
     ["estimation"],
     ["object"],
