@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from . import forms
-from .blocks import Block, Direct, Operator, Part, add
+from .blocks import Block, DirectSum, Operator, Part, add
 from .changes import no_grad, uninterrupted
-from .data import require_repeatable
-from .evaluator import counted
 from .forms import LayerJacobian
 from .generator import Observation, fold
 from .kinds import Packing
 from .layercollection import Layer, LayerCollection
+from .model.data import require_repeatable
+from .model.evaluator import counted
 
 #: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
 State = tuple[Any, ...]
@@ -409,7 +409,7 @@ class OfJacobians(Estimation):
                     mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
                     block = final.centre(block, mean.to(block.device, block.dtype))
                 parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
-        return Direct(tuple(parts))
+        return DirectSum(tuple(parts))
 
     def decay(self, weight: float) -> None:
         uninterrupted(self._sums.decay, weight)

@@ -13,40 +13,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, forms, remedies
-from .autograd import Pull, coarsest, nodes, operations_named
+from . import forms
 from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
-from .composites import OneExample, normalises_one, require_derivative
-from .evaluator import (
+from .derivatives.composites import OneExample, normalises_one, require_derivative
+from .derivatives.pulling import BatchedVJP, coarsest, nodes, operations_named
+from .forms import Gather, LayerJacobian, Outer
+from .kinds import is_ours
+from .kinds.generic import generic
+from .layercollection import Layer, LayerCollection, Site
+from .likelihood import Cotangents
+from .linearisation import gauss_newton
+from .memory import BytesMade, chunk_length, slices, tuning
+from .model import data, remedies
+from .model.evaluator import (
     MIXES,
+    DryRun,
     Evaluator,
     State,
-    Trial,
     check_mode,
     check_same,
     counted,
     same_up_to_rounding,
     tolerance,
 )
-from .forms import Gather, LayerJacobian, Outer
-from .kinds import is_ours
-from .kinds.generic import generic
-from .layercollection import Layer, LayerCollection, Site
-from .likelihood import Cotangents
-from .matrix_free import gauss_newton
-from .memory import Made, chunk_length, grain, slices
-from .mixing import check_apart, every_other, powers, weighted
-from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
-from .refused import EXCLUDE, Refused, named
-from .structure import Structure
-from .weights import Weights
+from .model.mixing import check_apart, every_other, powers, weighted
+from .model.recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .model.refused import EXCLUDE, Refused, named
+from .model.structure import Structure
+from .model.weights import Weights
 
 #: From the output of the model, the minibatch and its position to the cotangents whose products with the Jacobian are
 #: streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
 #: The same of neighbouring minibatches laid end to end, from the position of the first; None if they cannot be taken
-#: together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+#: together. BytesMade of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
 SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
@@ -89,7 +90,7 @@ class Plan:
     aligned: bool
     axes: tuple[int, ...]
     whole: frozenset[data.Path] = frozenset()
-    trial: Trial | None = None
+    trial: DryRun | None = None
     looked: bool = True
     one: bool = False
     normalises_one: bool = False
@@ -159,7 +160,7 @@ class Generator(Evaluator):
         self.mean = mean
         self.seed = seed
         self.ignore_uncalled = layer_collection.ignore_uncalled
-        self._pull = Pull()
+        self._pull = BatchedVJP()
         #: What was found when the model was looked at last, and what it was then.
         self._looked: tuple[Structure, Plan] | None = None
         #: How many examples minibatches had that were found to keep them apart, with the axes of their tensors.
@@ -215,7 +216,7 @@ class Generator(Evaluator):
             return plan
 
         def made_of_two(batch: data.Batch) -> int:
-            trial = planned(batch, measure=True).trial or self.trial(batch)
+            trial = planned(batch, measure=True).trial or self.dry_run(batch)
             return trial.made * (1 + self._of_one(trial.output, trial.pair, start).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
@@ -363,7 +364,7 @@ class Generator(Evaluator):
         before = weights.norm()
         with self.running(weights.in_place, state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
-            with Made() if measure else nullcontext() as made:
+            with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
             f3, three = self._forward(sites, few[1], None)
             graph = list(nodes([f3]))
@@ -391,7 +392,7 @@ class Generator(Evaluator):
                 data.aligned(batch),
                 data.axes(batch),
                 data.whole(batch),
-                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
+                None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
             )
@@ -566,7 +567,7 @@ class Generator(Evaluator):
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         n, count = len(f), cotangents.count
-        busy = 1 if by_example else grain(f.device).busy  # inputs are looked at once, however few cotangents at a time
+        busy = 1 if by_example else tuning(f.device).busy  # inputs are looked at once, however few cotangents at a time
         step = chunk_length(per_cotangent * busy, count, f.device)
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)

@@ -73,7 +73,9 @@ ASKED = {
 @pytest.mark.parametrize("way", WAYS)
 def test_what_mixes_more_examples_only_is_named(way, when, asked):
     model, x = make(way, when)
-    with pytest.raises(ValueError, match=r"layer '(first|second)' .Linear.: the output for one example depends on the others"):
+    with pytest.raises(
+        ValueError, match=r"layer '(first|second)' .Linear.: the output for one example depends on the others"
+    ):
         ASKED[asked](model, x)
 
 

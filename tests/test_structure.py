@@ -43,7 +43,7 @@ FLOORS = [
     ["kinds", "blocks"],
     ["layercollection"],
     ["evaluator", "recording", "remedies"],
-    ["matrix_free"],
+    ["linearisation"],
     ["mixing"],
     ["generator"],
     ["estimation"],

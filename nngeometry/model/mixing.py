@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .changes import unrecorded
+from ..changes import unrecorded
 from .evaluator import APART, MIXED, tolerance
 from .recording import Call, Layout
 from .refused import Refused
