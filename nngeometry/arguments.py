@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import data
+from .model import data
 
 _HERE = str(Path(__file__).parent)
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from . import forms
 from .blocks import Block, Direct, Operator, Part, add
 from .changes import no_grad, uninterrupted
-from .data import require_repeatable
-from .evaluator import counted
 from .forms import LayerJacobian
 from .generator import Observation, fold
 from .kinds import Packing
 from .layercollection import Layer, LayerCollection
+from .model.data import require_repeatable
+from .model.evaluator import counted
 
 #: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
 State = tuple[Any, ...]

@@ -13,12 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, forms, remedies
-from .autograd import Pull, coarsest, nodes, operations_named
+from . import forms
 from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
-from .composites import OneExample, normalises_one, require_derivative
-from .evaluator import (
+from .derivatives.composites import OneExample, normalises_one, require_derivative
+from .derivatives.pulling import Pull, coarsest, nodes, operations_named
+from .forms import Gather, LayerJacobian, Outer
+from .kinds import is_ours
+from .kinds.generic import generic
+from .layercollection import Layer, LayerCollection, Site
+from .likelihood import Cotangents
+from .matrix_free import gauss_newton
+from .memory import Made, chunk_length, grain, slices
+from .model import data, remedies
+from .model.evaluator import (
     APART,
     MIXED,
     MIXES,
@@ -31,17 +39,10 @@ from .evaluator import (
     same_up_to_rounding,
     tolerance,
 )
-from .forms import Gather, LayerJacobian, Outer
-from .kinds import is_ours
-from .kinds.generic import generic
-from .layercollection import Layer, LayerCollection, Site
-from .likelihood import Cotangents
-from .matrix_free import gauss_newton
-from .memory import Made, chunk_length, grain, slices
-from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
-from .refused import EXCLUDE, Refused, named
-from .structure import Structure
-from .weights import Weights
+from .model.recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .model.refused import EXCLUDE, Refused, named
+from .model.structure import Structure
+from .model.weights import Weights
 
 #: From the output of the model, the minibatch and its position to the cotangents whose products with the Jacobian are
 #: streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from the position).

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .blocks import Block
 from .generator import Generator
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget
+from .model import data
 from .object import FMatDense, FMatImplicit, PMat
 from .object.fspace import FMat, root_of_products
 from .object.implicit import diagonal_of_gram

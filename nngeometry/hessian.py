@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .blocks import Operator
-from .evaluator import Evaluator, same_up_to_rounding
 from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .losses import Loss, OwnLoss, output_loss
+from .losses.targets import Targets, selected
 from .matrix_free import Products, Total, hessian
 from .memory import work_array
 from .metrics import Representation
+from .model import data
+from .model.evaluator import Evaluator, same_up_to_rounding
 from .object import PMat
 from .object.finite_difference import Differences
-from .targets import Targets, selected
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data
 from .blocks import Direct, LowRank, Part
 from .generator import Generator, Observation, fold, rowwise
 from .hessian import GGN
@@ -16,6 +15,7 @@ from .kinds import Packing
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .metrics import Representation
+from .model import data
 from .object import PMat, PMatImplicit, PMatLowRank
 
 

@@ -12,11 +12,11 @@ from . import arguments
 from .changes import unrecorded
 from .generator import Generator
 from .losses import Loss
+from .losses.targets import Targets
 from .metrics import gradient_source
 from .object import PFMapFactored, PMat, Relative
 from .object.kernel import Slab, dense_forms, left_of, slabs, through, tile
 from .object.layouts import Traced
-from .targets import Targets
 
 
 class Influence:

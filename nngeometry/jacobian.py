@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
+from .model import data
 from .object.map import PFMap, PFMapDense
 
 MapRepresentation = type[PFMapDense] | Any

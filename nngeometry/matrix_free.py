@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from . import data
-from .autograd import Pull, accumulate, nodes, operations_named
 from .changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
-from .derivatives import Bent, CheapDerivatives, Pulled, Value
-from .evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
+from .derivatives.cheap import Bent, CheapDerivatives, Pulled, Value
+from .derivatives.pulling import Pull, accumulate, nodes, operations_named
 from .memory import budget, chunk_length
-from .weights import Weights
+from .model import data
+from .model.evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
+from .model.weights import Weights
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
 Product = Callable[[Tensor, Tensor], None]

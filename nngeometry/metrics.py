@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .changes import trainable
-from .evaluator import State, check_mode
 from .generator import CotangentFunction, Curvature, Generator, Observation, Plan, SeveralCotangents, rowwise
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of
 from .losses import Loss, OwnLoss, example_loss, loss_gradient
+from .losses.targets import Targets, selected
+from .model import data
+from .model.evaluator import State, check_mode
 from .object.kernel import dense_forms
 from .object.pmat import PMat
-from .targets import Targets, selected
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]

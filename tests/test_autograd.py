@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nngeometry import memory
-from nngeometry.autograd import Pull
+from nngeometry.derivatives.pulling import Pull
 
 
 @pytest.fixture(params=[memory.CPU, memory.ACCELERATOR], ids=["cpu", "accelerator"], autouse=True)

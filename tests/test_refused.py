@@ -171,7 +171,7 @@ def fisher(f, parameters):
 
 
 def refused(model, x, **how):
-    with pytest.raises(nngeometry.refused.Refused) as error:
+    with pytest.raises(nngeometry.model.refused.Refused) as error:
         FIM(model, x, PMatDiag, **how)
     return str(error.value)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from ..autograd import NO_BATCHING_RULE
 from ..changes import Borrowed, Change, Changed, entered, recording, uninterrupted, warnings_ignored
-from ..composites import OneExample
+from ..derivatives.composites import OneExample
+from ..derivatives.pulling import NO_BATCHING_RULE
 from ..forms import Lazy
-from ..recurrent import recurrent_without_cudnn
-from ..refused import EXCLUDE, Refused, named
+from ..model.recurrent import recurrent_without_cudnn
+from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.

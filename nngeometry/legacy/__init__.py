@@ -15,12 +15,7 @@ from torch import nn  # noqa: F401
 from .. import gram, hessian, metrics
 from . import coordinates, function_space, layout, matrices, mixed, sources
 from .names import attach, warn
-from .sources import (
-    DummyGenerator,
-    TorchFuncHessianBackend,
-    TorchFuncJacobianBackend,
-    TorchHooksJacobianBackend,
-)
+from .sources import DummyGenerator, TorchFuncHessianBackend, TorchFuncJacobianBackend, TorchHooksJacobianBackend
 from .tools import cg, display_correl, get_n_parameters, grad, kronecker
 
 __all__ = [

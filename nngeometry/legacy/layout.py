@@ -14,16 +14,7 @@ from torch import Tensor
 from ..blocks import Block, Dense, Diag, Direct, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
-from ..object import (
-    PMat,
-    PMatBlockDiag,
-    PMatDense,
-    PMatDiag,
-    PMatEKFAC,
-    PMatKFAC,
-    PMatLowRank,
-    PMatQuasiDiag,
-)
+from ..object import PMat, PMatBlockDiag, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC, PMatLowRank, PMatQuasiDiag
 from .coordinates import EmbeddingLayer
 from .names import attach
 

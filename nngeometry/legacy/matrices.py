@@ -13,16 +13,7 @@ from torch import Tensor
 from ..blocks import Block, Spectral
 from ..generator import Generator
 from ..layercollection import LayerCollection
-from ..object import (
-    PMat,
-    PMatDense,
-    PMatEKFAC,
-    PMatEye,
-    PMatKFAC,
-    PMatLowRank,
-    PMatMixed,
-    PVector,
-)
+from ..object import PMat, PMatDense, PMatEKFAC, PMatEye, PMatKFAC, PMatLowRank, PMatMixed, PVector
 from .layout import get_data, layout_of, make_kfac, parts_of, set_data
 from .mixed import rules_of, sub_pmats
 from .names import attach, renamed, warn

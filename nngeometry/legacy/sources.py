@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import blocks, data, generator, gram, hessian, likelihood, metrics
+from .. import blocks, generator, gram, hessian, likelihood, metrics
 from ..blocks import Block
 from ..changes import Borrowed
-from ..evaluator import State
 from ..generator import Generator
 from ..hessian import LossCurvature
 from ..layercollection import LayerCollection
 from ..losses import output_loss
+from ..losses.output import ByExample
+from ..model import data
+from ..model.evaluator import State
+from ..model.weights import Weights
 from ..object import (
     FMatDense,
     FVector,
@@ -37,8 +40,6 @@ from ..object import (
     PMatQuasiDiag,
     PVector,
 )
-from ..outputloss import ByExample
-from ..weights import Weights
 from .layout import make_lowrank
 from .names import attach, warn
 

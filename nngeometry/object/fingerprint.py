@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import data
 from ..blocks import Block
 from ..changes import no_grad
 from ..layercollection import LayerCollection
+from ..model import data
 from .kernel import Kernel, Tape, sides, slabs, tile
 
 #: The version of what is written.

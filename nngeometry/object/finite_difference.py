@@ -14,11 +14,11 @@ from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import data
-from ..evaluator import Evaluator, State, counted, same_entries
 from ..matrix_free import INDEPENDENT, Linearisations, Total, split_like
 from ..memory import nbytes_of
-from ..weights import WRITES_WEIGHTS
+from ..model import data
+from ..model.evaluator import Evaluator, State, counted, same_entries
+from ..model.weights import WRITES_WEIGHTS
 
 #: From one step to the next.
 _RATIO = 4

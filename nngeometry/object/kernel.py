@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import data, forms
+from .. import forms
 from ..blocks import Block, Diag, Direct, Eye, Kron, Part, Spectral
 from ..changes import no_grad, unrecorded
 from ..forms import Gather, LayerJacobian, Outer
@@ -18,6 +18,7 @@ from ..generator import Generator, Plan
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..memory import budget, require, slices
+from ..model import data
 from .layouts import Layout
 
 Forms = dict[str, LayerJacobian]

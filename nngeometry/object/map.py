@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, data, forms
+from .. import arguments, forms
 from ..blocks import Block
 from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..matrix_free import jacobians
 from ..memory import chunk_length, require
-from ..weights import Weights
+from ..model import data
+from ..model.weights import Weights
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
+from ..model import data
 from .fingerprint import differences, fingerprint, is_fingerprint
 from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .autograd import Pull
-from .changes import Changed, recording
-from .memory import chunk_length, slices
+from ..changes import Changed, recording
+from ..derivatives.pulling import Pull
+from ..memory import chunk_length, slices
 
 #: How many products the sign of the eigenvalues is looked at with.
 _LOOKS = 8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data
+from ..model import data
 
 #: What a loss receives of a minibatch: an entry, several, or a function of the minibatch that returns one target or a
 #: tuple of them. None for all elements after the first, or the whole minibatch if it is not a tuple or list.

@@ -1,4 +1,4 @@
-"""The operations of which :mod:`nngeometry.derivatives` has the derivative, its transpose and what bends it."""
+"""The operations of which :mod:`nngeometry.derivatives.cheap` has the derivative, its transpose and what bends it."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from .changes import Borrowed, Change, warnings_ignored
-from .kinds import declared_whole
-from .layercollection import LayerCollection
-from .memory import nbytes_of
+from ..changes import Borrowed, Change, warnings_ignored
+from ..kinds import declared_whole
+from ..layercollection import LayerCollection
+from ..memory import nbytes_of
 from .refused import EXCLUDE, Refused
 
 #: Raises unless Jacobians of the layers of a collection can be had.

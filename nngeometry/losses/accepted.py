@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
-from .likelihood import Categorical, Cotangents
-from .outputloss import ByExample, OutputLoss
+from ..likelihood import Categorical, Cotangents
+from ..model import data
+from .of_torch import check_reduction, check_twice, of_torch
+from .output import ByExample, OutputLoss
 from .targets import check_count, check_range, class_indices, shape_of
-from .torchlosses import check_reduction, check_twice, of_torch
 
 __all__ = ["Loss", "OutputLoss", "OwnLoss", "TokenCrossEntropy", "example_loss", "loss_gradient", "output_loss"]
 

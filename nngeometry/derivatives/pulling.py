@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .changes import Borrowed, uninterrupted, warnings_ignored
-from .memory import grain
+from ..changes import Borrowed, uninterrupted, warnings_ignored
+from ..memory import grain
 
 
 class Pull:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import arguments, data
-from .apart import called_apart
-from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
-from .layercollection import LayerCollection
-from .memory import Made, keep_freed, nbytes_of, work_array
+from .. import arguments
+from ..changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
+from ..layercollection import LayerCollection
+from ..memory import Made, keep_freed, nbytes_of, work_array
+from . import data
+from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data
-from .batch import columns
-from .changes import Changed, no_grad, recording
+from ..changes import Changed, no_grad, recording
+from ..likelihood import Cotangents
+from ..memory import budget, slices
+from ..model import data
+from ..model.batch import columns
 from .convex import OutputHessian
-from .likelihood import Cotangents
-from .memory import budget, slices
 from .targets import shape_of
 
 

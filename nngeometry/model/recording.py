@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from .changes import Change, forward_hook
-from .layercollection import Site
+from ..changes import Change, forward_hook
+from ..layercollection import Site
 from .refused import EXCLUDE, Refused, named
 
 
