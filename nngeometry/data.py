@@ -316,7 +316,7 @@ _PLAIN = (tuple, list, dict)
 def _accepts(function: Any, k: int) -> bool:
     """Whether a function can be called with k positional arguments, as far as it tells."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
     except (TypeError, ValueError):
         return True
     try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, forms
+from . import arguments, data, forms
 from .autograd import Pull, nodes, operations_named
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .composites import OneExample, normalises_one, require_derivative
@@ -129,6 +129,11 @@ class Generator(Evaluator):
         together: SeveralCotangents | None = None,
     ) -> None:
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
+        if not callable(cotangents):
+            raise TypeError(
+                f"cotangents: expected a function of outputs, the minibatch and its position, got "
+                f"{arguments.described(cotangents)}: e.g. lambda f, batch, k: Gaussian().sqrt(f)"
+            )
         self.cotangents = cotangents
         self.centred = centred
         self._closed = curvature
@@ -176,7 +181,7 @@ class Generator(Evaluator):
 
         def made_of_two(batch: data.Batch) -> int:
             trial = planned(batch, measure=True).trial or self.trial(batch)
-            return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
+            return trial.made * (1 + _made(self.cotangents(trial.output, trial.pair, 0)).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
@@ -186,9 +191,9 @@ class Generator(Evaluator):
     def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         """The cotangents of minibatches laid end to end, None if their numbers differ."""
         if self._together is not None:
-            return self._together(f, batches, position)
+            return _made(self._together(f, batches, position))
         own = zip(data.split(f, batches), batches, strict=True)
-        each = [self.cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
+        each = [_made(self.cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
         return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
@@ -202,7 +207,7 @@ class Generator(Evaluator):
             if cotangents is not None:
                 return self._curvature(f, u, cotangents)
             own = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
-            each = [(g, v, self.cotangents(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
+            each = [(g, v, _made(self.cotangents(g, batch, position + k))) for k, (g, v, batch) in enumerate(own)]
             return torch.cat([self._curvature(g, v, c) for g, v, c in each])
 
         return product
@@ -694,3 +699,13 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         return layer.packing.pack(torch.cat(pieces, -1))
 
     return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)
+
+
+def _made(found: Any) -> Cotangents:
+    """What a likelihood or the user's function gives as cotangents, checked to be some."""
+    if not isinstance(found, Cotangents):
+        raise TypeError(
+            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, n, *outputs)"
+        )
+    return found

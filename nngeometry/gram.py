@@ -35,6 +35,7 @@ OUTPUTS: dict[str, type[Layout]] = {
 }
 
 
+@arguments.called_as
 def GramMatrix(
     model: nn.Module,
     loader: Any,

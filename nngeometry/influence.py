@@ -45,6 +45,7 @@ class Influence:
     Source: Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
     """
 
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,

@@ -24,6 +24,7 @@ from .targets import Targets, selected
 Representation = Callable[..., Any]
 
 
+@arguments.called_as
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -82,6 +83,7 @@ def FIM(
     )
 
 
+@arguments.called_as
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
@@ -122,6 +124,7 @@ def FIM_MonteCarlo(
     )
 
 
+@arguments.called_as
 def EmpiricalFisher(
     model: nn.Module,
     loader: Any,
@@ -158,6 +161,7 @@ def EmpiricalFisher(
     )
 
 
+@arguments.called_as
 def GradientCovariance(
     model: nn.Module,
     loader: Any,

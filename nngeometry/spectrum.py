@@ -170,6 +170,7 @@ class Spectrum:
         return share * value + exact / self.size, share * error
 
 
+@arguments.called_as
 def spectral_density(
     F: PMat,
     *,
@@ -263,6 +264,7 @@ class ExtremePairs:
     products: int
 
 
+@arguments.called_as
 def extreme_eigenpairs(
     F: PMat, k: int, which: Which = "largest", *, verbose: bool = False, **options: Any
 ) -> ExtremePairs:
@@ -324,3 +326,7 @@ def _positive(given: float | None, default: float) -> float:
 
 def _grid(low: float, high: float, width: float) -> Tensor:
     return torch.linspace(low, high, min(_MOST, 2 + ceil(_POINTS * (high - low) / width)), dtype=torch.float64)
+
+
+#: The examples of functions that stand wrapped above, for doctest to find.
+__test__ = {f.__name__: f.__doc__ or "" for f in (spectral_density, extreme_eigenpairs)}

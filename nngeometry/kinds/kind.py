@@ -212,6 +212,9 @@ def whole(*types: type[nn.Module]) -> None:
     >>> whole(Block)
     """
     for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"whole: {t!r} is not a type of modules: pass the class of the module, whole(type(module))")
+    for t in types:
         _TABLE[t] = _WHOLE
 
 

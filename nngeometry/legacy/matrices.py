@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..blocks import Block, Spectral
 from ..generator import Generator
 from ..layercollection import LayerCollection
@@ -43,6 +44,11 @@ def _constructor(init: Callable[..., None]) -> Callable[..., None]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         source, value = given.get("generator"), given.get("data")
         if "layer_collection" not in given and source is not None:
+            if not hasattr(source, "layer_collection"):
+                raise TypeError(
+                    f"{kind.__name__}: generator: expected a Generator, got {arguments.described(source)}: use "
+                    "FIM(model, loader, representation) and the like"
+                )
             warn(f"{kind.__name__}(generator, ...)", f"{kind.__name__}(layer_collection, generator, ...)")
             given["layer_collection"] = source.layer_collection
         lc: Any = given.get("layer_collection")

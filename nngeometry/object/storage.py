@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import arguments, data
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
 from .fingerprint import differences, fingerprint, is_fingerprint
@@ -67,6 +67,7 @@ class FMatMemmap(FMat):
     @classmethod
     def at(cls, path: str | Path) -> Any:
         """The representation with its files in a folder, which is made if it is missing."""
+        arguments.path("FMatMemmap.at: path", path, "the folder of the kernel's files")
         return partial(cls.fill, Path(path))
 
     @classmethod
