@@ -133,10 +133,12 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {described(value)}")
 
 
-def dtype(value: Any) -> None:
-    """Raise ``TypeError`` unless it is a dtype of torch, or None."""
+def dtype(value: Any, real: bool = False) -> None:
+    """Raise ``TypeError`` unless it is a dtype of torch, or None. real: it must be one of real numbers."""
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype such as torch.float64, got {described(value)}")
+    if real and value is not None and not value.is_floating_point:
+        raise TypeError(f"dtype: expected one of real numbers such as torch.float64, got {value}")
 
 
 def path(name: str, value: Any, remedy: str) -> None:
@@ -154,7 +156,11 @@ def unfit(sign: str, left: Any, right: Any, remedy: str) -> Any:
     another class that may know what to do, as Python asks for. Otherwise raises ``TypeError``.
     """
     of = type(right).__module__.partition(".")[0]
-    if of not in ("builtins", "torch", "numpy") and hasattr(type(right), f"__{_REFLECTED[sign]}__"):
+    if (
+        of not in ("builtins", "torch", "numpy")
+        and type(right) is not type(left)
+        and hasattr(type(right), f"__{_REFLECTED[sign]}__")
+    ):
         return NotImplemented
     return refuse(sign, left, right, remedy)
 
@@ -319,9 +325,9 @@ def _check_options(kind: type, options: dict[str, Any], matrix: Callable[..., An
         raise TypeError(f"{matrix.__name__}: unknown option {name!r}{near(name, known | every)}{of_all}")
 
 
-def keywords(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
-    """Raise ``TypeError`` for an option that a function does not take."""
-    known = inspect.signature(function).parameters
+def keywords(name: str, function: Callable[..., Any], options: Iterable[str], given: Iterable[str] = ()) -> None:
+    """Raise ``TypeError`` for an option that a function does not take, or is given already."""
+    known = [n for n in inspect.signature(function).parameters if n not in given]
     for option in options:
         if option not in known:
             raise TypeError(f"{name}: unknown option {option!r}{near(option, known)}")
@@ -447,7 +453,7 @@ def inputs(batch: Any, dtype: torch.dtype, error: Exception) -> None:
             f"the minibatch holds {what}, the model computes in {dtype} ({error}): cast one of them, x.to({dtype})"
         ) from error
     text = str(error).strip()
-    if type(error) not in (RuntimeError, IndexError) or not _OF_SHAPES.search(text):
+    if type(error) not in (RuntimeError, IndexError, AssertionError) or not _OF_SHAPES.search(text):
         return
     shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in data.tensors_of(batch)) or "without tensors"
     raise type(error)(
@@ -457,4 +463,4 @@ def inputs(batch: Any, dtype: torch.dtype, error: Exception) -> None:
 
 
 #: What torch says of operands that do not fit together.
-_OF_SHAPES = re.compile(r"shape|\bsizes?\b|dimension|channels|index out of range in self")
+_OF_SHAPES = re.compile(r"shape|\bsizes?\b|dimension|elements|channels|index out of range in self")

@@ -113,6 +113,7 @@ class Generator(Evaluator):
     (5, torch.Size([2, 5, 1, 2, 4]))
     """
 
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,
@@ -485,6 +486,11 @@ class Generator(Evaluator):
     ) -> Iterator[Observation]:
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
+            if s.shape[1:] != f.shape:
+                raise ValueError(
+                    f"cotangents of shape {tuple(s.shape)} for outputs {tuple(f.shape)}: a Likelihood and the function "
+                    "of a Generator return Cotangents.of(s) with s of shape (C, *outputs)"
+                )
             n, counted = (0, 0.0) if c.start else (len(f), weight)
             last = c.stop == cotangents.count
             # Not kept here, so that who receives it can let go of it.
@@ -706,6 +712,6 @@ def _made(found: Any) -> Cotangents:
     if not isinstance(found, Cotangents):
         raise TypeError(
             f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
-            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, n, *outputs)"
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
         )
     return found

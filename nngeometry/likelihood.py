@@ -166,6 +166,7 @@ class Categorical(Likelihood):
 
     def __post_init__(self) -> None:
         arguments.integer("Categorical: dim", self.dim, least=-(2**62))
+        arguments.flag("Categorical: positions", self.positions)
 
     def _rows(self, f: Tensor) -> Tensor:
         """``(B, positions, K)``."""

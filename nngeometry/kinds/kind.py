@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..arguments import described
 from ..forms import LayerJacobian, Places
 
 
@@ -188,14 +189,20 @@ def kind(
     """
     for t in types:
         if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"kind: {t!r} is not a type of modules: write @kind(TheModule, ...) above the function")
+            raise TypeError(f"kind: {described(t)} is not a type of modules: write @kind(TheModule, ...) above it")
     if not types:
         raise TypeError("kind: name the types of modules: write @kind(TheModule, ...) above the function")
+    if packing is not None and not callable(packing):
+        raise TypeError(f"kind: packing: expected a function of the module, got {described(packing)}")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"kind: parameters={parameters!r}: expected the names of parameters")
     names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"kind: parameters={parameters!r} must be different names of parameters")
 
     def register(function: KindFunction) -> KindFunction:
+        if not callable(function):
+            raise TypeError(f"kind: expected a function (module, gy, *inputs), got {described(function)}")
         _register_imported()
         for t in types:
             _TABLE[t] = Kind(function, packing, kronecker, features_last, parameters=names)
@@ -213,7 +220,7 @@ def whole(*types: type[nn.Module]) -> None:
     """
     for t in types:
         if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"whole: {t!r} is not a type of modules: pass the class of the module, whole(type(module))")
+            raise TypeError(f"whole: got {described(t)}: pass the type of the module, whole(type(module))")
     for t in types:
         _TABLE[t] = _WHOLE
 

@@ -54,6 +54,8 @@ def _of_generator(init: Callable[..., None], name: str, new: str) -> Callable[..
         source: Any = given.get("generator")
         value, examples = given.get("data"), given.get("examples")
         lc = given.get("layer_collection")
+        if source is None and (value is None or lc is None):
+            raise TypeError(f"{name}: there are no entries and no generator of them: use {new}")
         lc = source.layer_collection if lc is None else lc
         if value is not None:
             found = _kernel_of(value) if isinstance(self, FMat) else PFMapDense(lc, value)
@@ -231,6 +233,7 @@ def _kernel_from_the_left(self: FMat, other: Any) -> FVector:
 
 def _kernel_power(self: FMat, exponent: int) -> FMatDense:
     """``K ** n`` for an integer."""
+    arguments.integer("**: the exponent of a kernel", exponent, least=-(2**31))
     entries = self.to_torch()
     power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
     return _kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))

@@ -189,7 +189,9 @@ def eigsh(
     Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22. That a random start misses no end of the spectrum:
     Kuczynski and Wozniakowski (1992), ibid. 13.
     """
-    arguments.integer("eigsh: k", k, least=1)
+    for name, value in (("k", k), ("block", block), ("max_products", max_products)):
+        if value is not None or name != "max_products":
+            arguments.integer(f"eigsh: {name}", value, least=1)
     if not 1 <= k <= size:
         raise ValueError(f"eigsh: expected 1 <= k <= {size}, got {k}")
     if which not in ("largest", "smallest", "both", "magnitude"):

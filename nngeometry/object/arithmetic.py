@@ -57,6 +57,12 @@ class VectorSpace:
     def __rtruediv__(self, other: Any) -> Any:
         arguments.refuse("/", other, self, self._remedy)
 
+    def __pow__(self, other: Any) -> Any:
+        return arguments.unfit("**", self, other, self._remedy)
+
+    def __rpow__(self, other: Any) -> Any:
+        arguments.refuse("**", other, self, self._remedy)
+
     def __rmatmul__(self, other: Any) -> Any:
         arguments.refuse("@", other, self, self._remedy)
 

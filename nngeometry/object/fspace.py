@@ -323,7 +323,7 @@ class FMat(VectorSpace):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FMat:
         """The same matrix on another device or in another dtype."""
         arguments.device(device)
-        arguments.dtype(dtype)
+        arguments.dtype(dtype, real=True)
         return self._with(self.root.map(lambda t: t.to(device=device, dtype=dtype)), self.layout)
 
     def __repr__(self) -> str:

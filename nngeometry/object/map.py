@@ -405,6 +405,8 @@ class PFMapFactored(PFMap):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
         """The same map on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._each(lambda f: f.to(device, dtype))
 
     def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
@@ -504,6 +506,8 @@ class PFMapImplicit(PFMap):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapImplicit:
         """The same map in another dtype, on the device where its model is."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         if device is not None and torch.device(device) != self.device:
             raise ValueError("a map known by its products stays where its model is: move the model and build it again")
         there = self.dtype if dtype is None else dtype

@@ -289,7 +289,7 @@ class PMat(VectorSpace):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same matrix on another device or in another dtype."""
         arguments.device(device)
-        arguments.dtype(dtype)
+        arguments.dtype(dtype, real=True)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
     def save(self, path: str | Path) -> None:
@@ -310,7 +310,12 @@ class PMat(VectorSpace):
             }
             for layer in self.layer_collection.layers.values()
         ]
-        torch.save({"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+        saved = {"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}
+        if hasattr(path, "write"):
+            torch.save(saved, path)
+            return
+        with open(path, "wb") as file:  # an error of a missing folder or a lack of permission names the path
+            torch.save(saved, file)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:

@@ -306,6 +306,12 @@ class PMatEye(PMat):
         device: torch.device | str | None = None,
     ) -> None:
         if data is None and examples is None:
+            arguments.instance(
+                "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
+            )
+            scaling = arguments.number("PMatEye: scaling", scaling)
+            arguments.device(device)
+            arguments.dtype(dtype, real=True)
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
             data = blocks.Direct((blocks.Part(((0, p),), Packing.flat(p), eye),))

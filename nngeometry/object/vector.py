@@ -87,6 +87,9 @@ class Array:
     def __pow__(self, other: Any) -> Self:
         return self._binary(other, "**", lambda a, b: a**b)
 
+    def __rpow__(self, other: Any) -> Any:
+        arguments.refuse("**", other, self, self._remedy)
+
     def __neg__(self) -> Self:
         return self._like(-self._flat)
 
@@ -94,6 +97,8 @@ class Array:
         operand = self._operand(other)
         if operand is NotImplemented:
             return NotImplemented
+        if isinstance(other, Array) and other._flat.ndim > self._flat.ndim:
+            raise ValueError(f"{arguments.described(other)} does not fit into {arguments.described(self)} in place")
         fn(self._flat, operand)
         return self
 
@@ -115,6 +120,8 @@ class Array:
 
     def norm(self, p: float = 2) -> Tensor:
         """The p-norm of all entries, for every p (``float("inf")`` included)."""
+        if arguments.scalar(p) is None:
+            raise TypeError(f"norm: p: expected a number, got {arguments.described(p)}")
         return torch.linalg.vector_norm(self._flat, p)
 
     def clone(self) -> Self:
@@ -162,6 +169,7 @@ class FlatArray(Array):
 
     def on(self, layer_collection: LayerCollection) -> Self:
         """The part on some of the layers. Raises ``ValueError`` for a layer that this one does not have."""
+        arguments.instance("layer_collection", layer_collection, LayerCollection, "take part of one with select(...)")
         for name, layer in layer_collection.layers.items():
             if name not in self.layer_collection or self.layer_collection[name] != layer:
                 check_same_space(layer_collection, self.layer_collection, arguments.name_of(self))
@@ -390,6 +398,7 @@ class FVector(Array):
         return f"FVector of {c} outputs of {n} examples, {self._flat.dtype}"
 
 
+@arguments.called_as
 def random_pvector(
     layer_collection: LayerCollection,
     device: torch.device | str | None = None,
@@ -431,6 +440,8 @@ def _flatten(layer_collection: LayerCollection, values: Mapping[str, tuple[Tenso
         raise ValueError(f"dict_repr: its layers are not those of the collection; the difference is {odd}")
     pieces = []
     for name, layer in layer_collection.layers.items():
+        if not isinstance(values[name], tuple | list) or not all(isinstance(v, Tensor) for v in values[name]):
+            raise TypeError(f"dict_repr: layer {name!r}: expected a tuple of tensors, one for each of its parameters")
         shapes = [shape for _, shape in layer.params]
         found = [tuple(v.shape) for v in values[name]]
         if found != shapes:
