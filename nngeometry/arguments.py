@@ -201,14 +201,16 @@ def _problem_of_call(function: Callable[..., Any], args: tuple[Any, ...], option
     """What is wrong with arguments that a function does not take."""
     name = function.__qualname__.removesuffix(".__init__")
     parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in ("self", "cls")}
-    unknown = next((option for option in options if option not in parameters), None)
-    try:
-        inspect.signature(function).bind(*args, **options)
-        problem = "cannot be called so"
-    except TypeError as error:
-        problem = str(error)
-    hint = "" if unknown is None or "unexpected" not in problem else near(unknown, parameters)
-    return f"{name}: {problem}{hint}: it is called as {name}({', '.join(map(_shown, parameters.values()))})"
+    unknown = [option for option in options if option not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        problem = f"got an unexpected keyword argument {unknown[0]!r}{near(unknown[0], parameters)}"
+    else:
+        try:
+            inspect.signature(function).bind(*args, **options)
+            problem = "cannot be called like this"
+        except TypeError as error:
+            problem = str(error)
+    return f"{name}: {problem}: it is called as {name}({', '.join(map(_shown, parameters.values()))})"
 
 
 def _shown(parameter: inspect.Parameter) -> str:

@@ -114,7 +114,8 @@ class Gaussian(_Elementwise):
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        arguments.number("Gaussian: variance", self.variance, above=0.0)
+        if not arguments.number("Gaussian: variance", self.variance) > 0:
+            raise ValueError(f"Gaussian: variance must be positive, got {self.variance}")
 
     def scale(self, f: Tensor) -> Tensor:
         return torch.full_like(f, self.variance**-0.5)

@@ -92,8 +92,6 @@ class ByExample(OutputLoss):
             )
         if not values.is_floating_point() and values.requires_grad:
             raise TypeError(f"loss: expected real numbers, got {values.dtype}: return e.g. its absolute value")
-        if bool(values.detach().isnan().any()):
-            raise ValueError("loss: it is NaN for an example: check the targets of this minibatch")
         if f.requires_grad and not values.requires_grad:
             raise ValueError(
                 "loss: its values do not depend on the outputs as far as autograd knows (detached, counted or rounded "

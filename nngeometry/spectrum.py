@@ -331,7 +331,10 @@ def _progress(matvec: Matvec, verbose: bool) -> Iterator[Matvec]:
 
 
 def _positive(name: str, given: float | None, default: float) -> float:
-    return default if given is None else arguments.number(name, given, above=0.0)
+    value = default if given is None else arguments.number(name, given)
+    if not value > 0:
+        raise ValueError(f"{name}: it must be positive, got {value}")
+    return value
 
 
 def _check_grid(name: str, grid: Any) -> None:
