@@ -53,8 +53,8 @@ Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 
 @dataclass(frozen=True)
 class OfSeveral:
-    """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot be
-    taken together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+    """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot
+    be taken together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
     """
 
     function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
@@ -128,11 +128,12 @@ class Generator(Evaluator):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
     model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
-    ``(B, *out)``, the minibatch and its position to the s_c, or that as :func:`rowwise`, where those of an example
-    depend on its own output and targets alone, so that small minibatches can be taken together. centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c .
-    u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to what it counts in a mean, by
-    default its number of examples. mean: whether matrices are divided by the sum of that. seed: the position of the
-    first minibatch, from which random cotangents are drawn.
+    ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function, where those of an
+    example depend on its own output and targets alone, so that small minibatches can be taken together. centred:
+    matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by
+    the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of examples. mean:
+    whether matrices are divided by the sum of that. seed: the position of the first minibatch, from which random
+    cotangents are drawn.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
