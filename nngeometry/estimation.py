@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import forms
-from .blocks import Block, Direct, Operator, Part, add
+from .blocks import Block, DirectSum, Operator, Part, add
 from .changes import no_grad, uninterrupted
 from .forms import LayerJacobian
 from .generator import Observation, fold
@@ -409,7 +409,7 @@ class OfJacobians(Estimation):
                     mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
                     block = final.centre(block, mean.to(block.device, block.dtype))
                 parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
-        return Direct(tuple(parts))
+        return DirectSum(tuple(parts))
 
     def decay(self, weight: float) -> None:
         uninterrupted(self._sums.decay, weight)

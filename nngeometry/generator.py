@@ -17,22 +17,22 @@ from . import arguments, forms
 from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .derivatives.composites import OneExample, normalises_one, require_derivative
-from .derivatives.pulling import Pull, coarsest, nodes, operations_named
+from .derivatives.pulling import BatchedVJP, coarsest, nodes, operations_named
 from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .matrix_free import gauss_newton
-from .memory import Made, chunk_length, grain, slices
+from .linearisation import gauss_newton
+from .memory import BytesMade, chunk_length, slices, tuning
 from .model import data, remedies
 from .model.evaluator import (
     APART,
     MIXED,
     MIXES,
+    DryRun,
     Evaluator,
     State,
-    Trial,
     check_mode,
     check_same,
     counted,
@@ -54,7 +54,7 @@ Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 @dataclass(frozen=True)
 class OfSeveral:
     """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot
-    be taken together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+    be taken together. BytesMade of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
     """
 
     function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
@@ -100,7 +100,7 @@ class Plan:
     aligned: bool
     axes: tuple[int, ...]
     whole: frozenset[data.Path] = frozenset()
-    trial: Trial | None = None
+    trial: DryRun | None = None
     looked: bool = True
     one: bool = False
     normalises_one: bool = False
@@ -177,7 +177,7 @@ class Generator(Evaluator):
         self.mean = mean
         self.seed = seed
         self.ignore_uncalled = layer_collection.ignore_uncalled
-        self._pull = Pull()
+        self._pull = BatchedVJP()
         #: What was found when the model was looked at last, and what it was then.
         self._looked: tuple[Structure, Plan] | None = None
 
@@ -231,7 +231,7 @@ class Generator(Evaluator):
             return plan
 
         def made_of_two(batch: data.Batch) -> int:
-            trial = planned(batch, measure=True).trial or self.trial(batch)
+            trial = planned(batch, measure=True).trial or self.dry_run(batch)
             return trial.made * (1 + self._of_one(trial.output, trial.pair, start).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
@@ -379,7 +379,7 @@ class Generator(Evaluator):
         before = weights.norm()
         with self.running(weights.in_place, state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
-            with Made() if measure else nullcontext() as made:
+            with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
             f3, three = self._forward(sites, few[1], None)
             graph = list(nodes([f3]))
@@ -407,7 +407,7 @@ class Generator(Evaluator):
                 data.aligned(batch),
                 data.axes(batch),
                 data.whole(batch),
-                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
+                None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
             )
@@ -595,7 +595,7 @@ class Generator(Evaluator):
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         n, count = len(f), cotangents.count
-        busy = 1 if by_example else grain(f.device).busy  # inputs are looked at once, however few cotangents at a time
+        busy = 1 if by_example else tuning(f.device).busy  # inputs are looked at once, however few cotangents at a time
         step = chunk_length(per_cotangent * busy, count, f.device)
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)

@@ -20,10 +20,10 @@ from .model import data
 from .object import FMatDense, FMatImplicit, PMat
 from .object.fspace import FMat, root_of_products
 from .object.implicit import diagonal_of_gram
-from .object.kernel import Kernel, Tape, check_separate
-from .object.layouts import Diagonal, Full, Layout, Traced
+from .object.kernel import Kernel, KernelSide, check_separate
+from .object.kernel_layouts import Diagonal, Full, Layout, Traced
+from .object.kernel_storage import in_memory
 from .object.map import PFMap, PFMapImplicit
-from .object.storage import in_memory
 from .object.vector import check_same_space
 
 #: What ``output=`` accepts: which entries are kept.
@@ -166,8 +166,8 @@ class _Asked:
 def _entries(asked: _Asked, representation: Any, verbose: bool) -> dict[str, FMat]:
     n, m = (sum(map(data.count, batches)) for batches in (asked.examples, asked.examples2))
     limit = budget(asked.left.device) // 5  # for each side, and the rest for what it takes to make them
-    one = Tape(asked.left, asked.examples, asked.metric, m, limit)
-    two = None if asked.symmetric else Tape(asked.right, asked.examples2, asked.metric, n, limit)
+    one = KernelSide(asked.left, asked.examples, asked.metric, m, limit)
+    two = None if asked.symmetric else KernelSide(asked.right, asked.examples2, asked.metric, n, limit)
     layout, scale = asked.arranged((one.outputs, one.outputs if two is None else two.outputs), (n, m))
     fill: Callable[..., Any] = in_memory if representation is FMatDense else representation
     found: dict[str, FMat] = fill(Kernel(one, two, layout, asked.groups, scale), verbose=verbose)

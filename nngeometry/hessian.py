@@ -14,9 +14,9 @@ from .blocks import Operator
 from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
+from .linearisation import Products, Total, hessian
 from .losses import Loss, OwnLoss, output_loss
 from .losses.targets import Targets, selected
-from .matrix_free import Products, Total, hessian
 from .memory import work_array
 from .metrics import Representation
 from .model import data

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import Direct, LowRank, Part
+from .blocks import DirectSum, LowRank, Part
 from .generator import Generator, Observation, fold, rowwise
 from .hessian import GGN
 from .kinds import Packing
@@ -106,4 +106,4 @@ def ggn_by_class(
 
 def _low_rank(lc: LayerCollection, rows: Tensor, weights: Tensor) -> PMatLowRank:
     p = rows.shape[1]
-    return PMatLowRank(lc, data=Direct((Part(((0, p),), Packing.flat(p), LowRank(rows, weights)),)))
+    return PMatLowRank(lc, data=DirectSum((Part(((0, p),), Packing.flat(p), LowRank(rows, weights)),)))

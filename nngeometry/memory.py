@@ -20,7 +20,7 @@ _SHARE = 8
 
 
 @dataclass(frozen=True)
-class Grain:
+class Tuning:
     """The size of the pieces in which a sort of device works fastest.
 
     work_fraction: work arrays take at most the budget divided by that. busy: a work array divided by that keeps the
@@ -45,15 +45,15 @@ class Grain:
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Grain(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9, few_operations=False)
+CPU = Tuning(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9, few_operations=False)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
-ACCELERATOR = Grain(
+ACCELERATOR = Tuning(
     work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10, few_operations=True
 )
 _GRAINS = {"cpu": CPU}
 
 
-def grain(device: torch.device) -> Grain:
+def tuning(device: torch.device) -> Tuning:
     """How to cut work on a device into pieces."""
     return _GRAINS.get(device.type, ACCELERATOR)
 
@@ -101,12 +101,12 @@ def _cuda_memory(index: int) -> int:
 
 def work_array(device: torch.device) -> int:
     """How many bytes a temporary should have at most."""
-    return budget(device) // grain(device).work_fraction
+    return budget(device) // tuning(device).work_fraction
 
 
 def panel_bytes(device: torch.device) -> int:
     """How many bytes to make at a time of what is only read once."""
-    panel, most = grain(device).panel_bytes, work_array(device) // grain(device).busy
+    panel, most = tuning(device).panel_bytes, work_array(device) // tuning(device).busy
     return most if panel is None else min(panel, most)
 
 
@@ -155,7 +155,7 @@ def require(nbytes: int, what: str, remedy: str, device: torch.device) -> None:
         )
 
 
-class Made(TorchDispatchMode):
+class BytesMade(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make inside of a ``with`` block, views of others not included."""
 
     def __init__(self) -> None:

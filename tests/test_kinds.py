@@ -215,7 +215,7 @@ def test_inner_products_of_forms(positions, groups):
         outer = forms.Outer(torch.randn(examples, t, groups, 4), g)
         ids = torch.randint(-1, 4, (examples, t))
         gather = forms.Gather(ids, torch.randn(2, examples, t, 3).masked_fill((ids < 0)[..., None], 0.0), 4)
-        return [outer, forms.Dense(outer.dense()), outer.tape(5)], [gather, forms.Dense(gather.dense())]
+        return [outer, forms.Dense(outer.dense()), outer.prepared(5)], [gather, forms.Dense(gather.dense())]
 
     for left, right in zip(forms_of(5, positions[0]), forms_of(4, positions[1]), strict=True):
         for one in left:

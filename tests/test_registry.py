@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nngeometry import FIM, LayerCollection, PMat, PMatBlockDiag, PMatDiag, PMatKFAC, PVector, blocks
-from nngeometry.blocks import Block, Direct, Part
+from nngeometry.blocks import Block, DirectSum, Part
 from nngeometry.kinds import Packing
 from nngeometry.registry import Registry
 
@@ -69,7 +69,7 @@ def matrix_of(theirs, kind=PMat):
         Part(((4, 8),), Packing.flat(4), theirs.Dense(d[4:8], 2.0)),
         Part(((8, p),), Packing.flat(p - 8), theirs.Outer.Eye(torch.diag(d[8:]))),
     ]
-    return kind(lc, data=Direct(tuple(parts)))
+    return kind(lc, data=DirectSum(tuple(parts)))
 
 
 @pytest.mark.parametrize("representation", [PMatBlockDiag, PMatDiag, PMatKFAC])
@@ -94,7 +94,7 @@ def test_files_name_ours_shortly_and_theirs_by_module(theirs, tmp_path):
     M.save(tmp_path / "M.pt")
     saved = torch.load(tmp_path / "M.pt", weights_only=True)
     assert saved["class"] == "their_blocks.PMatDiag"
-    assert saved["root"]["block"] == "Direct"
+    assert saved["root"]["block"] == "DirectSum"
     names = [part["block"]["block"] for part in saved["root"]["parts"]]
     assert names == ["Diag", "their_blocks.Dense", "their_blocks.Outer.Eye"]
     G = PMat.load(tmp_path / "M.pt")
@@ -145,7 +145,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_itself_alone(tmp_path)
     lc = LayerCollection.from_model(nn.Linear(2, 1))
 
     def matrix(kind):
-        return PMat(lc, data=Direct((Part(((0, 3),), Packing.flat(3), kind(torch.ones(3))),)))
+        return PMat(lc, data=DirectSum((Part(((0, 3),), Packing.flat(3), kind(torch.ones(3))),)))
 
     once = matrix(define(2.0))
     once.save(tmp_path / "M.pt")
@@ -155,7 +155,7 @@ def test_a_class_that_is_defined_again_takes_the_place_of_itself_alone(tmp_path)
         once.save(tmp_path / "M.pt")  # it would be read as the other
     again.save(tmp_path / "M.pt")
     assert PMat.load(tmp_path / "M.pt").trace() == 9
-    ours = PMatDiag(lc, data=Direct((Part(((0, 3),), Packing.flat(3), blocks.Diag(torch.ones(3))),)))
+    ours = PMatDiag(lc, data=DirectSum((Part(((0, 3),), Packing.flat(3), blocks.Diag(torch.ones(3))),)))
     ours.save(tmp_path / "M.pt")
     assert PMat.load(tmp_path / "M.pt").trace() == 3
 
@@ -177,6 +177,6 @@ def test_what_files_do_not_hold_is_told_when_they_are_written(tmp_path):
         names: dict
 
     lc = LayerCollection.from_model(nn.Linear(2, 1))
-    M = PMat(lc, data=Direct((Part(((0, 3),), Packing.flat(3), Named(torch.ones(3), {})),)))
+    M = PMat(lc, data=DirectSum((Part(((0, 3),), Packing.flat(3), Named(torch.ones(3), {})),)))
     with pytest.raises(TypeError, match=r"Named\.names is of type dict"):
         M.save(tmp_path / "M.pt")

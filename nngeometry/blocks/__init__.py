@@ -3,7 +3,7 @@
 from .base import Block
 from .composite import Compression, Product, Sum, add, matmul
 from .dense import Dense
-from .direct import Direct, Part
+from .direct import DirectSum, Part
 from .kron import Kron
 from .lowrank import LowRank
 from .operator import Operator, Rectangular
@@ -16,7 +16,7 @@ __all__ = [
     "Compression",
     "Dense",
     "Diag",
-    "Direct",
+    "DirectSum",
     "Eye",
     "Kron",
     "LowRank",

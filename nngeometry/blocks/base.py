@@ -74,7 +74,7 @@ class Block(ABC):
         return True
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         """Whether entries are known by products alone: then verbs that need the whole matrix are iterative, or
         raise.
         """
@@ -104,7 +104,7 @@ class Block(ABC):
         """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k,
         *shape)``.
         """
-        if not self.by_products:
+        if not self.matrix_free:
             return self.eig().top(k)
         if k is None:
             raise ValueError("eig: say how many, eig(k): a matrix known by its products has them by Lanczos")
@@ -121,7 +121,7 @@ class Block(ABC):
         check_order(ord)
         if ord is None or ord == "fro":
             return self._frobenius()
-        if ord == 2 and self.by_products:
+        if ord == 2 and self.matrix_free:
             return eigsh(self._product, self.numel, 1, which="magnitude", like=self._empty()).values.abs()[0]
         if ord == 2:
             return self.eigenvalues().abs().max()
@@ -134,11 +134,11 @@ class Block(ABC):
 
     def apply(self, f: Map) -> Block:
         """f(M), with f applied to the eigenvalues."""
-        return Derived.function(self, f) if self.by_products else self.eig().apply(f)
+        return Derived.function(self, f) if self.matrix_free else self.eig().apply(f)
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
-        solved: Tensor = self.iterate(V, regul) if self.by_products else self._as_dense("solve").solve(V, regul)
+        solved: Tensor = self.iterate(V, regul) if self.matrix_free else self._as_dense("solve").solve(V, regul)
         return solved
 
     def iterate(
@@ -177,7 +177,7 @@ class Block(ABC):
 
     def inv(self, regul: float = 0.0) -> Block:
         """``(M + regul)^-1``. Raises ``ValueError`` if that is singular to working precision."""
-        inverse: Block = Derived.inverse(self, regul) if self.by_products else self._as_dense("inverse").inv(regul)
+        inverse: Block = Derived.inverse(self, regul) if self.matrix_free else self._as_dense("inverse").inv(regul)
         return inverse
 
     def logdet(self, regul: float = 0.0) -> Tensor:
@@ -202,7 +202,7 @@ class Block(ABC):
         """M**exponent. Raises ``ValueError`` where an eigenvalue makes it undefined."""
         if exponent == 1:
             return self
-        if self.by_products:
+        if self.matrix_free:
             return self.apply(_Power(float(exponent), self.definite, _ROUNDING * torch.finfo(self.dtype).eps))
         spectral = self.eig()
         l = spectral.eigenvalues()
@@ -299,7 +299,7 @@ class Block(ABC):
 
     def _as_dense(self, operation: str) -> Any:
         """As a dense matrix, if it fits the memory budget and takes no products."""
-        if self.by_products:
+        if self.matrix_free:
             raise NotImplementedError(
                 f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an estimator "
                 "of nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"

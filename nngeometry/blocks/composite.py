@@ -45,8 +45,8 @@ class Compression(Block):
         return self.inner.symmetric
 
     @property
-    def by_products(self) -> bool:
-        return self.inner.by_products
+    def matrix_free(self) -> bool:
+        return self.inner.matrix_free
 
     @property
     def definite(self) -> bool:
@@ -64,7 +64,7 @@ class Iterated(Block):
         return self.inner.shape
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     @abstractmethod
@@ -130,8 +130,8 @@ class Sum(Block):
         return self.terms[0].shape
 
     @property
-    def by_products(self) -> bool:
-        return any(t.by_products for t in self.terms)
+    def matrix_free(self) -> bool:
+        return any(t.matrix_free for t in self.terms)
 
     def describe(self) -> str:
         return " + ".join(t.describe() for t in self.terms)
@@ -180,8 +180,8 @@ class Product(Block):
         return False
 
     @property
-    def by_products(self) -> bool:
-        return self.left.by_products or self.right.by_products
+    def matrix_free(self) -> bool:
+        return self.left.matrix_free or self.right.matrix_free
 
     @property
     def shape(self) -> tuple[int, ...]:

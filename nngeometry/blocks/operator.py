@@ -50,7 +50,7 @@ class Operator(Functions, Block):
         return (self.size,)
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     @property
@@ -122,7 +122,7 @@ class Rectangular(Functions, Block):
         return False
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     def mv(self, V: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Block
-from .direct import Direct, Part
+from .direct import DirectSum, Part
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,21 @@ class Varying:
 
     def solve(self, M: Block, V: Tensor) -> Tensor:
         """``(M + R)^-1 V``."""
-        if isinstance(M, Direct):
+        if isinstance(M, DirectSum):
             return M.join(lambda part: self._on(part).solve(part.block, part.take(V)))
         s = self._inverse_root()
         return s * M.congruence(s).solve(s * V, 1.0)
 
     def inv(self, M: Block) -> Block:
         """``(M + R)^-1``."""
-        if isinstance(M, Direct):
-            return Direct(tuple(part.with_block(self._on(part).inv(part.block)) for part in M.parts))
+        if isinstance(M, DirectSum):
+            return DirectSum(tuple(part.with_block(self._on(part).inv(part.block)) for part in M.parts))
         s = self._inverse_root()
         return M.congruence(s).inv(1.0).congruence(s)
 
     def logdet(self, M: Block) -> Tensor:
         """``log det(M + R)``."""
-        if isinstance(M, Direct):
+        if isinstance(M, DirectSum):
             return torch.stack([self._on(part).logdet(part.block) for part in M.parts]).sum()
         return M.congruence(self._inverse_root()).logdet(1.0) + self.d.log().sum()
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..changes import Borrowed, uninterrupted, warnings_ignored
-from ..memory import grain
+from ..memory import tuning
 
 
-class Pull:
+class BatchedVJP:
     """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k.
 
     All k at once, until an operation turns out to have no batching rule, and one by one from then on.
 
     >>> x = torch.ones(3, requires_grad=True)
-    >>> Pull()([2 * x], [x], [torch.eye(3)])
+    >>> BatchedVJP()([2 * x], [x], [torch.eye(3)])
     [tensor([[2., 0., 0.],
             [0., 2., 0.],
             [0., 0., 2.]])]
@@ -73,7 +73,7 @@ def accumulate(
 
 
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    if grain(outputs[0].device).few_operations:
+    if tuning(outputs[0].device).few_operations:
         with Borrowed(warnings_ignored(NO_BATCHING_RULE)):
             return uninterrupted(_in_few_operations, outputs, inputs, weights)
     return uninterrupted(_batched, outputs, inputs, weights)

@@ -6,7 +6,7 @@ obligation of a form; every other method is derived from it, in chunks of the me
 its structure makes cheaper.
 """
 
-from .base import Dense, LayerJacobian, Map, Places, Placing
+from .base import ColumnViews, Dense, LayerJacobian, Map, Places
 from .combine import add, dense_rows, gram, rows, stack, write_rows
 from .contraction import Contraction
 from .gather import Gather
@@ -15,6 +15,7 @@ from .moments import add_gram, copy_transposed, mirror, moment_with_one, second_
 from .outer import Outer
 
 __all__ = [
+    "ColumnViews",
     "Contraction",
     "Dense",
     "Gather",
@@ -23,7 +24,6 @@ __all__ = [
     "Map",
     "Outer",
     "Places",
-    "Placing",
     "add",
     "add_gram",
     "copy_transposed",

@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..memory import chunk_length, grain, panel_length, slices
+from ..memory import chunk_length, panel_length, slices, tuning
 
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
@@ -30,7 +30,7 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
     examples at a time: that is twice as many multiplications for a kernel of 3 x 3, but in 3 large products instead of
     13, and hardly any small ones.
     """
-    if not grain(x.device).few_operations or len(kernel) == 1:
+    if not tuning(x.device).few_operations or len(kernel) == 1:
         return _moment(x, kernel, padding, bias, 1)
     others = prod(kernel[1:])
     along_first = (kernel[0], *[1] * len(kernel[1:])), [padding[0], *[(0, 0)] * len(kernel[1:])]

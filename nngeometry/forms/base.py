@@ -21,7 +21,7 @@ Places = Sequence[tuple[slice, Tensor]]
 
 
 #: From flat parameters of a layer ``(..., p)`` to where the columns of its form go.
-Placing = Callable[[Tensor], Places]
+ColumnViews = Callable[[Tensor], Places]
 
 
 class LayerJacobian(ABC):
@@ -101,7 +101,7 @@ class LayerJacobian(ABC):
         """J in another pair of bases: ``left`` acts on the rows axis, ``right`` on the columns (None: identity)."""
         raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
 
-    def weigh(self, w: Tensor) -> LayerJacobian:
+    def weighted(self, w: Tensor) -> LayerJacobian:
         """J times w ``(*shape)``, entry by entry."""
         return Dense(self.dense() * w)
 
@@ -125,7 +125,7 @@ class LayerJacobian(ABC):
         """Whether inner products with as many examples as that want the Jacobian itself."""
         return True
 
-    def tape(self, examples: int) -> LayerJacobian:
+    def prepared(self, examples: int) -> LayerJacobian:
         """The same Jacobian as it is best kept for inner products with the Jacobians of many examples."""
         if not self.dense_is_cheaper(examples):
             return self
@@ -185,7 +185,7 @@ class Dense(LayerJacobian):
     def nbytes(self) -> int:
         return nbytes_of([self.j])
 
-    def tape(self, examples: int) -> Dense:
+    def prepared(self, examples: int) -> Dense:
         return self
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:

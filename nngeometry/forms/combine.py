@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory import panel_length, slices
-from .base import Dense, LayerJacobian, Placing, tiling
+from .base import ColumnViews, Dense, LayerJacobian, tiling
 from .gather import Gather
 from .lazy import Lazy
 from .moments import add_gram, total_of
@@ -46,7 +46,7 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     return Dense(torch.cat([f.dense() for f in forms]))
 
 
-def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing], out: Tensor) -> None:
+def write_rows(forms: Sequence[LayerJacobian], places: Sequence[ColumnViews], out: Tensor) -> None:
     """The Jacobian of several layers side by side, into ``(C, B, P)``, in pieces that stay in the cache."""
     sizes = [prod(f.shape) for f in forms]
     for form, of, own in zip(forms, places, out.split(sizes, -1), strict=True):
@@ -55,7 +55,7 @@ def write_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing], out: T
             form.narrow(b.start, b.stop).write(of(own[:, b]))
 
 
-def dense_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Tensor:
+def dense_rows(forms: Sequence[LayerJacobian], places: Sequence[ColumnViews]) -> Tensor:
     """:func:`write_rows` into a new array."""
     one = forms[0]
     p = sum(prod(f.shape) for f in forms)
@@ -64,7 +64,7 @@ def dense_rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Ten
     return out
 
 
-def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[Tensor]:
+def rows(forms: Sequence[LayerJacobian], places: Sequence[ColumnViews]) -> Iterator[Tensor]:
     """:func:`dense_rows`, ``(c, b, P)``, of some cotangents and examples at a time such that each fits a work array."""
     one = forms[0]
     size = 2 * sum(prod(f.shape) for f in forms) * one.dtype.itemsize
@@ -72,7 +72,7 @@ def rows(forms: Sequence[LayerJacobian], places: Sequence[Placing]) -> Iterator[
         yield dense_rows([f.narrow(b.start, b.stop, c.start, c.stop) for f in forms], places)
 
 
-def gram(forms: Sequence[LayerJacobian], places: Sequence[Placing], total: Tensor | None = None) -> Tensor:
+def gram(forms: Sequence[LayerJacobian], places: Sequence[ColumnViews], total: Tensor | None = None) -> Tensor:
     """``sum_cb J[c, b] J[c, b]^T`` over the parameters of several layers: the lower triangle of ``(P, P)`` in flat
     parameter order. total: what it is added to, in place.
     """

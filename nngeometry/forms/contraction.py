@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import chunk_length, slices
-from .base import LayerJacobian, Placing
+from .base import ColumnViews, LayerJacobian
 from .outer import Outer
 
 
@@ -39,7 +39,7 @@ class Contraction:
     def __add__(self, other: Contraction) -> Contraction:
         return Contraction(self.shapes, {key: pair.add_(other.pairs[key]) for key, pair in self.pairs.items()})
 
-    def matrix(self, places: Sequence[Placing]) -> Tensor:
+    def matrix(self, places: Sequence[ColumnViews]) -> Tensor:
         """As :func:`gram`, whole."""
         ends = list(accumulate(prod(shape) for shape in self.shapes))
         where = [slice(end - prod(shape), end) for end, shape in zip(ends, self.shapes, strict=True)]

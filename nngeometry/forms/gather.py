@@ -84,7 +84,7 @@ class Gather(LayerJacobian):
         mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
         return second_moment(mean.unsqueeze(1)), self.examples
 
-    def weigh(self, w: Tensor) -> Gather:
+    def weighted(self, w: Tensor) -> Gather:
         return Gather(self.ids, self.g * w[0].T[self.ids.clamp(min=0)], self.size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Gather:

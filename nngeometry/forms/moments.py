@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..memory import grain, panel_length, slices
+from ..memory import panel_length, slices, tuning
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def moment_of_columns(x: Tensor) -> Tensor:
 
 def panels(d: int, device: torch.device) -> Iterator[slice]:
     """Cover ``0:d`` by slices of about the same length, a multiple of 16."""
-    count = -(-d // grain(device).columns)
+    count = -(-d // tuning(device).columns)
     return slices(d, -(-d // (16 * count)) * 16)
 
 
@@ -79,7 +79,7 @@ def copy_transposed(x: Tensor, out: Tensor) -> None:
 
 def sum_of_squares(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Of what is not needed again."""
-    if grain(x.device).has_cache:
+    if tuning(x.device).has_cache:
         return x.square_().sum(axes)
     return torch.linalg.vector_norm(x, dim=axes).square_()  # which reads it once, and writes nothing
 

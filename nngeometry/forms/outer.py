@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..memory import chunk_length, grain, nbytes_of, panel_bytes, panel_length, slices
+from ..memory import chunk_length, nbytes_of, panel_bytes, panel_length, slices, tuning
 from .base import LayerJacobian, Map, Places
 from .inner import add_inner, add_traced, examples_together, matmul
 from .moments import moment_of_columns, outer_sum, second_moment, sum_of_squares, total_of
@@ -175,8 +175,10 @@ class Outer(LayerJacobian):
         dense = groups * (c * c * rows * cols + 2 * c * t * rows * cols / examples)
         return 5 * by_positions > dense
 
-    def tape(self, examples: int) -> LayerJacobian:
-        return super().tape(examples) if self.dense_is_cheaper(examples) else Outer(self.a, examples_together(self.g))
+    def prepared(self, examples: int) -> LayerJacobian:
+        return (
+            super().prepared(examples) if self.dense_is_cheaper(examples) else Outer(self.a, examples_together(self.g))
+        )
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Outer):
@@ -210,7 +212,7 @@ class Outer(LayerJacobian):
         """
         g = self.g.sum(2, keepdim=True) if reduce else self.g
         positions_last = g.stride(2) == 1 and g.shape[2] >= g.shape[4]  # in memory, as convolutions leave it
-        if positions_last and grain(g.device).has_cache:
+        if positions_last and tuning(g.device).has_cache:
             return moment_of_columns(g.permute(0, 1, 3, 4, 2).flatten(0, 1))
         return second_moment(g.flatten(0, 2))
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..forms import Gather, LayerJacobian, Outer, moment_with_one
 from ..forms.autocorrelation import patch_moment
-from ..memory import grain
+from ..memory import tuning
 from .kind import Packing, built_in, when_imported
 
 
@@ -84,10 +84,10 @@ def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tenso
     sizes = [m + a + b - k + 1 for m, (a, b), k in zip(x.shape[2:], padding, module.kernel_size, strict=True)]
     if max(module.kernel_size) == 1 or min(sizes) < 2:
         return None
-    if module.kernel_size[0] == 1 and grain(x.device).few_operations:  # the axis along which it would be done
+    if module.kernel_size[0] == 1 and tuning(x.device).few_operations:  # the axis along which it would be done
         return None
     bias = module.bias is not None
-    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < grain(x.device).large_product:
+    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < tuning(x.device).large_product:
         return None
     return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
 

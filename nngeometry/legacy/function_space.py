@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import arguments, gram
 from .. import object as objects
-from ..blocks import Dense, Direct, Part
+from ..blocks import Dense, DirectSum, Part
 from ..forms import Outer
 from ..generator import Generator
 from ..kinds import Packing
@@ -31,7 +31,7 @@ from ..object import (
     fspace,
 )
 from ..object import map as pfmap
-from ..object.layouts import Full
+from ..object.kernel_layouts import Full
 from ..object.map import Adjoint
 from ..object.vector import check_same_space
 from .matrices import ORDER, check_impl, get_eigendecomposition
@@ -212,7 +212,7 @@ def _from_the_left(self: PFMap, other: Any) -> Any:
     rows = self.to_dense().to_torch().flatten(0, 1)
     entries = rows.T @ rows if left is self else left.to_dense().to_torch().flatten(0, 1).T @ rows
     block = Dense(entries, is_symmetric=left is self)
-    return PMatDense(self.layer_collection, data=Direct((Part(((0, p),), Packing.flat(p), block),)))
+    return PMatDense(self.layer_collection, data=DirectSum((Part(((0, p),), Packing.flat(p), block),)))
 
 
 def _adjoint_from_the_left(self: Adjoint, other: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Block, Dense, Diag, Direct, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from ..blocks import Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..object import PMat, PMatBlockDiag, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC, PMatLowRank, PMatQuasiDiag
@@ -99,8 +99,8 @@ def _make(matrix: PMat, value: Any, symmetric: bool) -> Block:
 
 def _of_a_product(block: Block) -> Block:
     """The same entries, of a matrix that need not be symmetric."""
-    if isinstance(block, Direct):
-        return Direct(tuple(part.with_block(_of_a_product(part.block)) for part in block.parts))
+    if isinstance(block, DirectSum):
+        return DirectSum(tuple(part.with_block(_of_a_product(part.block)) for part in block.parts))
     if isinstance(block, Kron):
         return Kron(_of_a_product(block.left), _of_a_product(block.right))
     return replace(block, is_symmetric=False) if isinstance(block, Dense) else block
@@ -128,14 +128,14 @@ def _without_data(getstate: Callable[[PMat], dict[str, Any]]) -> Callable[[PMat]
     return __getstate__
 
 
-def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> Direct:
+def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> DirectSum:
     parts = []
     for (name, s), layer in zip(lc.slices().items(), lc.layers.values(), strict=True):
         packing, block = make(layer, s)
         if block.numel != layer.numel():
             raise ValueError(f"data: layer {name!r} has {layer.numel()} parameters, its tensors are of {block.numel}")
         parts.append(Part(((s.start, s.stop),), packing, block))
-    return Direct(tuple(parts))
+    return DirectSum(tuple(parts))
 
 
 def _flat(layer: Layer) -> Packing:
@@ -144,7 +144,7 @@ def _flat(layer: Layer) -> Packing:
 
 def parts_of(matrix: PMat) -> Iterator[tuple[str, Layer, Packing, Block]]:
     """The block of each layer, with its name and packing."""
-    parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, Direct) else {}
+    parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, DirectSum) else {}
     for name, s in matrix.layer_collection.slices().items():
         part = parts.get(((s.start, s.stop),))
         if part is None:
@@ -157,12 +157,12 @@ def _structure(name: str, block: Block) -> AttributeError:
 
 
 def _read_dense(matrix: PMat) -> Tensor:
-    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) and len(matrix.root.parts) == 1 else None
+    block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) and len(matrix.root.parts) == 1 else None
     return block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.to_torch()
 
 
-def _make_dense(lc: LayerCollection, value: Tensor) -> Direct:
-    return Direct((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
+def _make_dense(lc: LayerCollection, value: Tensor) -> DirectSum:
+    return DirectSum((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
 
 
 def _read_blocks(matrix: PMat) -> dict[str, Tensor]:
@@ -172,11 +172,11 @@ def _read_blocks(matrix: PMat) -> dict[str, Tensor]:
     }
 
 
-def _make_blocks(lc: LayerCollection, value: Mapping[str, Tensor]) -> Direct:
+def _make_blocks(lc: LayerCollection, value: Mapping[str, Tensor]) -> DirectSum:
     return _side_by_side(lc, lambda layer, s: (_flat(layer), Dense(value[layer.name])))
 
 
-def _make_diag(lc: LayerCollection, value: Tensor) -> Direct:
+def _make_diag(lc: LayerCollection, value: Tensor) -> DirectSum:
     return _side_by_side(lc, lambda layer, s: (_flat(layer), Diag(value[s])))
 
 
@@ -193,7 +193,7 @@ def _read_quasidiag(matrix: PMat) -> dict[str, tuple[Tensor, Tensor | None]]:
     return value
 
 
-def _make_quasidiag(lc: LayerCollection, value: Mapping[str, tuple[Tensor, Tensor | None]]) -> Direct:
+def _make_quasidiag(lc: LayerCollection, value: Mapping[str, tuple[Tensor, Tensor | None]]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         d, cross = value[layer.name]
         if cross is None:
@@ -236,7 +236,7 @@ def _read_kfac(matrix: PMat) -> dict[str, Any]:
     return value
 
 
-def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> Direct:
+def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         one = value[layer.name]
         if isinstance(one, Tensor):
@@ -267,7 +267,7 @@ def _read_ekfac(matrix: PMat) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return evecs, diags
 
 
-def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str, Tensor]]) -> Direct:
+def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str, Tensor]]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         basis, diag = value[0][layer.name], value[1][layer.name]
         if basis is None:
@@ -284,20 +284,20 @@ def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str
 
 
 def _read_lowrank(matrix: PMat) -> Tensor:
-    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) else matrix.root
+    block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) else matrix.root
     if not isinstance(block, LowRank) or bool((block.weights < 0).any()):
         raise _structure("all", block)
     rows = block.rows if bool((block.weights == 1).all()) else block.weights.sqrt().unsqueeze(1) * block.rows
     return rows.unsqueeze(1)
 
 
-def make_lowrank(lc: LayerCollection, value: Tensor) -> Direct:
+def make_lowrank(lc: LayerCollection, value: Tensor) -> DirectSum:
     rows = value.reshape(-1, value.shape[-1])
     p = rows.shape[1]
-    return Direct((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
+    return DirectSum((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
 
 
-_Layout = tuple[Callable[[PMat], Any], Callable[[LayerCollection, Any], Direct]]
+_Layout = tuple[Callable[[PMat], Any], Callable[[LayerCollection, Any], DirectSum]]
 _LAYOUTS: dict[type, _Layout] = {
     PMatDense: (_read_dense, _make_dense),
     PMatBlockDiag: (_read_blocks, _make_blocks),

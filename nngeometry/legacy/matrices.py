@@ -130,7 +130,7 @@ def _solve(solve: Callable[..., Any]) -> Callable[..., Any]:
             warn("solve(b, regul, use_pi=...)", "solve(b, regul), which is exact in every representation")
             return _factored(self, regul, options.pop("use_pi")).mv(b)
         if any(name in options for name in _ITERATIVE):
-            if not self.root.by_products:
+            if not self.root.matrix_free:
                 raise TypeError(
                     f"{type(self).__name__}.solve: {', '.join(n for n in _ITERATIVE if n in options)} is of an "
                     "iteration, and this matrix is solved exactly: leave it out"
@@ -158,7 +158,7 @@ def _solve_each(self: PMat, b: Any, regul: Any, chosen: Mapping[Any, Any]) -> An
 
 def _without_small(self: PMat, regul: float, exponent: float) -> PMat:
     """M**exponent on the eigenvectors of eigenvalues above regul, zero on the others."""
-    if self.root.by_products:
+    if self.root.matrix_free:
         raise NotImplementedError(f"{type(self).__name__}: 'lstsq' needs eigenvalues, which products do not tell")
     return self._with(self.root.eig().apply(lambda l: torch.where(l > regul, l.clamp(min=1e-300) ** exponent, 0.0)))
 

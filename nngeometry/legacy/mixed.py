@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import object as objects
-from ..blocks import Direct, Part
+from ..blocks import DirectSum, Part
 from ..layercollection import Layer, LayerCollection
 from ..object import PMat, PMatEKFAC, PMatMixed, pspace
 from .coordinates import LayerKind
@@ -92,12 +92,12 @@ def _moved(parts: Sequence[Part], mine: LayerCollection, other: LayerCollection)
     return moved
 
 
-def _joined(lc: LayerCollection, matrices: Any) -> Direct:
+def _joined(lc: LayerCollection, matrices: Any) -> DirectSum:
     """The matrices of some layers each, as one of all of them."""
     parts = []
     for matrix in matrices:
         parts += _moved(matrix.root.parts, matrix.layer_collection, lc)
-    return Direct(tuple(parts))
+    return DirectSum(tuple(parts))
 
 
 def _layer_collection_each(self: PMatMixed) -> dict[Any, LayerCollection]:
@@ -129,7 +129,7 @@ def sub_pmats(self: PMatMixed) -> dict[Any, PMat]:
     """
     parts = self.root.parts  # type: ignore[attr-defined]
     return {
-        kind: getattr(kind, "func", kind)._of_blocks(lc, Direct(tuple(_moved(parts, self.layer_collection, lc))))
+        kind: getattr(kind, "func", kind)._of_blocks(lc, DirectSum(tuple(_moved(parts, self.layer_collection, lc))))
         for kind, lc in _layer_collection_each(self).items()
     }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..changes import Changed, recording
-from ..derivatives.pulling import Pull
+from ..derivatives.pulling import BatchedVJP
 from ..memory import chunk_length, slices
 
 #: How many products the sign of the eigenvalues is looked at with.
@@ -27,7 +27,7 @@ class OutputHessian:
             (self.gradient,) = torch.autograd.grad(total(self.leaf), self.leaf, create_graph=True)
         if bool(self.gradient.detach().isnan().any()):
             raise ValueError("loss: its gradient has NaN entries: check the targets of this minibatch")
-        self._pull = Pull()
+        self._pull = BatchedVJP()
 
     def mv(self, u: Tensor) -> Tensor:
         """Times one vector for each example, ``(n, *out)``: one differentiation of the gradient."""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import arguments
 from ..changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
 from ..layercollection import LayerCollection
-from ..memory import Made, keep_freed, nbytes_of, work_array
+from ..memory import BytesMade, keep_freed, nbytes_of, work_array
 from . import data
 from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
@@ -28,7 +28,7 @@ _SMALL_MODEL = 2**21
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """Two examples, what the model returned for them, and the bytes of all that it made on the way."""
 
     pair: data.Batch
@@ -229,13 +229,13 @@ class Evaluator:
             weights.check(before)
         return found
 
-    def trial(self, batch: data.Batch, *changes: Change) -> Trial:
+    def dry_run(self, batch: data.Batch, *changes: Change) -> DryRun:
         """The model on the first two examples, under changes. Operations that are not recorded count too: a head may be
         all that is differentiated.
         """
         pair = data.take(batch, torch.arange(2))
         apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
-        made = Made()
+        made = BytesMade()
         if apart:
             with self.running(*changes, entered(made), record=False):
                 f = self.outputs(pair)
@@ -244,7 +244,7 @@ class Evaluator:
             with self.running(*changes, state, entered(made)):
                 f = self.outputs(pair).detach()
                 state.check(lambda: self.outputs(pair))
-        return Trial(pair, f, made.nbytes)
+        return DryRun(pair, f, made.nbytes)
 
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
         """The modules that the model calls on a minibatch, if their types tell that examples are apart: the model need

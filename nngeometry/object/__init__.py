@@ -2,6 +2,7 @@
 
 from .fspace import FMat, FMatDense, FMatImplicit
 from .implicit import PMatImplicit
+from .kernel_storage import FMatMemmap
 from .map import PFMap, PFMapDense, PFMapFactored, PFMapImplicit
 from .moving import at
 from .pmat import PMat
@@ -17,7 +18,6 @@ from .representations import (
     PMatMixed,
     PMatQuasiDiag,
 )
-from .storage import FMatMemmap
 from .vector import FVector, PVector, random_pvector
 
 __all__ = [

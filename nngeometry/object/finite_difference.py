@@ -14,7 +14,7 @@ from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..matrix_free import INDEPENDENT, Linearisations, Total, split_like
+from ..linearisation import INDEPENDENT, Linearisations, Total, split_like
 from ..memory import nbytes_of
 from ..model import data
 from ..model.evaluator import Evaluator, State, counted, same_entries

@@ -13,7 +13,7 @@ from ..blocks import Block, Dense, Operator, Rectangular
 from ..blocks.base import Map, check_order
 from ..memory import require
 from .arithmetic import VectorSpace
-from .layouts import Layout, Traced, centre, positions, take
+from .kernel_layouts import Layout, Traced, centre, positions, take
 from .regul import Relative, regul_number
 from .vector import FVector
 
@@ -90,7 +90,7 @@ class FMat(VectorSpace):
         return FMatDense(dense_root(x.reshape(columns.shape).permute(1, 2, 0), b.layout, False), b.layout)
 
     def _solve(self, V: Tensor, regul: float, rtol: float | None) -> Tensor:
-        return self.root.iterate(V, regul, rtol) if self.root.by_products else self.root.solve(V, regul)
+        return self.root.iterate(V, regul, rtol) if self.root.matrix_free else self.root.solve(V, regul)
 
     def inv(self, regul: float | Relative = 1e-8) -> FMat:
         """``(K + regul)^-1``."""
@@ -287,7 +287,7 @@ class FMat(VectorSpace):
         if time is None:
             weights = self.solve(residual, regul)
         else:
-            spectral = self.root if self.root.by_products else self.root.eig()
+            spectral = self.root if self.root.matrix_free else self.root.eig()
             weights = self._unpack(spectral.apply(lambda l: _flow(l, time)).mv(self._pack(residual, self.layout)))
         found = (self if cross is None else cross).mv(weights)
         base = start if cross is None else cross_start

@@ -14,14 +14,14 @@ from ..blocks import Block
 from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
-from ..matrix_free import jacobians
+from ..linearisation import jacobians
 from ..memory import chunk_length, require
 from ..model import data
 from ..model.weights import Weights
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, sides, slabs, stacked_rows, tile
-from .layouts import Full, positions
+from .kernel import BatchJacobian, batch_jacobians, sides, stacked_rows, tile
+from .kernel_layouts import Full, positions
 from .vector import Array, FlatArray, FVector, PVector, check_same_space
 
 
@@ -259,7 +259,7 @@ class PFMapDense(FlatArray, PFMap):
         batches = data.Minibatches(generator.minibatches(examples))
         n = sum(map(data.count, batches))
         remedy = "use representation=PFMapFactored or PFMapImplicit"
-        return cls(lc, stacked_rows(slabs(generator, batches), lc, n, "a dense Jacobian", remedy))
+        return cls(lc, stacked_rows(batch_jacobians(generator, batches), lc, n, "a dense Jacobian", remedy))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -307,7 +307,7 @@ class PFMapFactored(PFMap):
     layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer.
     """
 
-    def __init__(self, layer_collection: LayerCollection, pieces: Sequence[Slab]) -> None:
+    def __init__(self, layer_collection: LayerCollection, pieces: Sequence[BatchJacobian]) -> None:
         self.layer_collection = layer_collection
         self.pieces = tuple(pieces)
 
@@ -315,7 +315,7 @@ class PFMapFactored(PFMap):
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
         """The Jacobian that a generator streams."""
         own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
-        pieces = list(slabs(generator, own))  # inputs are held: not those of the user
+        pieces = list(batch_jacobians(generator, own))  # inputs are held: not those of the user
         if any(isinstance(form, forms.Lazy) for piece in pieces for form in piece.forms.values()):
             model, lc = generator.model, generator.layer_collection
             weights = Weights([model], lc.parameters(model))  # which are looked at whenever rows are made
@@ -384,7 +384,7 @@ class PFMapFactored(PFMap):
 
     def layer(self, name: str) -> PFMapFactored:
         lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
-        return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
+        return PFMapFactored(lc, [BatchJacobian(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
 
     def _scaled(self, c: float) -> PFMapFactored:
         return self._each(lambda f: f.scale(c))
@@ -401,7 +401,7 @@ class PFMapFactored(PFMap):
             if one.outputs != two.outputs:
                 raise ValueError(f"{self} and {other} have other outputs")
             joined = {k: forms.add([f, two.forms[k].scale(weight)]) for k, f in one.forms.items()}
-            pieces.append(Slab(one.examples, one.outputs, joined))
+            pieces.append(BatchJacobian(one.examples, one.outputs, joined))
         return PFMapFactored(self.layer_collection, pieces)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
@@ -411,17 +411,17 @@ class PFMapFactored(PFMap):
         return self._each(lambda f: f.to(device, dtype))
 
     def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
-        pieces = [Slab(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
+        pieces = [BatchJacobian(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
         return PFMapFactored(self.layer_collection, pieces)
 
 
-def _at(weights: Weights, slab: Slab) -> Slab:
+def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
     """A slab whose rows are those of the model at these weights, whenever they are made."""
 
     def held(form: forms.LayerJacobian) -> forms.LayerJacobian:
         return form.within(lambda: Borrowed(weights.in_place)) if isinstance(form, forms.Lazy) else form
 
-    return Slab(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
+    return BatchJacobian(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
 
 
 class PFMapImplicit(PFMap):

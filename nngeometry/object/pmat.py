@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..blocks import Block, Direct, Regul, Uniform, Varying, add, matmul
+from ..blocks import Block, DirectSum, Regul, Uniform, Varying, add, matmul
 from ..estimation import Estimation, OfJacobians, OfProducts, Source
 from ..estimation import Estimator as BlockEstimator
 from ..kinds import Packing
@@ -206,7 +206,7 @@ class PMat(VectorSpace):
         flat, r = self._of(b), self._regul(regul)
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
-        if not self.root.by_products:
+        if not self.root.matrix_free:
             x = r.solve(self.root, flat)
         elif inverse is None:
             x = self.root.iterate(flat, r.shift, rtol)
@@ -401,7 +401,7 @@ class PMat(VectorSpace):
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"]
         rows = [("layer", "block", "parameters", "bytes")]
-        parts = self.root.parts if isinstance(self.root, Direct) else ()
+        parts = self.root.parts if isinstance(self.root, DirectSum) else ()
         slices = self.layer_collection.slices()
         for part in parts:
             names = [
@@ -508,4 +508,4 @@ CLASSES.add(PMat)
 
 
 def _structure(root: Block) -> list[type[Block]]:
-    return [type(p.block) for p in root.parts] if isinstance(root, Direct) else [type(root)]
+    return [type(p.block) for p in root.parts] if isinstance(root, DirectSum) else [type(root)]

@@ -334,7 +334,7 @@ class PMatEye(PMat):
             arguments.dtype(dtype, real=True)
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
-            data = blocks.Direct((blocks.Part(((0, p),), Packing.flat(p), eye),))
+            data = blocks.DirectSum((blocks.Part(((0, p),), Packing.flat(p), eye),))
             if dtype is None and device is None:
                 self._free = scaling
         super().__init__(layer_collection, generator, data, examples)
@@ -381,13 +381,13 @@ class PMatEye(PMat):
         return super(PMatEye, mine).__matmul__(other)
 
 
-def _direct(side_by_side: Sequence[Block]) -> blocks.Direct:
+def _direct(side_by_side: Sequence[Block]) -> blocks.DirectSum:
     """Blocks on flat parameters, side by side."""
     parts, start = [], 0
     for block in side_by_side:
         parts.append(blocks.Part(((start, start + block.numel),), Packing.flat(block.numel), block))
         start += block.numel
-    return blocks.Direct(tuple(parts))
+    return blocks.DirectSum(tuple(parts))
 
 
 def _reduce(sharing: str) -> bool:

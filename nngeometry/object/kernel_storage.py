@@ -24,7 +24,7 @@ from ..model import data
 from .fingerprint import differences, fingerprint, is_fingerprint
 from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel
-from .layouts import Layout
+from .kernel_layouts import Layout
 
 
 def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
-from .derivatives.cheap import Bent, CheapDerivatives, Pulled, Value
-from .derivatives.pulling import Pull, accumulate, nodes, operations_named
+from .derivatives.cheap import CheapDerivatives, Pulled, SecondPull, Value
+from .derivatives.pulling import BatchedVJP, accumulate, nodes, operations_named
 from .memory import budget, chunk_length
 from .model import data
 from .model.evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
@@ -60,7 +60,7 @@ class Linearisations:
         self.edges = self.weights.edges
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
         self._kept: list[tuple[Any, float, int]] | None = None
-        self._pull = Pull()
+        self._pull = BatchedVJP()
         self._used = False
         #: What must be in force on the way back: nothing, unless something of the model is run again there.
         self._replay: tuple[Change, ...] | None = None
@@ -81,7 +81,7 @@ class Linearisations:
     def _linearised(self, single: bool) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
-        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b, self.weights.in_place).made)
+        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.dry_run(b, self.weights.in_place).made)
         head = list(islice(groups, 2))
         once, self._used = single and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
@@ -198,7 +198,7 @@ class Products(Linearisations):
         return out.div_(counted(total)) if self.mean else out
 
 
-class Linear:
+class LinearisedBatch:
     """The Jacobian J of one minibatch: ``J v`` is the derivative of the linear map from u to ``J^T u``."""
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
@@ -266,7 +266,7 @@ def gauss_newton(evaluator: Evaluator, curved: Curved, examples: Any) -> Product
     """Products with ``sum_x J^T (sum_c s_c s_c^T) J``: J v, then the curvature, then J^T."""
 
     def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        linear = Linear(products, batch := data.join(batches))
+        linear = LinearisedBatch(products, batch := data.join(batches))
         fixed = linear.f.detach()
         rows = data.split(fixed, batches)
         if linear.check(batch):
@@ -283,10 +283,10 @@ def gauss_newton(evaluator: Evaluator, curved: Curved, examples: Any) -> Product
 
 
 def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
-    """The Jacobian of every minibatch, as a :class:`Linear`."""
+    """The Jacobian of every minibatch, as a :class:`LinearisedBatch`."""
 
-    def linearise(batches: list[data.Batch], position: int) -> tuple[Linear, float, Sequence[Tensor]]:
-        linear = Linear(maps, batch := data.join(batches))
+    def linearise(batches: list[data.Batch], position: int) -> tuple[LinearisedBatch, float, Sequence[Tensor]]:
+        linear = LinearisedBatch(maps, batch := data.join(batches))
         linear.check(batch)
         return linear, len(linear.f), linear.roots
 
@@ -383,7 +383,7 @@ def check_second_derivatives(value: Tensor) -> None:
 
 def custom(node: Any) -> bool:
     """Whether a node is a backward written in Python, which need not be differentiable, and not one of ours."""
-    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled | Bent)  # type: ignore[attr-defined]
+    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled | SecondPull)  # type: ignore[attr-defined]
 
 
 @cache
