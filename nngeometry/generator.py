@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import forms
+from . import arguments, forms
 from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
 from .derivatives.composites import OneExample, normalises_one, require_derivative
@@ -46,11 +46,20 @@ from .model.weights import Weights
 #: From the output of the model, the minibatch and its position to the cotangents whose products with the Jacobian are
 #: streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
-#: The same of neighbouring minibatches laid end to end, from the position of the first; None if they cannot be taken
-#: together. BytesMade of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
-SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
+
+
+@dataclass(frozen=True)
+class OfSeveral:
+    """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot
+    be taken together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+    """
+
+    function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
+
+    def __call__(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
+        return self.function(f, batches, position)
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,12 @@ class Generator(Evaluator):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
     model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
-    ``(B, *out)``, the minibatches that it is of and the position of the first to the s_c, as :func:`rowwise` makes it
-    of a function of one minibatch. centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c .
-    u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to what it counts in a mean, by
-    default its number of examples. mean: whether matrices are divided by the sum of that. seed: the position of the
-    first minibatch, from which random cotangents are drawn.
+    ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function, where those of an
+    example depend on its own output and targets alone, so that small minibatches can be taken together. centred:
+    matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by
+    the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of examples. mean:
+    whether matrices are divided by the sum of that. seed: the position of the first minibatch, from which random
+    cotangents are drawn.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
@@ -137,11 +147,12 @@ class Generator(Evaluator):
 
     jacobians = True
 
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,
         layer_collection: LayerCollection,
-        cotangents: SeveralCotangents,
+        cotangents: CotangentFunction | OfSeveral,
         *,
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
@@ -153,7 +164,12 @@ class Generator(Evaluator):
         seed: int = 0,
     ) -> None:
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
-        self.cotangents = cotangents
+        if not callable(cotangents):
+            raise TypeError(
+                f"cotangents: expected a function of outputs, the minibatch and its position, got "
+                f"{arguments.described(cotangents)}: e.g. lambda f, batch, k: Gaussian().sqrt(f)"
+            )
+        self.cotangents = cotangents if isinstance(cotangents, OfSeveral) else one_by_one(cotangents)
         self.centred = centred
         self._closed = curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
@@ -620,6 +636,11 @@ class Generator(Evaluator):
         outputs = f.detach()
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
+            if s.shape[1:] != f.shape:
+                raise ValueError(
+                    f"cotangents of shape {tuple(s.shape)} for outputs {tuple(f.shape)}: a Likelihood and the function "
+                    "of a Generator return Cotangents.of(s) with s of shape (C, *outputs)"
+                )
             n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             # Not kept here, so that who receives it can let go of it.
             yield Observation(
@@ -750,20 +771,20 @@ def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> 
     return total
 
 
-def rowwise(cotangents: CotangentFunction) -> SeveralCotangents:
+def rowwise(cotangents: CotangentFunction) -> OfSeveral:
     """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
-    return lambda f, batches, position: cotangents(f, data.join(batches), position)
+    return OfSeveral(lambda f, batches, position: _made(cotangents(f, data.join(batches), position)))
 
 
-def one_by_one(cotangents: CotangentFunction) -> SeveralCotangents:
+def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
     """Those of several minibatches, each for itself: they may be drawn at random, or depend on each other."""
 
     def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         own = zip(data.split(f, batches), batches, strict=True)
-        each = [cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
+        each = [_made(cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
         return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
 
-    return several
+    return OfSeveral(several)
 
 
 def _generic_cotangent(f: Tensor) -> Tensor:
@@ -833,3 +854,13 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         return layer.packing.pack(torch.cat(pieces, -1))
 
     return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)
+
+
+def _made(found: Any) -> Cotangents:
+    """What a likelihood or the user's function gives as cotangents, checked to be some."""
+    if not isinstance(found, Cotangents):
+        raise TypeError(
+            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
+        )
+    return found

@@ -36,6 +36,7 @@ OUTPUTS: dict[str, type[Layout]] = {
 }
 
 
+@arguments.called_as
 def GramMatrix(
     model: nn.Module,
     loader: Any,

@@ -62,6 +62,7 @@ class FiniteDifference:
                 arguments.number(f"FiniteDifference: {name}", value, above=0.0)
 
 
+@arguments.called_as
 def GGN(
     model: nn.Module,
     loader: Any,
@@ -122,6 +123,7 @@ def GGN(
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 
 
+@arguments.called_as
 def Hessian(
     model: nn.Module,
     loader: Any,

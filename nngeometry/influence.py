@@ -45,6 +45,7 @@ class Influence:
     Source: Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
     """
 
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,
@@ -82,6 +83,11 @@ class Influence:
         self._query = generator(
             loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
         )
+        if matrix.dtype != self._train.dtype or matrix.device.type != self._train.device.type:
+            raise ValueError(
+                f"matrix: it is {matrix.dtype} on {matrix.device}, the gradients {self._train.dtype} on "
+                f"{self._train.device}: move it with .to(device, dtype)"
+            )
         self._inverse = None if refine is not None else matrix.inv(regul)
 
     @unrecorded
@@ -118,6 +124,7 @@ class Influence:
         Returns scores and positions in the loader, ``(q, k)`` each; no more than ``(q, k + minibatch)`` is held.
         """
         arguments.integer("top: k", k, least=1)
+        arguments.flag("top: largest", largest)
         best: tuple[Tensor, Tensor] | None = None
         for start, tiles in self._columns(queries, train):
             values = _sum(tiles)

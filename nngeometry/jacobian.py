@@ -18,6 +18,7 @@ from .object.map import PFMap, PFMapDense
 MapRepresentation = type[PFMapDense] | Any
 
 
+@arguments.called_as
 def Jacobian(
     model: nn.Module,
     loader: Any,

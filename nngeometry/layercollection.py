@@ -104,6 +104,8 @@ class LayerCollection:
     def __init__(self, layers: Mapping[str, Layer] | None = None, ignore_uncalled: bool = False) -> None:
         if layers is not None:
             arguments.instance("layers", layers, Mapping, "use LayerCollection.from_model(model)")
+            for layer in layers.values():
+                arguments.instance("layers", layer, Layer, "use LayerCollection.from_model(model)")
         self.layers: dict[str, Layer] = dict(layers or {})
         self.ignore_uncalled = ignore_uncalled
 
@@ -150,6 +152,7 @@ class LayerCollection:
 
     def add_layer(self, name: str, layer: Layer) -> None:
         """Append a layer, in place."""
+        arguments.instance("name", name, str, "the name of the module in the model")
         arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
         if name in self.layers:
             raise ValueError(f"layer {name!r} is in the collection already")
@@ -157,6 +160,7 @@ class LayerCollection:
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module, frozen: bool = False) -> None:
         """Append the layer of one module of the model, in place. frozen: its frozen parameters too."""
+        arguments.model(model)
         names = [name for name, m in model.named_modules() if m is module]
         if not names:
             raise ValueError(f"the given {type(module).__name__} is not a module of the model")

@@ -250,8 +250,12 @@ class Curved(Protocol):
 
     seed: int
     mean: bool
-    cotangents: Callable[[Tensor, Sequence[data.Batch], int], Any]
     weigh: Callable[[Tensor, data.Batch], float]
+
+    @property
+    def cotangents(self) -> Callable[[Tensor, Sequence[data.Batch], int], Any]:
+        """The s_c of neighbouring minibatches laid end to end."""
+        ...
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
         """From u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""

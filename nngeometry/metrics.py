@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .changes import trainable
-from .generator import CotangentFunction, Curvature, Generator, Observation, Plan, SeveralCotangents, rowwise
+from .generator import CotangentFunction, Curvature, Generator, Observation, OfSeveral, Plan, rowwise
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of
 from .losses import Loss, OwnLoss, example_loss, loss_gradient
@@ -25,6 +25,7 @@ from .object.pmat import PMat
 Representation = Callable[..., Any]
 
 
+@arguments.called_as
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -83,6 +84,7 @@ def FIM(
     )
 
 
+@arguments.called_as
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
@@ -119,7 +121,7 @@ def FIM_MonteCarlo(
         return likelihood.samples(data.split(f, batches), trials, draws)
 
     return _matrix(
-        cotangents,
+        OfSeveral(cotangents),
         model,
         loader,
         representation,
@@ -133,6 +135,7 @@ def FIM_MonteCarlo(
     )
 
 
+@arguments.called_as
 def EmpiricalFisher(
     model: nn.Module,
     loader: Any,
@@ -169,6 +172,7 @@ def EmpiricalFisher(
     )
 
 
+@arguments.called_as
 def GradientCovariance(
     model: nn.Module,
     loader: Any,
@@ -344,7 +348,7 @@ def _checked(
 
 
 def _matrix(
-    cotangents: SeveralCotangents,
+    cotangents: OfSeveral,
     model: nn.Module,
     loader: Any,
     representation: Representation,
@@ -375,7 +379,7 @@ def _matrix(
 def _source(
     model: nn.Module,
     layer_collection: LayerCollection,
-    cotangents: SeveralCotangents,
+    cotangents: OfSeveral,
     n_output: int | None,
     **options: Any,
 ) -> Generator:
@@ -387,7 +391,7 @@ def _source(
             )
         return cotangents(f, batches, position)
 
-    return Generator(model, layer_collection, checked, **options)
+    return Generator(model, layer_collection, OfSeveral(checked), **options)
 
 
 def _represented(source: Generator, loader: Any, representation: Representation, options: dict[str, Any]) -> PMat:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+#: What classes of the library were called in files that were written before.
+_FORMER = {"Direct": "DirectSum"}
 
 
 class Unknown(ValueError):
@@ -57,7 +59,7 @@ class Registry(Generic[T]):
         """The class of that name. Raises ``KeyError`` for what is no name of a class, :class:`Unknown` for one that is
         not imported.
         """
-        found = self._classes.get(name)
+        found = self._classes.get(_FORMER.get(name, name) if isinstance(name, str) else name)
         if found is None and isinstance(name, str) and "." in name:
             raise Unknown(f"it has a {self._what} of the class {name}, which is not defined here: {_remedy(name)}")
         return self._classes[name] if found is None else found

@@ -26,8 +26,8 @@ from nngeometry import (
     PMatDense,
     PMatDiag,
     PMatImplicit,
-    data,
 )
+from nngeometry.model import data
 
 N, D, C = 7, 4, 3
 

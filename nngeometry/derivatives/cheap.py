@@ -15,11 +15,11 @@ from .operations import OPERATIONS, Maybe, Operation
 
 
 class CheapDerivatives(TorchFunctionMode):
-    """Inside of it, the operations of :mod:`nngeometry.derivatives.operations` (convolutions, linear layers, products of matrices,
-    normalisations, activations, softmax) are recorded such that the map from a cotangent u to ``J^T u`` can be
-    recorded for nothing, and differentiated at the cost of a product with J. torch's second derivatives compute twice
-    as many convolutions. A gradient can be recorded too, of which the values in parameters, a third of its cost, are
-    not computed.
+    """Inside of it, the operations of :mod:`nngeometry.derivatives.operations` (convolutions, linear layers, products
+    of matrices, normalisations, activations, softmax) are recorded such that the map from a cotangent u to ``J^T u``
+    can be recorded for nothing, and differentiated at the cost of a product with J. torch's second derivatives compute
+    twice as many convolutions. A gradient can be recorded too, of which the values in parameters, a third of its cost,
+    are not computed.
 
     Use :meth:`at_zero` or :meth:`without_values` while that is recorded.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..arguments import described
 from ..changes import Change
 from ..forms import LayerJacobian, Places
 
@@ -192,14 +193,16 @@ def kind(
     """
     _check_types("kind", types, "write @kind(TheModule, ...) above the function")
     if packing is not None and not callable(packing):
-        raise TypeError(f"kind: packing={packing!r} must be a function of the module and of whether it has a bias")
+        raise TypeError(f"kind: packing: expected a function of the module, got {described(packing)}")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"kind: parameters={parameters!r}: expected the names of parameters")
     names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"kind: parameters={parameters!r} must be different names of parameters")
 
     def register(function: KindFunction) -> KindFunction:
         if not callable(function):
-            raise TypeError(f"kind: {function!r} is not a function: write @kind(TheModule, ...) above the function")
+            raise TypeError(f"kind: expected a function (module, gy, *inputs), got {described(function)}")
         _register_imported()
         for t in types:
             _TABLE[t] = Kind(function, packing, kronecker, features_last, parameters=names)

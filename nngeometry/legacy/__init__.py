@@ -12,7 +12,7 @@ import sys
 import torch  # noqa: F401  (the examples below use it)
 from torch import nn  # noqa: F401
 
-from .. import gram, hessian, metrics
+from .. import gram, hessian, jacobian, metrics
 from . import coordinates, function_space, layout, matrices, mixed, sources
 from .names import attach, warn
 from .sources import DummyGenerator, TorchFuncHessianBackend, TorchFuncJacobianBackend, TorchHooksJacobianBackend
@@ -50,6 +50,8 @@ __test__ = {
     "FIM_MonteCarlo": metrics.FIM_MonteCarlo.__doc__ or "",
     "Hessian": hessian.Hessian.__doc__ or "",
     "GramMatrix": gram.GramMatrix.__doc__ or "",
+    **{f.__name__: f.__doc__ or "" for f in (metrics.EmpiricalFisher, metrics.GradientCovariance, hessian.GGN)},
+    "Jacobian": jacobian.Jacobian.__doc__ or "",
 }
 
 

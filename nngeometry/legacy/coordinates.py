@@ -127,9 +127,10 @@ def _add_layer(add_layer: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(add_layer)
     def named(self: LayerCollection, name: str, layer: Layer) -> None:
-        if "(" in name:
+        if isinstance(name, str) and "(" in name:
             name = name[: name.index("(")].rpartition(".")[0]
-        add_layer(self, name, layer if layer.name == name else replace(layer, name=name))
+        renamed = isinstance(layer, Layer) and layer.name != name
+        add_layer(self, name, replace(layer, name=name) if renamed else layer)
 
     return named
 

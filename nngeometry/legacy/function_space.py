@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gram
+from .. import arguments, gram
 from .. import object as objects
 from ..blocks import Dense, DirectSum, Part
 from ..forms import Outer
@@ -54,6 +54,8 @@ def _of_generator(init: Callable[..., None], name: str, new: str) -> Callable[..
         source: Any = given.get("generator")
         value, examples = given.get("data"), given.get("examples")
         lc = given.get("layer_collection")
+        if source is None and (value is None or lc is None):
+            raise TypeError(f"{name}: there are no entries and no generator of them: use {new}")
         lc = source.layer_collection if lc is None else lc
         if value is not None:
             found = _kernel_of(value) if isinstance(self, FMat) else PFMapDense(lc, value)
@@ -181,6 +183,7 @@ def _from_eigenvectors(self: FMat, v: Tensor) -> FVector:
 def _gram_matrix(matrix: Callable[..., Any]) -> Callable[..., Any]:
     """``GramMatrix(model, loader, function, representation, layer_collection)``."""
 
+    @arguments.called_as
     @functools.wraps(matrix)
     def with_positions(model: nn.Module, loader: Any, *args: Any, **kwargs: Any) -> Any:
         if args and callable(args[0]):
@@ -197,9 +200,9 @@ def _from_the_left(self: PFMap, other: Any) -> Any:
     if isinstance(other, FVector):
         return self.vjp(other)
     if not isinstance(other, Adjoint):
-        return NotImplemented
+        arguments.refuse("@", other, self, self._remedy)
     left, p = other.map, self.layer_collection.numel()
-    check_same_space(self.layer_collection, left.layer_collection, type(left).__name__)
+    check_same_space(self.layer_collection, left.layer_collection, arguments.name_of(left))
     require(
         p * p * self.dtype.itemsize,
         f"the dense matrix {left}.T @ {self}",
@@ -216,11 +219,21 @@ def _adjoint_from_the_left(self: Adjoint, other: Any) -> Any:
     """``M @ J.T`` and ``v @ J.T``."""
     if isinstance(other, PVector):
         return self.map.jvp(other)
-    return Adjoint(other.mv(self.map)) if isinstance(other, PMat) and other.root.symmetric else NotImplemented
+    if isinstance(other, PMat) and other.root.symmetric:
+        return Adjoint(other.mv(self.map))
+    return arguments.refuse("@", other, self, self._remedy)
+
+
+def _kernel_from_the_left(self: FMat, other: Any) -> FVector:
+    """``u @ K``."""
+    if not isinstance(other, FVector):
+        arguments.refuse("@", other, self, self._remedy)
+    return self.T @ other
 
 
 def _kernel_power(self: FMat, exponent: int) -> FMatDense:
     """``K ** n`` for an integer."""
+    arguments.integer("**: the exponent of a kernel", exponent, least=-(2**31))
     entries = self.to_torch()
     power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
     return _kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
@@ -265,7 +278,7 @@ def install() -> None:
     attach(
         FMat,
         __pow__=_kernel_power,
-        __rmatmul__=lambda self, u: self.T @ u if isinstance(u, FVector) else NotImplemented,
+        __rmatmul__=_kernel_from_the_left,
         generator=None,
         data=property(lambda self: self.to_torch(), lambda self, value: vars(self).update(vars(_kernel_of(value)))),
         to_torch=_contiguous(FMat.to_torch),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..blocks import Block, Spectral
 from ..generator import Generator
 from ..layercollection import LayerCollection
@@ -20,6 +21,7 @@ from .names import attach, renamed, warn
 from .sources import TorchHooksJacobianBackend, remember
 from .tools import cg
 
+_DATA = "data: expected a block, as in another matrix's root, or tensors as NNGeometry lays them out"
 #: The arguments of a matrix, in order; before 0.4 without the first.
 ORDER = ("layer_collection", "generator", "data", "examples")
 
@@ -34,9 +36,19 @@ def _constructor(init: Callable[..., None]) -> Callable[..., None]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         source, value = given.get("generator"), given.get("data")
         if "layer_collection" not in given and source is not None:
+            if not hasattr(source, "layer_collection"):
+                raise TypeError(
+                    f"{kind.__name__}: generator: expected a Generator, got {arguments.described(source)}: use "
+                    "FIM(model, loader, representation) and the like"
+                )
             warn(f"{kind.__name__}(generator, ...)", f"{kind.__name__}(layer_collection, generator, ...)")
             given["layer_collection"] = source.layer_collection
         lc: Any = given.get("layer_collection")
+        if lc is None:
+            raise TypeError(
+                f"{kind.__name__}: layer_collection is missing: use FIM(model, loader, {kind.__name__}) and the like, "
+                "or pass LayerCollection.from_model(model)"
+            )
         if "strategy" in given and given.pop("strategy") != "kfac":
             raise NotImplementedError(f"{kind.__name__}: strategy= other than 'kfac' is not here: leave it out")
         if given.pop("eigendecomposition", None) is not None:
@@ -47,7 +59,14 @@ def _constructor(init: Callable[..., None]) -> Callable[..., None]:
                 raise ValueError(f"{kind.__name__}(generator): the generator keeps no loader: give examples=loader too")
         layout = None if value is None or isinstance(value, Block) else layout_of(kind)
         if layout is not None:
-            given["data"] = layout[1](lc, value)
+            if not isinstance(value, Tensor | Mapping | tuple | list):
+                raise TypeError(f"{kind.__name__}: {_DATA}, got {arguments.described(value)}")
+            try:
+                given["data"] = layout[1](lc, value)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise TypeError(f"{kind.__name__}: {_DATA}, got {arguments.described(value)} ({error})") from error
+        elif value is not None and not isinstance(value, Block):
+            raise TypeError(f"{kind.__name__}: {_DATA}, got {arguments.described(value)}")
         if isinstance(source, TorchHooksJacobianBackend) and value is None:
             given["generator"] = source = source.on(lc)
         remember(source, given.get("examples"))
@@ -74,7 +93,7 @@ def _eye_constructor(init: Callable[..., None]) -> Callable[..., None]:
             kwargs["scaling"], args = args[0], args[1:]
         scaling = kwargs.get("scaling")
         if isinstance(scaling, Tensor):
-            kwargs["scaling"] = float(scaling)
+            kwargs["scaling"] = arguments.number("PMatEye: scaling", scaling)
             if scaling.dtype != torch.get_default_dtype() or scaling.device != torch.empty(0).device:
                 kwargs |= {"dtype": scaling.dtype, "device": scaling.device}
         init(self, layer_collection, *args, **kwargs)

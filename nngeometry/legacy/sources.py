@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import blocks, generator, gram, hessian, likelihood, metrics
+from .. import arguments, blocks, generator, gram, hessian, likelihood, metrics
 from ..blocks import Block
 from ..changes import Borrowed
 from ..generator import Generator
@@ -391,6 +391,8 @@ def _reduced(source: LossCurvature, examples: Any) -> Any:
         if certain:
             raise
         return None
+    if not isinstance(value, Tensor):
+        return None
     if value.ndim > 0:
         return output_loss(function) if certain else None
     return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *source.targets(batch))
@@ -435,6 +437,7 @@ def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
 def _positional(matrix: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     """A metric whose options may be positional, in NNGeometry's order; in 0.2 and 0.3 n_output came first."""
 
+    @arguments.called_as
     @functools.wraps(matrix)
     def with_positions(model: nn.Module, loader: Any, representation: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) > 1 or (args and isinstance(args[0], int)):

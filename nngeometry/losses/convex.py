@@ -25,6 +25,8 @@ class OutputHessian:
         self.leaf = f.detach().requires_grad_()
         with Changed(recording(True)):
             (self.gradient,) = torch.autograd.grad(total(self.leaf), self.leaf, create_graph=True)
+        if bool(self.gradient.detach().isnan().any()):
+            raise ValueError("loss: its gradient has NaN entries: check the targets of this minibatch")
         self._pull = BatchedVJP()
 
     def mv(self, u: Tensor) -> Tensor:

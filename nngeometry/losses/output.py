@@ -90,6 +90,8 @@ class ByExample(OutputLoss):
                 f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
                 'return the unreduced loss (reduction="none")'
             )
+        if not values.is_floating_point() and values.requires_grad:
+            raise TypeError(f"loss: expected real numbers, got {values.dtype}: return e.g. its absolute value")
         if f.requires_grad and not values.requires_grad:
             raise ValueError(
                 "loss: its values do not depend on the outputs as far as autograd knows (detached, counted or rounded "

@@ -26,6 +26,11 @@ def selected(targets: Targets) -> Callable[[data.Batch], tuple[Any, ...]]:
         return data.targets
     if isinstance(targets, str | int):
         return lambda batch: (_entry(data.content(batch), targets),)
+    if isinstance(targets, torch.nn.Module) or (callable(targets) and not data.accepts(targets, 1)):
+        raise TypeError(
+            f"targets: expected a key of the minibatch, or a function that takes it, got {type(targets).__name__}: "
+            'write e.g. targets="labels" or targets=lambda batch: batch[1]'
+        )
     if callable(targets):
 
         def given(batch: data.Batch) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ class Evaluator:
         """The output of the model on a minibatch, checked: one row for each example, finite."""
         try:
             f = self.outputs_unchecked(batch)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, AssertionError) as error:
             arguments.inputs(batch, next(self.model.parameters()).dtype, error)
             raise
         if not isinstance(f, Tensor):

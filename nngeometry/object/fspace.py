@@ -26,6 +26,8 @@ class FMat(VectorSpace):
     output of an FVector alike. Operations return new matrices.
     """
 
+    _remedy = "a kernel goes (@) with an FVector or FMat, (+) with an FMat of the same shape and (*) with a number"
+
     def __init__(self, root: Block, layout: Layout) -> None:
         self.root = root
         self.layout = layout
@@ -40,7 +42,7 @@ class FMat(VectorSpace):
         if isinstance(other, FVector):
             return self.mv(other)
         if not isinstance(other, FMat):
-            return NotImplemented
+            return arguments.unfit("@", self, other, self._remedy)
         same = type(self.layout) is type(other.layout) and self.layout.examples[1] == other.layout.examples[0]
         if not same or not (isinstance(self.layout, Traced) or self.layout.outputs[1] == other.layout.outputs[0]):
             raise ValueError(f"{self} @ {other}: the columns of one are not the rows of the other")
@@ -320,6 +322,8 @@ class FMat(VectorSpace):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FMat:
         """The same matrix on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._with(self.root.map(lambda t: t.to(device=device, dtype=dtype)), self.layout)
 
     def __repr__(self) -> str:

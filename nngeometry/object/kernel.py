@@ -89,10 +89,10 @@ def sides(slab: BatchJacobian, metric: Block | None, layer_collection: LayerColl
         return BatchJacobian(slab.examples, slab.outputs, kept)
 
     if metric is None:
-        kept = tape(slab.forms)
+        kept = prepared(slab.forms)
         return Sides(kept, kept)
     left, right = _through(metric, slab.forms, layer_collection)
-    return Sides(tape(left), tape(right))
+    return Sides(prepared(left), prepared(right))
 
 
 def predicted_bytes(slab: BatchJacobian, metric: Block | None, examples: int) -> int:

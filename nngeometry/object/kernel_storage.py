@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
 from ..model import data
@@ -67,6 +68,7 @@ class FMatMemmap(FMat):
     @classmethod
     def at(cls, path: str | Path) -> Any:
         """The representation with its files in a folder, which is made if it is missing."""
+        arguments.path("FMatMemmap.at: path", path, "the folder of the kernel's files")
         return partial(cls.fill, Path(path))
 
     @classmethod

@@ -33,6 +33,7 @@ class PFMap(VectorSpace, ABC):
     """
 
     layer_collection: LayerCollection
+    _remedy = "a map J goes (@) with a PVector, a PMat or J2.T, (+) with a map of the same shape and (*) with a number"
 
     @property
     @abstractmethod
@@ -62,7 +63,7 @@ class PFMap(VectorSpace, ABC):
                 f"jvp: expected a PVector, got {arguments.described(v)}: make one with "
                 "PVector(layer_collection, tensor)"
             )
-        check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        check_same_space(self.layer_collection, v.layer_collection, arguments.name_of(v))
         self._check_like(v)
         return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
 
@@ -81,8 +82,8 @@ class PFMap(VectorSpace, ABC):
         """Raise unless a vector, map or matrix is of the same dtype on the same device."""
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
-                f"the {type(v).__name__} is {v.dtype} on {v.device}, the map is {self.dtype} on {self.device}: move "
-                "one of them with .to(device, dtype)"
+                f"the {arguments.name_of(v)} is {v.dtype} on {v.device}, the map is {self.dtype} on {self.device}: "
+                "move one of them with .to(device, dtype)"
             )
 
     def adjoint(self) -> Adjoint:
@@ -108,14 +109,14 @@ class PFMap(VectorSpace, ABC):
         if isinstance(other, Adjoint):
             return self._kernel(other.map)
         if hasattr(other, "root") and hasattr(other, "layer_collection"):
-            check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
             fitted = other._fitted(self)
             self._check_like(fitted)
             return self.through(fitted.root.transpose())
-        return NotImplemented
+        return arguments.unfit("@", self, other, self._remedy)
 
     def _kernel(self, other: PFMap) -> FMat:
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         (c, n, _), (d, m, _) = self.shape, other.shape
         what = f"the dense kernel {self} @ {other}.T"
@@ -171,7 +172,7 @@ class PFMap(VectorSpace, ABC):
     def _combined(self, other: Any, weight: float) -> PFMap:
         if not isinstance(other, PFMap):
             return NotImplemented
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         if other.shape != self.shape:
             raise ValueError(f"{self} and {other} have other outputs or examples")
@@ -211,6 +212,9 @@ class PFMap(VectorSpace, ABC):
 class Adjoint:
     """``J^T``, from function space to parameter space: ``J.T @ u``."""
 
+    _remedy = "J.T goes (@) with an FVector, FVector(tensor) of shape (C, n), or behind a map, J @ J.T"
+    __array_ufunc__ = None
+
     def __init__(self, map: PFMap) -> None:
         self.map = map
 
@@ -219,7 +223,7 @@ class Adjoint:
         return self.map.vjp(u)
 
     def __matmul__(self, other: Any) -> Any:
-        return self.mv(other) if isinstance(other, FVector) else NotImplemented
+        return self.mv(other) if isinstance(other, FVector) else arguments.unfit("@", self, other, self._remedy)
 
     def adjoint(self) -> PFMap:
         """J."""
@@ -239,7 +243,11 @@ class PFMapDense(FlatArray, PFMap):
     torch.Size([4, 5])
     """
 
+    _remedy = PFMap._remedy
+
     def __init__(self, layer_collection: LayerCollection, data: Tensor) -> None:
+        arguments.instance("layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)")
+        arguments.instance("data", data, Tensor, "pass a tensor of shape (C, n, P)")
         if data.ndim != 3 or data.shape[2] != layer_collection.numel():
             raise ValueError(f"PFMapDense: expected shape (C, n, {layer_collection.numel()}), got {tuple(data.shape)}")
         super().__init__(layer_collection, data)
@@ -386,7 +394,7 @@ class PFMapFactored(PFMap):
             p.examples for p in self.pieces
         ]:
             return super()._combined(other, weight)
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         pieces = []
         for one, two in zip(self.pieces, other.pieces, strict=True):
@@ -398,6 +406,8 @@ class PFMapFactored(PFMap):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
         """The same map on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._each(lambda f: f.to(device, dtype))
 
     def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
@@ -497,6 +507,8 @@ class PFMapImplicit(PFMap):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapImplicit:
         """The same map in another dtype, on the device where its model is."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         if device is not None and torch.device(device) != self.device:
             raise ValueError("a map known by its products stays where its model is: move the model and build it again")
         there = self.dtype if dtype is None else dtype

@@ -42,6 +42,11 @@ class PMat(VectorSpace):
     that it consists of. options: of the representation. Operations return new matrices and leave this one as it is.
     """
 
+    _remedy = (
+        "a matrix goes (@) with a PVector, a map or a PMat, (+) with a PMat and (*) with a number; for F + c write "
+        "F + c * PMatEye(F.layer_collection), or regul=c"
+    )
+
     def __init_subclass__(cls) -> None:
         CLASSES.add(cls)
 
@@ -58,6 +63,11 @@ class PMat(VectorSpace):
         if data is None:
             if generator is None:
                 raise ValueError(f"{type(self).__name__}: estimation from examples needs a generator")
+            if not hasattr(generator, "layer_collection"):
+                raise TypeError(
+                    f"generator: expected a Generator, got {arguments.described(generator)}: use FIM(model, loader, "
+                    "representation) and the like"
+                )
             check_same_space(layer_collection, generator.layer_collection, "generator")
             data = self._estimate(generator, examples, **options)
         elif options:
@@ -112,7 +122,7 @@ class PMat(VectorSpace):
         matrix count, and the result has no others.
         """
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
-            check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+            check_same_space(self.layer_collection, v.layer_collection, arguments.name_of(v))
             self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
@@ -175,7 +185,9 @@ class PMat(VectorSpace):
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
             return self._with(matmul(self.root, self._other(other)))
-        return self.mv(other) if isinstance(other, FlatArray | PFMap) else NotImplemented
+        if isinstance(other, FlatArray | PFMap):
+            return self.mv(other)
+        return arguments.unfit("@", self, other, self._remedy)
 
     # Linear systems
 
@@ -326,10 +338,13 @@ class PMat(VectorSpace):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same matrix on another device or in another dtype."""
         arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
     def save(self, path: str | Path) -> None:
         """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read."""
+        if not hasattr(path, "write"):
+            arguments.path("save: path", path, "where to write the file")
         layers = [
             {
                 "name": layer.name,
@@ -345,7 +360,12 @@ class PMat(VectorSpace):
             for layer in self.layer_collection.layers.values()
         ]
         name = CLASSES.name_of(type(self))
-        torch.save({"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}, path)
+        saved = {"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}
+        if hasattr(path, "write"):
+            torch.save(saved, path)
+            return
+        with open(path, "wb") as file:  # an error of a missing folder or a lack of permission names the path
+            torch.save(saved, file)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
@@ -354,6 +374,8 @@ class PMat(VectorSpace):
         Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else, or has a block or
         representation of yours whose module is not imported.
         """
+        arguments.path("PMat.load: path", path, "of a file that save(path) wrote")
+        arguments.device(device)
         saved = read(path, device)
         try:
             layers = {}
@@ -414,7 +436,7 @@ class PMat(VectorSpace):
         if len(theirs) > len(mine) and mine.layers.items() <= theirs.layers.items():
             v = v.on(mine)
         else:
-            check_same_space(mine, theirs, type(v).__name__)
+            check_same_space(mine, theirs, arguments.name_of(v))
         flat = v.to_torch()
         self._check_like(v, flat)
         return flat
@@ -423,7 +445,7 @@ class PMat(VectorSpace):
         values = v if flat is None else flat
         if values.device != self.device or values.dtype != self.dtype:
             raise ValueError(
-                f"the {type(v).__name__} is {values.dtype} on {values.device}, the matrix is {self.dtype} on "
+                f"the {arguments.name_of(v)} is {values.dtype} on {values.device}, the matrix is {self.dtype} on "
                 f"{self.device}: move one of them with .to(device, dtype)"
             )
 
@@ -435,7 +457,7 @@ class PMat(VectorSpace):
         if not isinstance(other, PMat):
             raise TypeError(f"expected a matrix, a PMat, got {arguments.described(other)}")
         other = other._fitted(self)
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         if other.device != self.device or other.dtype != self.dtype:
             raise ValueError(
                 f"matrices of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move one of "

@@ -255,8 +255,10 @@ class PMatMixed(PMat):
     """
 
     @classmethod
+    @arguments.called_as
     def of(cls, default: Any, rules: Mapping[Any, Any]) -> Any:
         """The mixed representation as one object, to pass wherever a representation is expected."""
+        _check_rules(default, rules)
         return partial(cls, default=default, rules=rules)
 
     @classmethod
@@ -264,6 +266,7 @@ class PMatMixed(PMat):
         cls, layers: Sequence[Layer], default: Any = PMatDiag, rules: Mapping[Any, Any] | None = None
     ) -> list[Estimator]:
         rules = rules or {}
+        _check_rules(default, rules)
         for selector in rules:
             if not any(layer.matches(selector) for layer in layers):
                 raise KeyError(
@@ -285,6 +288,18 @@ class PMatMixed(PMat):
             else:
                 planned += representation.plan(group)
         return planned
+
+
+def _check_rules(default: Any, rules: Any) -> None:
+    """Raise ``TypeError`` unless each layer's representation is one."""
+    arguments.instance("PMatMixed: rules", rules, Mapping, "pass {selector: representation}")
+    for name, value in (("default", default), *((f"the rule for {k!r}", r) for k, r in rules.items())):
+        of = value.func if isinstance(value, partial) else value
+        if not (isinstance(of, type) and issubclass(of, PMat)):
+            raise TypeError(
+                f"PMatMixed: {name}: expected a PMat class, e.g. PMatKFAC, or a partial of one, got "
+                f"{arguments.described(of)}" + (": pass the class" if isinstance(of, PMat) else "")
+            )
 
 
 class PMatEye(PMat):
@@ -311,6 +326,12 @@ class PMatEye(PMat):
         device: torch.device | str | None = None,
     ) -> None:
         if data is None and examples is None:
+            arguments.instance(
+                "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
+            )
+            scaling = arguments.number("PMatEye: scaling", scaling)
+            arguments.device(device)
+            arguments.dtype(dtype, real=True)
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
             data = blocks.DirectSum((blocks.Part(((0, p),), Packing.flat(p), eye),))
