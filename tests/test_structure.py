@@ -13,6 +13,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it.
 FLOORS = [
     [
+        "spelling",
         "changes",
         "memory",
         "autograd",
@@ -41,7 +42,7 @@ FLOORS = [
     ["kinds", "blocks"],
     ["layercollection"],
     ["evaluator", "recording"],
-    ["generator"],
+    ["generator", "minibatchloss"],
     ["object"],
     ["metrics"],
     ["hessian", "jacobian"],

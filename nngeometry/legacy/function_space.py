@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import gram
 from .. import object as objects
 from ..blocks import Dense, Direct, Part
 from ..forms import Outer
@@ -31,50 +28,12 @@ from ..object import (
     fspace,
 )
 from ..object import map as pfmap
-from ..object.layouts import Full
+from ..object.fspace import kernel_of
 from ..object.map import Adjoint
 from ..object.vector import check_same_space
-from .matrices import ORDER, check_impl, get_eigendecomposition
-from .names import attach, renamed, warn
-from .sources import DummyGenerator
-
-
-def _of_generator(init: Callable[..., None], name: str, new: str) -> Callable[..., None]:
-    """``X(generator, data, examples)``, and with the layer collection before it."""
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        of_source = any(a is None or isinstance(a, Generator | DummyGenerator) for a in args[:2])
-        if "generator" not in kwargs and not of_source:
-            init(self, *args, **kwargs)
-            return
-        warn(f"{name if type(self).__module__ != __name__ else type(self).__name__}(generator, ...)", new)
-        names = ORDER if args and isinstance(args[0], LayerCollection) else ORDER[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        source: Any = given.get("generator")
-        value, examples = given.get("data"), given.get("examples")
-        lc = given.get("layer_collection")
-        lc = source.layer_collection if lc is None else lc
-        if value is not None:
-            found = _kernel_of(value) if isinstance(self, FMat) else PFMapDense(lc, value)
-        else:
-            source = source.on(lc)
-            examples = source.examples if examples is None else examples
-            found = source.kernel(examples) if isinstance(self, FMat) else source.map(_REPRESENTATION[name], examples)
-        vars(self).update(vars(found))
-
-    return __init__
-
-
-_REPRESENTATION: dict[str, Any] = {kind.__name__: kind for kind in (PFMapDense, PFMapFactored, PFMapImplicit)}
-
-
-def _kernel_of(value: Tensor) -> FMatDense:
-    """A kernel from its entries ``(C, n, C', n')``."""
-    c, n, d, m = value.shape
-    layout = Full((c, d), (n, m))
-    symmetric = value.shape[:2] == value.shape[2:] and bool(torch.equal(value, value.permute(2, 3, 0, 1)))
-    return FMatDense(fspace.dense_root(layout.unview(value), layout, symmetric), layout)
+from ..spelling import renamed, warn
+from .matrices import check_impl, get_eigendecomposition
+from .names import attach
 
 
 class PushForwardDense(PFMapDense):
@@ -116,26 +75,6 @@ def random_pfmap(
     return PFMapDense(layer_collection, torch.randn(*output_size, layer_collection.numel(), device=device, dtype=dtype))
 
 
-def _contiguous(to_torch: Callable[[FMat], Tensor]) -> Callable[[FMat], Tensor]:
-    """Entries that ``view`` takes, as those of NNGeometry."""
-
-    @functools.wraps(to_torch)
-    def contiguous(self: FMat) -> Tensor:
-        return to_torch(self).contiguous()
-
-    return contiguous
-
-
-def _with_dim(size: Callable[[FMat], Any]) -> Callable[..., Any]:
-    """``size(dim)``."""
-
-    @functools.wraps(size)
-    def of_dim(self: FMat, dim: int | None = None) -> Any:
-        return size(self) if dim is None else size(self)[dim]
-
-    return of_dim
-
-
 def _compute_eigendecomposition_of_kernel(self: FMat, impl: str = "eigh") -> None:
     """Store ``evals`` and ``evecs``, in the order of ``to_torch().flatten()``.
 
@@ -144,22 +83,6 @@ def _compute_eigendecomposition_of_kernel(self: FMat, impl: str = "eigh") -> Non
     check_impl(impl)
     warn("compute_eigendecomposition()", "eig()")
     vars(self)["evals"], vars(self)["evecs"] = torch.linalg.eigh(self.to_torch().flatten(2).flatten(0, 1))
-
-
-def _kernel_solve(solve: Callable[..., Any]) -> Callable[..., Any]:
-    """``solve(u, regul, solve=)``."""
-
-    @functools.wraps(solve)
-    def with_impl(self: FMat, b: Any = None, regul: Any = 1e-8, impl: str | None = None, **options: Any) -> Any:
-        b = options.pop("x", b)
-        chosen = options.pop("solve", None) if impl is None else impl
-        if chosen is not None:
-            warn("solve(b, regul, solve=...)", "solve(b, regul), which is exact")
-            if chosen not in ("default", "solve"):
-                raise NotImplementedError(f"{type(self).__name__}.solve: solve={chosen!r} is not 'default' or 'solve'")
-        return solve(self, b, regul, **options)
-
-    return with_impl
 
 
 def _to_eigenvectors(self: FMat, v: FVector) -> Tensor:
@@ -176,20 +99,6 @@ def _from_eigenvectors(self: FMat, v: Tensor) -> FVector:
     :meta private:
     """
     return FVector((vars(self)["evecs"] @ v).view(*self.size()[:2]))
-
-
-def _gram_matrix(matrix: Callable[..., Any]) -> Callable[..., Any]:
-    """``GramMatrix(model, loader, function, representation, layer_collection)``."""
-
-    @functools.wraps(matrix)
-    def with_positions(model: nn.Module, loader: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and callable(args[0]):
-            names = ("function", "representation", "layer_collection")
-            warn("GramMatrix(model, loader, function)", "function=; what follows the loader is loader2")
-            return matrix(model, loader, **dict(zip(names, args, strict=False)), **kwargs)
-        return matrix(model, loader, *args, **kwargs)
-
-    return with_positions
 
 
 def _from_the_left(self: PFMap, other: Any) -> Any:
@@ -223,7 +132,7 @@ def _kernel_power(self: FMat, exponent: int) -> FMatDense:
     """``K ** n`` for an integer."""
     entries = self.to_torch()
     power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
-    return _kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
+    return kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
 
 
 def _factors(self: PFMapFactored) -> dict[str, tuple[Tensor, Tensor]]:
@@ -240,10 +149,7 @@ def _factors(self: PFMapFactored) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def install() -> None:
-    """Attach the old names and arguments of maps and kernels."""
-    for name, kind in _REPRESENTATION.items():
-        attach(kind, __init__=_of_generator(kind.__init__, name, "Jacobian(model, loader)"))
-    attach(FMatDense, __init__=_of_generator(FMatDense.__init__, "FMatDense", "GramMatrix(model, loader)"))
+    """Attach the old names of maps and kernels."""
     dense = renamed("get_dense_tensor()", "to_torch()", lambda self: self.to_torch())
     attach(
         PFMap,
@@ -267,10 +173,7 @@ def install() -> None:
         __pow__=_kernel_power,
         __rmatmul__=lambda self, u: self.T @ u if isinstance(u, FVector) else NotImplemented,
         generator=None,
-        data=property(lambda self: self.to_torch(), lambda self, value: vars(self).update(vars(_kernel_of(value)))),
-        to_torch=_contiguous(FMat.to_torch),
-        size=_with_dim(FMat.size),
-        solve=_kernel_solve(FMat.solve),
+        data=property(lambda self: self.to_torch(), lambda self, value: vars(self).update(vars(kernel_of(value)))),
         adjoint=lambda self: self.T,
         get_dense_tensor=dense,
         frobenius_norm=renamed("frobenius_norm()", "norm()", lambda self: self.norm()),
@@ -288,4 +191,3 @@ def install() -> None:
     bases = {"AbstractPushForward": PFMap, "PullBackAbstract": PFMap, "PFMapAdjoint": Adjoint}
     attach(pfmap, random_pfmap=random_pfmap, **bases, **maps)
     attach(objects, **maps)
-    attach(gram, GramMatrix=_gram_matrix(gram.GramMatrix))

@@ -16,6 +16,7 @@ from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..memory import chunk_length, require
 from ..weights import Weights
+from . import old_arguments
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import Slab, sides, slabs, stacked_rows, tile
@@ -230,7 +231,8 @@ class Adjoint:
 
 
 class PFMapDense(FlatArray, PFMap):
-    """All entries of a map: data ``(C, n, P)``. Every PMat takes it as many right-hand sides.
+    """All entries of a map: ``PFMapDense(layer_collection, data)`` with data ``(C, n, P)``. Every PMat takes it as many
+    right-hand sides. generator, examples: a backend of NNGeometry's and its loader, in place of data.
 
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> J = PFMapDense(lc, torch.ones(4, 5, 3))
@@ -238,7 +240,15 @@ class PFMapDense(FlatArray, PFMap):
     torch.Size([4, 5])
     """
 
-    def __init__(self, layer_collection: LayerCollection, data: Tensor) -> None:
+    def __init__(
+        self, layer_collection: Any = None, generator: Any = None, data: Any = None, examples: Any = None
+    ) -> None:
+        if isinstance(generator, Tensor):  # the entries
+            generator, data = None, generator
+        if data is None or not isinstance(layer_collection, LayerCollection):
+            given = _of_source("PFMapDense", layer_collection, generator, data, examples)
+            layer_collection, generator, data, examples = given
+            data = generator.map(PFMapDense, examples).to_torch() if data is None else data
         if data.ndim != 3 or data.shape[2] != layer_collection.numel():
             raise ValueError(f"PFMapDense: expected shape (C, n, {layer_collection.numel()}), got {tuple(data.shape)}")
         super().__init__(layer_collection, data)
@@ -295,10 +305,22 @@ class PFMapDense(FlatArray, PFMap):
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
-    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer.
+    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer. Or a generator and
+    examples, as of :class:`PFMapDense`.
     """
 
-    def __init__(self, layer_collection: LayerCollection, pieces: Sequence[Slab]) -> None:
+    def __init__(
+        self,
+        layer_collection: Any = None,
+        pieces: Any = None,
+        data: Any = None,
+        examples: Any = None,
+        *,
+        generator: Any = None,
+    ) -> None:
+        if not isinstance(pieces, Sequence):
+            found = _made(PFMapFactored, layer_collection, pieces if generator is None else generator, data, examples)
+            layer_collection, pieces = found.layer_collection, found.pieces
         self.layer_collection = layer_collection
         self.pieces = tuple(pieces)
 
@@ -417,17 +439,26 @@ class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 
     layer_collection: the columns. outputs: ``(C, n)``. jvp_of: ``(k, P) -> (k, C, n)``; vjp_of: ``(k, C, n) -> (k,
-    P)``; like: an empty tensor of its dtype and device.
+    P)``; like: an empty tensor of its dtype and device. Or a generator and examples, as of :class:`PFMapDense`.
     """
 
     def __init__(
         self,
-        layer_collection: LayerCollection,
-        outputs: tuple[int, int],
-        jvp_of: Callable[[Tensor], Tensor],
-        vjp_of: Callable[[Tensor], Tensor],
-        like: Tensor,
+        layer_collection: Any = None,
+        outputs: Any = None,
+        jvp_of: Any = None,
+        vjp_of: Any = None,
+        like: Any = None,
+        *,
+        generator: Any = None,
+        data: Any = None,
+        examples: Any = None,
     ) -> None:
+        if like is None:
+            source, value = generator if outputs is None else outputs, data if jvp_of is None else jvp_of
+            found = _made(PFMapImplicit, layer_collection, source, value, examples if vjp_of is None else vjp_of)
+            vars(self).update(vars(found))
+            return
         self.layer_collection = layer_collection
         self.outputs = outputs
         self._jvp_of = jvp_of
@@ -506,6 +537,18 @@ class PFMapImplicit(PFMap):
             lambda S: self._vjp_of(S.to(self.dtype)).to(there),
             self.like.to(there),
         )
+
+
+def _of_source(name: str, lc: Any, generator: Any, value: Any, examples: Any) -> tuple[Any, Any, Any, Any]:
+    return old_arguments.of_source(name, lc, generator, value, examples, "Jacobian(model, loader)")
+
+
+def _made(kind: type[PFMap], lc: Any, generator: Any, value: Any, examples: Any) -> Any:
+    """The map of a backend of NNGeometry's."""
+    _, generator, value, examples = _of_source(kind.__name__, lc, generator, value, examples)
+    if value is not None:
+        raise TypeError(f"{kind.__name__}: data= are the entries of a map: use PFMapDense(layer_collection, data)")
+    return generator.map(kind, examples)
 
 
 def _as_slice(examples: slice | int) -> slice:
