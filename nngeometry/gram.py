@@ -77,7 +77,9 @@ def GramMatrix(
 
     Source: Jacot, Gabriel and Hongler (2018), 1806.07572.
     """
-    if callable(loader2):  # GramMatrix(model, loader, function, representation, layer_collection)
+    if (
+        callable(loader2) and loader2 is not model
+    ):  # GramMatrix(model, loader, function, representation, layer_collection)
         warn("GramMatrix(model, loader, function)", "function=; what follows the loader is loader2")
         if not (function2 is None or isinstance(function2, LayerCollection)):
             raise TypeError("GramMatrix: a function in the place of loader2 is one of both sides: name function2")

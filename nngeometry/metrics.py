@@ -63,14 +63,9 @@ def FIM(
     Source: Pascanu and Bengio (2013), 1301.3584; Kunstner, Balles, Hennig (2019), 1905.12558.
     """
     if old or isinstance(variant, int):
-        given: dict[str, Any] = {
-            "n_output": n_output,
-            "function": function,
-            "layer_collection": layer_collection,
-            **options,
-        }
-        given |= {"device": device, "verbose": verbose}
-        return FIM(model, loader, representation, **positions("FIM", ("variant", *ORDER), (variant, *old), given))
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection}
+        options |= {"device": device, "verbose": verbose}
+        return FIM(model, loader, representation, **positions("FIM", ("variant", *ORDER), (variant, *old), options))
     arguments.variant(variant, Likelihood, list(VARIANTS))
     likelihood = likelihood_of(variant)
 
@@ -119,16 +114,10 @@ def FIM_MonteCarlo(
     >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=torch.Generator().manual_seed(0))
     """
     if old or isinstance(variant, int):
-        given: dict[str, Any] = {
-            "n_output": n_output,
-            "function": function,
-            "layer_collection": layer_collection,
-            **options,
-        }
-        given |= {"device": device, "verbose": verbose, "trials": trials, "generator": generator}
-        given |= {} if covariance is None else {"covariance": covariance}
-        given = positions("FIM_MonteCarlo", ("variant", "trials", *ORDER), (variant, *old), given)
-        return FIM_MonteCarlo(model, loader, representation, **given)
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection, "trials": trials}
+        options |= {"device": device, "verbose": verbose, "generator": generator, "covariance": covariance}
+        options = positions("FIM_MonteCarlo", ("variant", "trials", *ORDER), (variant, *old), options)
+        return FIM_MonteCarlo(model, loader, representation, **options)
     if covariance is not None:
         variant = of_covariance(variant, covariance)
     arguments.integer("trials", trials, least=1)

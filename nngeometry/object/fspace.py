@@ -78,7 +78,7 @@ class FMat(VectorSpace):
         otherwise the solution is exact. Raises ``ValueError`` if K + regul is singular to working precision,
         ``RuntimeError`` if rtol is not reached. impl, old: what NNGeometry took, see :doc:`/from-nngeometry`.
         """
-        if b is None or impl is not None or old:
+        if impl is not None or old:
             return old_arguments.solve_kernel(self, b, regul, impl, rtol=rtol, **old)
         self._check_square("solve")
         r = self._regul(regul)

@@ -322,7 +322,7 @@ class PFMapFactored(PFMap):
             found = _made(PFMapFactored, layer_collection, pieces if generator is None else generator, data, examples)
             layer_collection, pieces = found.layer_collection, found.pieces
         self.layer_collection = layer_collection
-        self.pieces = tuple(pieces)
+        self.pieces: tuple[Slab, ...] = tuple(pieces)
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:

@@ -190,7 +190,7 @@ class PMat(VectorSpace):
 
         Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
         """
-        if b is None or impl is not None or old:
+        if impl is not None or old:
             return old_arguments.solve(self, b, regul, impl, rtol=rtol, preconditioner=preconditioner, **old)
         flat, r = self._of(b), self._regul(regul)
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
