@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,6 @@ def warn(old: str, new: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"{old} is an old name of NNGeometry: write {new}", DeprecationWarning, stacklevel=level)
-
-
-def renamed(old: str, new: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` under an old name."""
-
-    def under_the_old_name(*args: Any, **kwargs: Any) -> Any:
-        warn(old, new)
-        return function(*args, **kwargs)
-
-    under_the_old_name.__doc__ = f"Old name of ``{new}``.\n\n:meta private:"
-    return under_the_old_name
 
 
 def positions(name: str, order: Sequence[str], values: Sequence[Any], keywords: dict[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import layercollection, layers
 from ..layercollection import Layer, LayerCollection, Shape
 from ..object import FVector, PVector, random_pvector, vector
-from ..spelling import renamed, warn
-from .names import attach
+from ..spelling import warn
+from .names import adopt, attach
 
 
 class LayerKind(type(Layer)):  # type: ignore[misc]
@@ -74,24 +74,6 @@ def _module_to_layer(module: nn.Module) -> Layer:
     return layer
 
 
-def _module_map(self: LayerCollection, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of each layer.
-
-    :meta private:
-    """
-    return {name: model.get_submodule(name) for name in self.layers}
-
-
-def _module_maps(self: LayerCollection, model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, str]]:
-    """The module of each layer, and the layer of each module.
-
-    :meta private:
-    """
-    warn("get_layerid_module_maps(model)", "model.get_submodule(name): a layer has the name of its module")
-    modules = _module_map(self, model)
-    return modules, {module: name for name, module in modules.items()}
-
-
 def random_pvector_dict(layer_collection: LayerCollection, device: Any = None) -> PVector:
     """Old name of ``random_pvector``."""
     warn("random_pvector_dict", "random_pvector")
@@ -103,31 +85,94 @@ def random_fvector(n_samples: int, n_output: int = 1, device: Any = None, dtype:
     return FVector(torch.randn(n_output, n_samples, device=device, dtype=dtype))
 
 
+class OfVectors:
+    """Old names of vectors, in both spaces."""
+
+    def get_flat_representation(self: Any) -> Tensor:
+        """Old name of ``to_torch()``.
+
+        :meta private:
+        """
+        warn("get_flat_representation()", "to_torch()")
+        values: Tensor = self.to_torch()
+        return values
+
+
+class OfParameterVectors:
+    """Old names of vectors in parameter space."""
+
+    @property
+    def vector_repr(self: Any) -> Any:
+        """Old name of ``to_torch()``."""
+        return self.to_torch()
+
+    @property
+    def dict_repr(self: Any) -> Any:
+        """Old name of ``to_dict()``."""
+        return self.to_dict()
+
+    def get_dict_representation(self: Any) -> Any:
+        """Old name of ``to_dict()``.
+
+        :meta private:
+        """
+        warn("get_dict_representation()", "to_dict()")
+        return self.to_dict()
+
+    def to_torch_layer(self: Any, name: str) -> Any:
+        """The tensors of one layer.
+
+        :meta private:
+        """
+        return self.to_dict()[name]
+
+
+class OfLayers:
+    """Old names of layers."""
+
+    def has_bias(self: Any) -> bool:
+        """Whether it has a bias.
+
+        :meta private:
+        """
+        return self.bias is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of its weight are of inputs."""
+        return isinstance(self, EmbeddingLayer)
+
+
+class OfLayerCollections:
+    """Old names of layer collections."""
+
+    def get_layerid_module_map(self: Any, model: nn.Module) -> dict[str, nn.Module]:
+        """The module of each layer.
+
+        :meta private:
+        """
+        return {name: model.get_submodule(name) for name in self.layers}
+
+    def get_layerid_module_maps(self: Any, model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, str]]:
+        """The module of each layer, and the layer of each module.
+
+        :meta private:
+        """
+        warn("get_layerid_module_maps(model)", "model.get_submodule(name): a layer has the name of its module")
+        modules = self.get_layerid_module_map(model)
+        return modules, {module: name for name, module in modules.items()}
+
+    _module_to_layer = staticmethod(_module_to_layer)
+
+
 def install() -> None:
-    """Attach the old names of vectors, layers and layer collections."""
-    to_torch = renamed("get_flat_representation()", "to_torch()", lambda self: self.to_torch())
-    to_dict = renamed("get_dict_representation()", "to_dict()", lambda self: self.to_dict())
-    attach(
-        PVector,
-        vector_repr=property(lambda self: self.to_torch()),
-        dict_repr=property(lambda self: self.to_dict()),
-        get_flat_representation=to_torch,
-        get_dict_representation=to_dict,
-        to_torch_layer=lambda self, name: self.to_dict()[name],
-    )
-    attach(FVector, get_flat_representation=to_torch)
+    """Add the old names of vectors, layers and layer collections."""
+    for kind in (PVector, FVector):
+        adopt(kind, OfVectors)
+    adopt(PVector, OfParameterVectors)
+    adopt(Layer, OfLayers)
+    adopt(LayerCollection, OfLayerCollections)
     attach(vector, random_pvector_dict=random_pvector_dict, random_fvector=random_fvector)
-    attach(
-        Layer,
-        has_bias=lambda self: "bias" in dict(self.params),
-        transposed=property(lambda self: isinstance(self, EmbeddingLayer)),
-    )
     attach(layercollection, AbstractLayer=Layer, Parameter=lambda *size: Shape(size))
     attach(layercollection, **{kind.__name__: kind for kind in _KIND_OF.values()})
     Layer.classes.update(_KIND_OF)
-    attach(
-        LayerCollection,
-        get_layerid_module_map=_module_map,
-        get_layerid_module_maps=_module_maps,
-        _module_to_layer=staticmethod(_module_to_layer),
-    )

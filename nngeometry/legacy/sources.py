@@ -34,7 +34,7 @@ from ..object import (
 )
 from ..object.tensors import make_lowrank
 from ..spelling import warn
-from .names import attach
+from .names import adopt, attach
 
 
 class TorchHooksJacobianBackend(Generator):
@@ -295,13 +295,20 @@ class TorchFuncHessianBackend(LossCurvature):
         return PMatImplicit(lc, source, examples=examples).mv(v)
 
 
-def _get_device(self: Generator) -> torch.device:
-    return self.device
+class OfGenerators:
+    """Old names of generators."""
+
+    def get_device(self: Any) -> Any:
+        """Old name of ``device``.
+
+        :meta private:
+        """
+        return self.device
 
 
 def install() -> None:
     """Attach the old names of what makes matrices."""
-    attach(Generator, get_device=_get_device)
+    adopt(Generator, OfGenerators)
     attach(
         TorchHooksJacobianBackend, **{name: _gives(kind) for name, kind in _GIVES.items()}, get_kfe_diag=_get_kfe_diag
     )
