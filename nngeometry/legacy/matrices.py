@@ -122,8 +122,8 @@ class OfMatrices:
         return self.device
 
     def compute_eigendecomposition(self: Any, impl: str | None = None) -> None:
-        """Store ``evals`` and ``evecs``: ascending by "eigh" (or "symeig"), descending by "svd", which is the default of
-        PMatLowRank.
+        """Store ``evals`` and ``evecs``: ascending by "eigh" (or "symeig"), descending by "svd", which is the default
+        of PMatLowRank.
 
         :meta private:
         """
