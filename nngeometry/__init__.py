@@ -1,5 +1,6 @@
 """The geometry of neural networks: Fisher information and gradient covariance matrices under one linear algebra."""
 
+from .accumulator import Accumulator
 from .generator import Generator
 from .gram import GramMatrix
 from .hessian import GGN, FiniteDifference, Hessian
@@ -35,6 +36,7 @@ from .object import (
     PMatQuasiDiag,
     PVector,
     Relative,
+    at,
     random_pvector,
 )
 
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FIM",
     "GGN",
+    "Accumulator",
     "Bernoulli",
     "Categorical",
     "EmpiricalFisher",
@@ -84,6 +87,7 @@ __all__ = [
     "Poisson",
     "Relative",
     "TokenCrossEntropy",
+    "at",
     "kind",
     "memory_budget",
     "random_pvector",

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial, wraps
 from numbers import Integral, Real
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import data
+from .model import data
 
 _HERE = str(Path(__file__).parent)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def described(value: Any) -> str:
@@ -32,7 +37,13 @@ def described(value: Any) -> str:
         return f"the class {value.__name__}"
     if value is None or isinstance(value, str | int | float | complex):
         return repr(value)
-    return f"{'an' if type(value).__name__[0] in 'AEIOUaeiou' else 'a'} {type(value).__name__}"
+    name = name_of(value)
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def name_of(value: Any) -> str:
+    """The name of the first class of an object that is public."""
+    return next(of.__name__ for of in type(value).__mro__ if not of.__name__.startswith("_"))
 
 
 def near(word: object, known: Iterable[object]) -> str:
@@ -102,13 +113,110 @@ def how_many(name: str, value: Any, most: int) -> int | None:
     return int(value)
 
 
+def scalar(value: Any) -> float | None:
+    """A number or an array of no axes as a float, None for everything else.
+
+    >>> scalar(2), scalar(torch.tensor(0.5)), scalar("2")
+    (2.0, 0.5, None)
+    """
+    if isinstance(value, Tensor):
+        return float(value) if value.ndim == 0 and not value.is_complex() else None
+    if isinstance(value, Real):
+        return float(value)
+    real = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf"
+    return float(value) if real else None
+
+
 def flag(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {described(value)}")
 
 
+def dtype(value: Any, real: bool = False) -> None:
+    """Raise ``TypeError`` unless it is a dtype of torch, or None. real: it must be one of real numbers."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype such as torch.float64, got {described(value)}")
+    if real and value is not None and not value.is_floating_point:
+        raise TypeError(f"dtype: expected one of real numbers such as torch.float64, got {value}")
+
+
+def path(name: str, value: Any, remedy: str) -> None:
+    """Raise ``TypeError`` unless it is the path of a file or folder."""
+    if not isinstance(value, str | bytes | os.PathLike):
+        raise TypeError(f"{name}: expected a path, got {described(value)}: {remedy}")
+
+
+#: The methods by which the right side of an operator takes part.
+_REFLECTED = {"+": "radd", "-": "rsub", "*": "rmul", "/": "rtruediv", "**": "rpow", "@": "rmatmul"}
+
+
+def unfit(sign: str, left: Any, right: Any, remedy: str) -> Any:
+    """What an operator returns that has no meaning for what is on its right: NotImplemented if that is an object of
+    another class that may know what to do, as Python asks for. Otherwise raises ``TypeError``.
+    """
+    of = type(right).__module__.partition(".")[0]
+    if (
+        of not in ("builtins", "torch", "numpy")
+        and type(right) is not type(left)
+        and hasattr(type(right), f"__{_REFLECTED[sign]}__")
+    ):
+        return NotImplemented
+    return refuse(sign, left, right, remedy)
+
+
+def refuse(sign: str, left: Any, right: Any, remedy: str) -> NoReturn:
+    """Raise ``TypeError`` for an operator between two things that it has no meaning for."""
+    raise TypeError(f"{described(left)} {sign} {described(right)} has no meaning: {remedy}")
+
+
 # Of calls
+
+
+def called_as(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The same function; ``TypeError`` for arguments that it does not take, or lacks, says which it takes.
+
+    >>> @called_as
+    ... def add(one, other): ...
+    >>> add(1, othr=2)
+    Traceback (most recent call last):
+    ...
+    TypeError: add: got an unexpected keyword argument 'othr' (did you mean 'other'?): it is called as add(one, other)
+    """
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:  # it comes from inside
+                raise
+            problem = _problem_of_call(function, args, kwargs)
+        raise TypeError(problem) from None
+
+    return call
+
+
+def _problem_of_call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What is wrong with arguments that a function does not take."""
+    name = function.__qualname__.removesuffix(".__init__")
+    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in ("self", "cls")}
+    unknown = [option for option in options if option not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        problem = f"got an unexpected keyword argument {unknown[0]!r}{near(unknown[0], parameters)}"
+    else:
+        try:
+            inspect.signature(function).bind(*args, **options)
+            problem = "cannot be called like this"
+        except TypeError as error:
+            problem = str(error)
+    return f"{name}: {problem}: it is called as {name}({', '.join(map(_shown, parameters.values()))})"
+
+
+def _shown(parameter: inspect.Parameter) -> str:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return str(parameter).partition(":")[0]
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}="
 
 
 def model(value: Any) -> None:
@@ -219,9 +327,9 @@ def _check_options(kind: type, options: dict[str, Any], matrix: Callable[..., An
         raise TypeError(f"{matrix.__name__}: unknown option {name!r}{near(name, known | every)}{of_all}")
 
 
-def keywords(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
-    """Raise ``TypeError`` for an option that a function does not take."""
-    known = inspect.signature(function).parameters
+def keywords(name: str, function: Callable[..., Any], options: Iterable[str], given: Iterable[str] = ()) -> None:
+    """Raise ``TypeError`` for an option that a function does not take, or is given already."""
+    known = [n for n in inspect.signature(function).parameters if n not in given]
     for option in options:
         if option not in known:
             raise TypeError(f"{name}: unknown option {option!r}{near(option, known)}")
@@ -337,10 +445,29 @@ def labels(of: Any, f: Tensor, targets: Sequence[Any]) -> None:
 
 
 def inputs(batch: Any, dtype: torch.dtype, error: Exception) -> None:
-    """Raise ``ValueError`` if what a model raised may be because its inputs are of another dtype."""
+    """Raise a sentence with the minibatch if what a model raised may be because its inputs are of another dtype or of
+    other shapes, or are positions in a table that has not so many.
+    """
     found = {t.dtype for t in data.tensors_of(batch) if t.is_floating_point() or t.is_complex()} - {dtype}
     if "dtype" in str(error) or "same type" in str(error):
+        if not found and all(t.dtype == dtype for t in data.tensors_of(batch)):
+            raise ValueError(
+                f"the forward pass of the model mixes dtypes ({error}), where the minibatch and the parameters are "
+                f"{dtype}: leave casts (.float()) and torch.autocast out of it, or cast back to {dtype}"
+            ) from error
         what = ", ".join(map(str, found or {t.dtype for t in data.tensors_of(batch)}))
         raise ValueError(
             f"the minibatch holds {what}, the model computes in {dtype} ({error}): cast one of them, x.to({dtype})"
         ) from error
+    text = str(error).strip()
+    if type(error) not in (RuntimeError, IndexError, AssertionError) or not _OF_SHAPES.search(text):
+        return
+    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in data.tensors_of(batch)) or "without tensors"
+    raise type(error)(
+        f"the model fails for the minibatch {shapes} ({text.splitlines()[0]}): give it inputs of the shapes and in the "
+        "range that it takes, or pass function= to choose what it is called with"
+    ) from error
+
+
+#: What torch says of operands that do not fit together.
+_OF_SHAPES = re.compile(r"shape|\bsizes?\b|dimension|elements|channels|index out of range in self")

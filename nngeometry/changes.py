@@ -12,6 +12,7 @@ so that other threads need none of this.
 from __future__ import annotations
 
 import _signal as signal  # type: ignore[import-not-found]  # signal itself makes enumerations of numbers and handlers, in ten times as long
+import itertools
 import sys
 import threading
 import warnings
@@ -66,6 +67,8 @@ class Changed:
         pass
 
     def __enter__(self) -> None:
+        if self._undo:
+            raise RuntimeError("these changes are in force already: make them anew to have them inside of themselves")
         _begin()
         try:
             self._before()
@@ -292,13 +295,50 @@ def other_tensors(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Change:
         done: list[tuple[Tensor, Tensor]] = []
 
         def undo() -> None:
+            torch.clear_autocast_cache()  # it holds what weights were cast to, by these
             while done:
                 torch._C._swap_tensor_impl(*done.pop())
 
+        torch.clear_autocast_cache()
         try:
             for one, other in zip(theirs, ours, strict=True):
                 torch._C._swap_tensor_impl(one, other)
                 done.append((one, other))
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    return change
+
+
+#: Counts up what are versions of no tensor, which grow by one with each operation in place.
+_visits = itertools.count()
+
+
+def other_values(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Change:
+    """The values of tensors of ours in the user's, for whoever holds them.
+
+    All else of theirs stays: ``requires_grad``, ``.grad``, hooks. What is recorded meanwhile can only be differentiated
+    meanwhile, and what was recorded before only afterwards, with their own values: each time their versions differ, by
+    which autograd sees that.
+    """
+
+    def change() -> Callable[[], Any]:
+        before = [(t, t.data, t._version) for t in theirs]
+        version = 2**31 + next(_visits) * 2**12 % 2**31
+
+        def put(t: Tensor, data: Tensor, version: int) -> None:
+            t.data = data
+            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
+
+        def undo() -> None:
+            for entry in before:
+                put(*entry)
+
+        try:
+            for one, other in zip(theirs, ours, strict=True):
+                put(one, other, version)
         except BaseException:
             undo()
             raise

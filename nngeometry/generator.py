@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, product
 from math import hypot, prod
 from typing import Any, NamedTuple
@@ -12,28 +13,54 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data, forms
-from .autograd import Pull, nodes, operations_named
+from . import arguments, forms
+from .blocks import Operator
 from .changes import Borrowed, Change, entered, no_grad, trainable
-from .composites import OneExample, normalises_one, require_derivative
-from .evaluator import Evaluator, State, Trial, check_mode, same_up_to_rounding, tolerance
+from .derivatives.composites import OneExample, normalises_one, require_derivative
+from .derivatives.pulling import BatchedVJP, coarsest, nodes, operations_named
 from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
 from .likelihood import Cotangents
-from .memory import Made, chunk_length, grain, slices
-from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
-from .weights import Weights
+from .linearisation import gauss_newton
+from .memory import BytesMade, chunk_length, slices, tuning
+from .model import data, remedies
+from .model.evaluator import (
+    APART,
+    MIXED,
+    MIXES,
+    DryRun,
+    Evaluator,
+    State,
+    check_mode,
+    check_same,
+    counted,
+    same_up_to_rounding,
+    tolerance,
+)
+from .model.recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .model.refused import EXCLUDE, Refused, named
+from .model.structure import Structure
+from .model.weights import Weights
 
-#: From the output of the model, the minibatch and its position in the loader to the cotangents whose products with
-#: the Jacobian are streamed. It is a function: the same arguments give the same cotangents (random ones are drawn
-#: from a seed and the position).
+#: From the output of the model, the minibatch and its position to the cotangents whose products with the Jacobian are
+#: streamed. It is a function: the same arguments give the same cotangents (random ones are drawn from the position).
 CotangentFunction = Callable[[Tensor, data.Batch, int], Cotangents]
-#: The same of neighbouring minibatches laid end to end, from the position of the first.
-SeveralCotangents = Callable[[Tensor, Sequence[data.Batch], int], Cotangents]
 #: From the output, a vector u in its shape, the minibatch and its position to ``sum_c s_c (s_c . u)`` for each example.
 Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
+
+
+@dataclass(frozen=True)
+class OfSeveral:
+    """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot
+    be taken together. BytesMade of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+    """
+
+    function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
+
+    def __call__(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
+        return self.function(f, batches, position)
 
 
 @dataclass(frozen=True)
@@ -42,13 +69,17 @@ class Observation:
 
     n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
     sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
-    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. It
+    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. outputs:
+    of the model, for all examples of the chunk. batch: these examples. minibatches: how many begin with this chunk. It
     should be let go of before the next one is made.
     """
 
     n: int
     weight: float
     forms: dict[str, LayerJacobian]
+    outputs: Tensor
+    batch: data.Batch
+    minibatches: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,7 @@ class Plan:
     aligned: bool
     axes: tuple[int, ...]
     whole: frozenset[data.Path] = frozenset()
-    trial: Trial | None = None
+    trial: DryRun | None = None
     looked: bool = True
     one: bool = False
     normalises_one: bool = False
@@ -97,27 +128,32 @@ class Generator(Evaluator):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
     model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
-    ``(B, *out)``, the minibatch and its position to the s_c. centred: matrices are of ``J - mean J`` instead of J.
-    curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by the s_c. weigh: from f and the minibatch to
-    what it counts in a mean, by default its number of examples. mean: whether matrices are divided by the sum of that.
-    together: the cotangents of minibatches laid end to end, if there is a faster way than one minibatch at a time.
+    ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function, where those of an
+    example depend on its own output and targets alone, so that small minibatches can be taken together. centred:
+    matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by
+    the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of examples. mean:
+    whether matrices are divided by the sum of that. seed: the position of the first minibatch, from which random
+    cotangents are drawn.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
 
     >>> from nngeometry.likelihood import Gaussian
     >>> model = nn.Linear(3, 2)
-    >>> g = Generator(model, LayerCollection.from_model(model), lambda f, batch, k: Gaussian().sqrt(f))
+    >>> g = Generator(model, LayerCollection.from_model(model), rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
     >>> [observation] = g.stream((torch.randn(5, 3),))
     >>> observation.n, observation.forms[""].dense().shape
     (5, torch.Size([2, 5, 1, 2, 4]))
     """
 
+    jacobians = True
+
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,
         layer_collection: LayerCollection,
-        cotangents: CotangentFunction,
+        cotangents: CotangentFunction | OfSeveral,
         *,
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
@@ -126,17 +162,24 @@ class Generator(Evaluator):
         curvature: Curvature | None = None,
         weigh: Callable[[Tensor, data.Batch], float] | None = None,
         mean: bool = True,
-        together: SeveralCotangents | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
-        self.cotangents = cotangents
+        if not callable(cotangents):
+            raise TypeError(
+                f"cotangents: expected a function of outputs, the minibatch and its position, got "
+                f"{arguments.described(cotangents)}: e.g. lambda f, batch, k: Gaussian().sqrt(f)"
+            )
+        self.cotangents = cotangents if isinstance(cotangents, OfSeveral) else one_by_one(cotangents)
         self.centred = centred
         self._closed = curvature
         self.weigh = weigh if weigh is not None else lambda f, batch: f.shape[0]
         self.mean = mean
-        self._together = together
+        self.seed = seed
         self.ignore_uncalled = layer_collection.ignore_uncalled
-        self._pull = Pull()
+        self._pull = BatchedVJP()
+        #: What was found when the model was looked at last, and what it was then.
+        self._looked: tuple[Structure, Plan] | None = None
 
     def plan(self, batch: data.Batch) -> Plan:
         """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
@@ -154,42 +197,106 @@ class Generator(Evaluator):
         return Plan((Layout((0,), (0,)),) * len(order), order, data.aligned(batch), data.axes(batch), looked=False)
 
     def stream(
-        self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
+        self,
+        examples: Any,
+        plan: Plan | None = None,
+        by_example: bool = False,
+        join: bool = False,
+        first: int | None = None,
     ) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order.
 
         by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
         the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
         minibatch. join: where a model and its minibatches are so small that most time would go into starting
-        operations, observe neighbouring minibatches as one; each has its own cotangents.
+        operations, observe neighbouring minibatches as one; each has its own cotangents. first: the position of the
+        first minibatch, by default the seed.
         """
+        start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
         check_mode(self.model)
 
+        if plan is None:
+            plan = self._remembered()
+
         def planned(batch: data.Batch, measure: bool = False) -> Plan:
             nonlocal plan
+            before = plan
             if plan is None or not plan.fits(batch):
                 plan = self._plan(sites, batch, measure)
             if plan.looked and not plan.one and data.count(batch) == 1:
                 plan = self._with_one(sites, batch, plan)
+            if plan is not before and plan.looked:
+                self._looked = Structure(self.model), plan
             return plan
 
         def made_of_two(batch: data.Batch) -> int:
-            trial = planned(batch, measure=True).trial or self.trial(batch)
-            return trial.made * (1 + self.cotangents(trial.output, trial.pair, 0).count)
+            trial = planned(batch, measure=True).trial or self.dry_run(batch)
+            return trial.made * (1 + self._of_one(trial.output, trial.pair, start).count)
 
         one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
             found = planned(batches[0])
-            yield from self._observe(sites, [found.read(b) for b in batches], position, found, by_example)
+            yield from self._observe(sites, [found.read(b) for b in batches], start + position, found, by_example)
 
-    def _joint(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
-        """The cotangents of minibatches laid end to end, None if their numbers differ."""
-        if self._together is not None:
-            return self._together(f, batches, position)
-        own = zip(data.split(f, batches), batches, strict=True)
-        each = [self.cotangents(rows, batch, position + k) for k, (rows, batch) in enumerate(own)]
-        return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
+    def _remembered(self) -> Plan | None:
+        """What was found when the model was looked at last, if it is still the same."""
+        if self._looked is None:
+            return None
+        then, plan = self._looked
+        return plan if then.same(Structure(self.model)) else None
+
+    def operator(self, examples: Any) -> Operator:
+        """The matrix by its products, at the parameters as they are now; its trace and diagonal by the Jacobians."""
+        products = gauss_newton(self, self, examples)
+        layers = self.layer_collection.layers
+        like = torch.empty(0, dtype=self.dtype, device=products.device)
+
+        def summed(of: Callable[[Layer, LayerJacobian], Tensor]) -> Tensor:
+            """``sum of(layer, Jacobian)`` over all observations, divided as the matrix is: one for each layer."""
+            sums = [torch.zeros((), dtype=self.dtype, device=products.device) for _ in layers]
+
+            def step(observation: Observation) -> None:
+                for k, (name, layer) in enumerate(layers.items()):
+                    sums[k] = sums[k] + of(layer, observation.forms[name])
+
+            with Borrowed(products.weights.in_place):
+                total = fold(self.stream(examples, by_example=True, join=True), step)
+            found = torch.cat([s.flatten() for s in sums])
+            return found / counted(total) if self.mean else found
+
+        def trace() -> Tensor:
+            return summed(lambda layer, j: j.sqnorm().sum()).sum()
+
+        def diagonal() -> Tensor:
+            return summed(lambda layer, j: layer.packing.unpack(j.square()))
+
+        size = self.layer_collection.numel()
+        if not self.centred:
+            return Operator(products, size, trace, diagonal, like, psd=True, single=products.once)
+        mean = summed(lambda layer, j: layer.packing.unpack(j.total()))
+
+        def centred(product: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
+            return product(V) - torch.outer(V @ mean, mean)
+
+        def spread() -> Tensor:
+            return (diagonal() - mean.square()).clamp(min=0)
+
+        return Operator(
+            partial(centred, products),
+            size,
+            lambda: trace() - mean.square().sum(),
+            spread,
+            like,
+            psd=True,
+            single=partial(centred, products.once),
+        )
+
+    def _of_one(self, f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        """The cotangents of one minibatch."""
+        found = self.cotangents(f, [batch], position)
+        assert found is not None
+        return found
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
         """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
@@ -198,11 +305,11 @@ class Generator(Evaluator):
             return lambda u: closed(f, u, batch, position)
 
         def product(u: Tensor) -> Tensor:
-            cotangents = self._joint(f, batches, position)
+            cotangents = self.cotangents(f, batches, position)
             if cotangents is not None:
                 return self._curvature(f, u, cotangents)
             own = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
-            each = [(g, v, self.cotangents(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
+            each = [(g, v, self._of_one(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
             return torch.cat([self._curvature(g, v, c) for g, v, c in each])
 
         return product
@@ -252,7 +359,16 @@ class Generator(Evaluator):
 
         measure: whether to count what the model makes.
         """
-        return self.apart(batch, lambda b: self._probe(sites, b, measure))
+        try:
+            return self.apart(batch, lambda b: self._probe(sites, b, measure))
+        except Refused as error:
+            refused = error
+
+        def look(at: LayerCollection) -> Plan:
+            other = Generator(self.model, at, self.cotangents, function=self.function, device=self.device)
+            return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
+
+        raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
 
     def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
         n = data.count(batch)
@@ -263,7 +379,7 @@ class Generator(Evaluator):
         before = weights.norm()
         with self.running(weights.in_place, state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
-            with Made() if measure else nullcontext() as made:
+            with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
             f3, three = self._forward(sites, few[1], None)
             graph = list(nodes([f3]))
@@ -291,7 +407,7 @@ class Generator(Evaluator):
                 data.aligned(batch),
                 data.axes(batch),
                 data.whole(batch),
-                None if made is None else Trial(few[0], f2.detach(), made.nbytes),
+                None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
             )
@@ -316,18 +432,19 @@ class Generator(Evaluator):
         return next(name for name, p in self.layer_collection.named_parameters(self.model) if p is parameter)
 
     def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
+        if self.ignore_uncalled:
+            return
         through = {id(p) for site in sites if site.name in called for p in site.params.values()}
-        for site in sites:
-            wanted = {k for _, names in site.routes for k in names}
-            if site.name in called or all(id(site.params[k]) in through for k in wanted):
-                continue  # a tied module that is not used is no harm
-            if self.ignore_uncalled:
-                continue
-            raise ValueError(
-                f"layer {site.name!r} ({type(site.module).__name__}) was never called, so its Jacobian is unknown. "
-                "Leave it out with LayerCollection.exclude, or, if the module above uses its parameters without "
-                "calling it, declare that module's type with nngeometry.whole, or, if its derivative is to be zero, "
-                "collect it with LayerCollection.from_model(model, ignore_uncalled=True)"
+        missing = [
+            site  # a tied module that is not used is no harm
+            for site in sites
+            if site.name not in called
+            and any(id(site.params[k]) not in through for _, names in site.routes for k in names)
+        ]
+        if missing:
+            what = named(missing[0].name, missing[0].module, len(missing) - 1)
+            raise Refused(
+                [site.name for site in missing], f"{what} was never called, so its Jacobian is unknown", EXCLUDE
             )
 
     def _with_copies(
@@ -342,13 +459,17 @@ class Generator(Evaluator):
         changes neither what the model returns nor that examples are apart.
         """
         constant = [k for k, layout in enumerate(plan.layouts) if layout is not None and layout.constant]
-        remedy = (
-            "giving it one changes what the model does. Call it with one input for each example (e.g. position ids "
-            "expanded to the batch), or leave it out with LayerCollection.exclude"
+        names = list(dict.fromkeys(plan.names[k] for k in constant))
+        first = next(site.module for site in sites if site.name == names[0])
+        refused = Refused(
+            names,
+            f"{named(names[0], first, len(names) - 1)}: its output has no axis of examples, and giving it one changes "
+            "what the model does",
+            "call it with one input for each example (e.g. position ids expanded to the batch)",
+            EXCLUDE,
         )
-        problem = f"layer {', '.join(repr(plan.names[k]) for k in constant)}: its output has no axis of examples, and"
         ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
-        wrong: ValueError | None = None
+        wrong: Exception | None = None
         for way in islice(product(*ways), _MOST_WAYS):
             layouts = list(plan.layouts)
             for k, expand in zip(constant, way, strict=True):
@@ -356,14 +477,16 @@ class Generator(Evaluator):
             tried = replace(plan, layouts=tuple(layouts))
             try:
                 f, calls = self._forward(sites, batch, tried)
-            except Exception as error:
-                wrong = wrong or ValueError(f"{problem} {remedy} ({_first_line(error)})")
+            except Exception:
+                wrong = wrong or refused
                 continue
             if f.shape != expected.shape or not same_up_to_rounding(f, expected, expected):
-                wrong = wrong or ValueError(f"{problem} {remedy}")
+                wrong = wrong or refused
                 continue
             try:
                 self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters))
+            except Refused as error:
+                wrong = refused if error.layers[0] in names else error
             except ValueError as error:
                 wrong = error
             else:
@@ -374,9 +497,10 @@ class Generator(Evaluator):
     def _probed(self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]) -> _Probed:
         """The gradients of a few examples in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
-        if not calls and self.ignore_uncalled:
+        uncalled = not calls and self.ignore_uncalled
+        if uncalled and not f.requires_grad:
             return _Probed([], [None] * len(parameters), [], [None] * len(parameters))
-        if not edges or not f.requires_grad:
+        if not f.requires_grad or not (edges or uncalled):
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
         several = len(f) > 1
@@ -407,9 +531,11 @@ class Generator(Evaluator):
                 if g is None or layout is None or len(f) == 1:
                     continue
                 if _by_example(g.reshape(y.shape), layout.outputs[k] or 0, len(f))[::2].any():
-                    raise ValueError(
-                        f"layer {call.site.name!r}: the output for one example depends on the others, so per-example "
-                        f"derivatives are undefined. {MIXES}"
+                    raise Refused(
+                        [call.site.name],
+                        f"{call.what}: the output for one example depends on the others, so per-example derivatives "
+                        f"are undefined. {MIXED}",
+                        APART,
                     )
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
         for grads, truth, most in (
@@ -421,10 +547,14 @@ class Generator(Evaluator):
                 self._forms(calls, plan.layouts, batched, 1, len(f)),
                 [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
                 most,
+                f,
             )
 
-    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], tolerance: float) -> None:
-        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters."""
+    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], most: float, f: Tensor) -> None:
+        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters.
+
+        most: how far they may be from that, relative to these. f: the output of the model.
+        """
         norm = torch.linalg.vector_norm
         layers = self.layer_collection.layers
         remaining = iter(truth)
@@ -434,12 +564,21 @@ class Generator(Evaluator):
         for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
             with no_grad():
                 wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
-            if wrong > tolerance * max(floor, size):
-                raise ValueError(
-                    f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient of "
-                    "the model. Its parameters also act outside of its forward (used by another module, a cached or "
-                    "stored tensor), or what it returns for one example alone differs. Leave it out with "
-                    "LayerCollection.exclude, or declare the module that uses them all with nngeometry.whole"
+            if wrong > most * max(floor, size):
+                what = f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient"
+                coarse = coarsest([f], self.dtype)
+                if most < tolerance(coarse) and wrong <= tolerance(coarse) * max(floor, size):
+                    cast = f"cast model and data to {coarse}, or " if coarse == torch.float32 else ""
+                    raise NotImplementedError(
+                        f"{what} more precisely than in {coarse}, in which the model computes somewhere (.float(), "
+                        f".half(), autocast) though its parameters are {truth[0].dtype}: {cast}leave such casts and "
+                        f"autocast out of the forward, or {remedies.PRODUCTS}"
+                    )
+                raise Refused(
+                    [name],
+                    f"{what} of the model, so its parameters also act outside of its forward (used by another module, "
+                    "a cached or stored tensor), or what it returns for one example alone differs",
+                    EXCLUDE,
                 )
 
     def _observe(
@@ -448,7 +587,7 @@ class Generator(Evaluator):
         batch = data.join(batches)
         f, calls = self._forward(sites, batch, plan)
         fixed = f.detach()
-        cotangents = self._joint(fixed, batches, position)
+        cotangents = self.cotangents(fixed, batches, position)
         if cotangents is None:
             for k, b in enumerate(batches):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
@@ -456,42 +595,57 @@ class Generator(Evaluator):
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
         per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         n, count = len(f), cotangents.count
-        busy = 1 if by_example else grain(f.device).busy  # inputs are looked at once, however few cotangents at a time
+        busy = 1 if by_example else tuning(f.device).busy  # inputs are looked at once, however few cotangents at a time
         step = chunk_length(per_cotangent * busy, count, f.device)
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
         parts = min(-(-n // few), n // 2)
         apart = plan.aligned and chunk_length(fixed.numel() * fixed.element_size(), count, f.device) >= step
         if not (by_example and apart) or step == count or parts < 2:
-            yield from self._chunks(f, calls, cotangents, step, weight, plan)
+            yield from self._chunks(f, calls, cotangents, step, weight, plan, batch, len(batches))
             return
         del f, calls  # what a work array holds is made again, for a few examples at a time
         for k in range(parts):
             start, stop = k * n // parts, (k + 1) * n // parts
-            f, calls = self._forward(sites, data.take(batch, torch.arange(start, stop)), plan)
+            part = data.take(batch, torch.arange(start, stop))
+            f, calls = self._forward(sites, part, plan)
             check_same(
                 f, fixed[start:stop], fixed, "the output of the model for an example depends on the others", MIXES
             )
             at_once = max(1, n * step // (stop - start))
-            yield from self._chunks(f, calls, cotangents.narrow(start, stop), at_once, 0.0 if k else weight, plan)
+            those, counted = cotangents.narrow(start, stop), (0.0, 0) if k else (weight, len(batches))
+            yield from self._chunks(f, calls, those, at_once, counted[0], plan, part, counted[1])
             del f, calls
 
     def _chunks(
-        self, f: Tensor, calls: Sequence[Call], cotangents: Cotangents, step: int, weight: float, plan: Plan
+        self,
+        f: Tensor,
+        calls: Sequence[Call],
+        cotangents: Cotangents,
+        step: int,
+        weight: float,
+        plan: Plan,
+        batch: data.Batch,
+        minibatches: int,
     ) -> Iterator[Observation]:
+        outputs = f.detach()
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
-            n, counted = (0, 0.0) if c.start else (len(f), weight)
-            last = c.stop == cotangents.count
+            if s.shape[1:] != f.shape:
+                raise ValueError(
+                    f"cotangents of shape {tuple(s.shape)} for outputs {tuple(f.shape)}: a Likelihood and the function "
+                    "of a Generator return Cotangents.of(s) with s of shape (C, *outputs)"
+                )
+            n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             # Not kept here, so that who receives it can let go of it.
-            yield self._pulled(f, calls, s, plan, n, counted, last)
+            yield Observation(
+                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count), outputs, batch, begun
+            )
 
-    def _pulled(
-        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, n: int, weight: float, last: bool
-    ) -> Observation:
+    def _pulled(self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool) -> dict[str, LayerJacobian]:
         edges = [e for c in calls for e in c.edges]
         with self._back(calls), operations_named():
             grads = self._pull([f], edges, [s], last) if calls else []
-            return Observation(n, weight, self._forms(calls, plan.layouts, grads, len(s), len(f)))
+            return self._forms(calls, plan.layouts, grads, len(s), len(f))
 
     def _back(self, calls: Sequence[Call]) -> Borrowed:
         """What is in force on the way back, where activation checkpoints run modules again."""
@@ -547,9 +701,11 @@ class Generator(Evaluator):
         """The Jacobian of one call of a module with respect to all of its parameters."""
         site = call.site
         if not call.outputs:
-            raise ValueError(
+            raise Refused(
+                [site.name],
                 f"{call.what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
-                "returns its own class of output, or a detached one): leave it out with LayerCollection.exclude"
+                "returns its own class of output, or a detached one)",
+                EXCLUDE,
             )
         leaves = leaves_of(call.inputs)
         outputs = [(y, axis) for y, axis, used in zip(call.outputs, layout.outputs, layout.used, strict=True) if used]
@@ -558,9 +714,8 @@ class Generator(Evaluator):
         lengths = {shape[axis] for shape, axis in axes}
         length = lengths.pop() if lengths else examples
         if lengths or length % examples:
-            raise NotImplementedError(
-                f"{call.what}: its inputs and outputs split {examples} examples differently; leave it out with "
-                "LayerCollection.exclude"
+            raise Refused(
+                [site.name], f"{call.what}: its inputs and outputs split {examples} examples differently", EXCLUDE
             )
         fronts = []
         used_gys = [gy for gy, used in zip(gys, layout.used, strict=True) if used]
@@ -576,9 +731,11 @@ class Generator(Evaluator):
             )
         else:
             (gy,) = fronts
-            for shape, axis in axes:
-                if axis and (not site.kind.features_last or axis == len(shape) - 1):
-                    raise NotImplementedError(f"{call.what}: its examples are along axis {axis}, expected axis 0")
+            for _, axis in axes:
+                if axis and not site.kind.features_last:
+                    raise Refused(
+                        [site.name], f"{call.what}: its examples are along axis {axis}, expected axis 0", EXCLUDE
+                    )
             where = {id(x): axis for x, axis in zip(leaves, layout.inputs, strict=True)}
             given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
             with no_grad():
@@ -594,24 +751,33 @@ class Generator(Evaluator):
         return t.to(self.dtype) if t.is_floating_point() else t
 
 
-def counted(total: float) -> float:
-    """What a mean is divided by. Raises ``ValueError`` if that is nothing."""
-    if total == 0:
-        raise ValueError(
-            "the mean of the loss is over nothing: every target of the data is ignored, or has weight zero"
-        )
+def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> float:
+    """``step(observation)`` for every observation, outside of autograd, each let go of before the next one is made.
+    Returns what they weigh together. step: must keep nothing of an observation.
+    """
+    total = 0.0
+    with no_grad():
+        for observation in stream:
+            total += observation.weight
+            step(observation)
+            del observation
     return total
 
 
-def at_once(cotangents: CotangentFunction) -> SeveralCotangents:
+def rowwise(cotangents: CotangentFunction) -> OfSeveral:
     """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
-    return lambda f, batches, position: cotangents(f, data.join(batches), position)
+    return OfSeveral(lambda f, batches, position: _made(cotangents(f, data.join(batches), position)))
 
 
-MIXES = (
-    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
-    "is random: use model.eval(), or feed one example at a time"
-)
+def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
+    """Those of several minibatches, each for itself: they may be drawn at random, or depend on each other."""
+
+    def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
+        own = zip(data.split(f, batches), batches, strict=True)
+        each = [_made(cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
+        return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
+
+    return OfSeveral(several)
 
 
 def _generic_cotangent(f: Tensor) -> Tensor:
@@ -631,21 +797,10 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
-def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
-    """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
-    if not same_up_to_rounding(f, expected, scale):
-        raise ValueError(f"{problem}. {remedy}")
-
-
 #: What counts as equal in sums that may be made in single precision.
 _OF_SUMS = 1e-4
 #: How many ways of giving examples copies of what is alike for them are tried.
 _MOST_WAYS = 16
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, in short."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
@@ -694,3 +849,13 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         return layer.packing.pack(torch.cat(pieces, -1))
 
     return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)
+
+
+def _made(found: Any) -> Cotangents:
+    """What a likelihood or the user's function gives as cotangents, checked to be some."""
+    if not isinstance(found, Cotangents):
+        raise TypeError(
+            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
+        )
+    return found

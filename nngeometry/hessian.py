@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .blocks import Operator
-from .evaluator import Evaluator, same_up_to_rounding
-from .generator import Generator, at_once
+from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
+from .linearisation import Products, Total, hessian
 from .losses import Loss, OwnLoss, output_loss
+from .losses.targets import Targets, selected
 from .memory import work_array
 from .metrics import Representation
 from .minibatchloss import settle
+from .model import data
+from .model.evaluator import Evaluator, same_up_to_rounding
 from .object import PMat
 from .object.finite_difference import Differences
-from .object.products import Total, hessian
 from .spelling import positions
-from .targets import Targets, selected
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class FiniteDifference:
                 arguments.number(f"FiniteDifference: {name}", value, above=0.0)
 
 
+@arguments.called_as
 def GGN(
     model: nn.Module,
     loader: Any,
@@ -112,18 +114,18 @@ def GGN(
     generator = Generator(
         model,
         lc,
-        cotangents,
+        rowwise(cotangents),
         function=function,
         device=device,
         verbose=verbose,
         curvature=curvature,
         weigh=lambda f, batch: weight(f, *given(batch)),
         mean=known.mean,
-        together=at_once(cotangents),
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 
 
+@arguments.called_as
 def Hessian(
     model: nn.Module,
     loader: Any,
@@ -181,6 +183,8 @@ def Hessian(
 class LossCurvature(Evaluator):
     """A model with a loss: the source of Hessian products. Arguments as in :func:`Hessian`."""
 
+    jacobians = centred = False
+    seed = 0
     function_is_loss = False  # whether that is known of ``function``
 
     def __init__(
@@ -195,6 +199,7 @@ class LossCurvature(Evaluator):
     ) -> None:
         super().__init__(model, layer_collection, **options)
         self.loss = output_loss(loss)
+        self.mean = self.loss.mean
         self._total = arguments.explaining(loss, self.loss.total)
         self._weight = arguments.explaining(loss, self.loss.weight)
         self.targets = selected(targets)
@@ -243,6 +248,10 @@ class LossCurvature(Evaluator):
 class OwnCurvature(Evaluator):
     """A model that computes its loss itself: the source of Hessian products. Arguments as in :func:`Hessian`."""
 
+    jacobians = centred = False
+    mean = True
+    seed = 0
+
     def __init__(
         self,
         model: nn.Module,
@@ -280,10 +289,16 @@ def _operator(
     products: FiniteDifference | None,
 ) -> Operator:
     """The Hessian of a summed loss as an operator. others: what has parameters and buffers beside the model."""
-    matvec: Callable[[Tensor], Tensor]
+    matvec: Products | Differences
+    single: Callable[[Tensor], Tensor] | None = None
     if products is None:
-        matvec = hessian(source, examples, total, mean)
+        matvec = exact = hessian(source, examples, total, mean)
+        single = exact.once
     else:
         matvec = Differences(source, examples, total, others, mean, products.step, products.rtol)
     like = torch.empty(0, dtype=source.dtype, device=source.device)
-    return Operator(matvec, source.layer_collection.numel(), None, None, like, psd=False)
+    size = source.layer_collection.numel()
+    return Operator(matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (GGN, Hessian)}

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import data
-from .blocks import Direct, LowRank, Part
-from .changes import no_grad
-from .generator import Generator
+from .blocks import DirectSum, LowRank, Part
+from .generator import Generator, Observation, fold, rowwise
 from .hessian import GGN
 from .kinds import Packing
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .metrics import Representation
+from .model import data
 from .object import PMat, PMatImplicit, PMatLowRank
 
 
@@ -65,26 +64,31 @@ def ggn_by_class(
         if f.ndim != 2:
             raise ValueError(f"ggn_by_class: expected outputs (n, C), got {tuple(f.shape)}")
         p = f.softmax(1)
-        outputs.append(p)
-        labels.append(data.targets(batch)[0])
         # p_c (p - e_c), the weighted gradient if c were the label: one cotangent for each class c.
         s = p.T.unsqueeze(2) * (p - torch.eye(p.shape[1], dtype=p.dtype, device=p.device).unsqueeze(1))
         return Cotangents.of(s)
 
-    generator = Generator(model, lc, cotangents, function=function, device=device, verbose=verbose)
+    generator = Generator(model, lc, rowwise(cotangents), function=function, device=device, verbose=verbose)
     sums: dict[tuple[int, str], Tensor] = {}
     first = 0
-    with no_grad():
-        for observation in generator.stream(loader):
-            first = 0 if observation.n else first
-            for name, form in observation.forms.items():
-                groups = nn.functional.one_hot(labels[-1], outputs[-1].shape[1]).T.to(form.dtype)  # (label, example)
-                for k in range(form.cotangents):
-                    one = form.narrow(0, form.examples, k, k + 1)
-                    total = lc[name].packing.unpack(one.pull(groups.unsqueeze(1)))  # (label, p)
-                    key = (first + k, name)
-                    sums[key] = sums[key] + total if key in sums else total
-            first += form.cotangents
+
+    def step(observation: Observation) -> None:
+        nonlocal first
+        first = 0 if observation.n else first
+        own = data.targets(observation.batch)[0]
+        if observation.n:
+            outputs.append(observation.outputs.softmax(1))
+            labels.append(own)
+        for name, form in observation.forms.items():
+            groups = nn.functional.one_hot(own, observation.outputs.shape[1]).T.to(form.dtype)  # (label, example)
+            for k in range(form.cotangents):
+                one = form.narrow(0, form.examples, k, k + 1)
+                total = lc[name].packing.unpack(one.pull(groups.unsqueeze(1)))  # (label, p)
+                key = (first + k, name)
+                sums[key] = sums[key] + total if key in sums else total
+        first += form.cotangents
+
+    fold(generator.stream(loader), step)
     p, y = torch.cat(outputs), torch.cat(labels)
     n, c = p.shape
     totals = torch.stack([torch.cat([sums[k, name] for name in lc], 1) for k in range(c)], 1) / n  # (label, c, P)
@@ -102,4 +106,4 @@ def ggn_by_class(
 
 def _low_rank(lc: LayerCollection, rows: Tensor, weights: Tensor) -> PMatLowRank:
     p = rows.shape[1]
-    return PMatLowRank(lc, data=Direct((Part(((0, p),), Packing.flat(p), LowRank(rows, weights)),)))
+    return PMatLowRank(lc, data=DirectSum((Part(((0, p),), Packing.flat(p), LowRank(rows, weights)),)))

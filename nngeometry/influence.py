@@ -12,11 +12,11 @@ from . import arguments
 from .changes import unrecorded
 from .generator import Generator
 from .losses import Loss
+from .losses.targets import Targets
 from .metrics import gradient_source
 from .object import PFMapFactored, PMat, Relative
-from .object.kernel import Slab, dense_forms, left_of, slabs, through, tile
-from .object.layouts import Traced
-from .targets import Targets
+from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, left_of, through, tile
+from .object.kernel_layouts import Traced
 
 
 class Influence:
@@ -45,6 +45,7 @@ class Influence:
     Source: Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
     """
 
+    @arguments.called_as
     def __init__(
         self,
         model: nn.Module,
@@ -82,7 +83,12 @@ class Influence:
         self._query = generator(
             loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
         )
-        self._inverse = None if refine is not None else matrix.inv(regul).root
+        if matrix.dtype != self._train.dtype or matrix.device.type != self._train.device.type:
+            raise ValueError(
+                f"matrix: it is {matrix.dtype} on {matrix.device}, the gradients {self._train.dtype} on "
+                f"{self._train.device}: move it with .to(device, dtype)"
+            )
+        self._inverse = None if refine is not None else matrix.inv(regul)
 
     @unrecorded
     def scores(self, queries: Any, train: Any, per_layer: bool = False) -> Any:
@@ -101,12 +107,12 @@ class Influence:
         """``(t,)``: the influence of every training example on itself, large for atypical and mislabelled ones."""
         arguments.loader(train, "train")
         shares: list[dict[str, Tensor]] = []
-        for slab in slabs(self._train, train):
+        for slab in batch_jacobians(self._train, train):
             if self._inverse is None:
                 left, right = slab, self._solved([slab])
             else:
-                pair = through(self._inverse, slab.forms, self.matrix.layer_collection)
-                left, right = (Slab(slab.examples, slab.outputs, found) for found in pair)
+                pair = through(self._inverse, slab.forms)
+                left, right = (BatchJacobian(slab.examples, slab.outputs, found) for found in pair)
             shares.append({name: form.paired(right.forms[name])[0] for name, form in left.forms.items()})
         joined = {name: torch.cat([one[name] for one in shares]) for name in self.matrix.layer_collection}
         return joined if per_layer else _sum(joined)
@@ -118,6 +124,7 @@ class Influence:
         Returns scores and positions in the loader, ``(q, k)`` each; no more than ``(q, k + minibatch)`` is held.
         """
         arguments.integer("top: k", k, least=1)
+        arguments.flag("top: largest", largest)
         best: tuple[Tensor, Tensor] | None = None
         for start, tiles in self._columns(queries, train):
             values = _sum(tiles)
@@ -134,27 +141,27 @@ class Influence:
         for name, examples in (("queries", queries), ("train", train)):
             arguments.loader(examples, name)
         lc = self.matrix.layer_collection
-        found = list(slabs(self._query, queries))
+        found = list(batch_jacobians(self._query, queries))
         if self._inverse is None:
             asked = [self._solved(found)]
         else:
-            asked = [Slab(s.examples, s.outputs, through(self._inverse, s.forms, lc)[1]) for s in found]
+            asked = [BatchJacobian(s.examples, s.outputs, through(self._inverse, s.forms)[1]) for s in found]
         layout = Traced((1, 1), (0, 0))
         start = 0
-        for slab in slabs(self._train, train):
-            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms, lc)
-            one = Slab(slab.examples, slab.outputs, seen)
+        for slab in batch_jacobians(self._train, train):
+            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms)
+            one = BatchJacobian(slab.examples, slab.outputs, seen)
             yield start, {name: torch.cat([tile(q, one, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples
 
-    def _solved(self, found: list[Slab]) -> Slab:
+    def _solved(self, found: list[BatchJacobian]) -> BatchJacobian:
         """``(F + regul)^-1`` of the gradients by refinement, dense."""
         assert self.refine is not None
         lc = self.matrix.layer_collection
         gradients = PFMapFactored(lc, found).to_dense()
         solved = self.refine.solve(gradients, self.regul, rtol=self.rtol, preconditioner=self.matrix)
         rows = solved.to_torch()
-        return Slab(rows.shape[1], rows.shape[0], dense_forms(rows, lc.layers))
+        return BatchJacobian(rows.shape[1], rows.shape[0], dense_forms(rows, lc.layers))
 
 
 def _sum(shares: dict[str, Tensor]) -> Tensor:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
-from .generator import Generator
+from . import arguments
+from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
+from .model import data
 from .object.map import PFMap, PFMapDense
 
 MapRepresentation = type[PFMapDense] | Any
 
 
+@arguments.called_as
 def Jacobian(
     model: nn.Module,
     loader: Any,
@@ -75,4 +77,7 @@ def of_outputs(
         return diagonal_cotangents(torch.ones_like(f))
 
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    return Generator(model, lc, cotangents, function=function, device=device, verbose=verbose)
+    return Generator(model, lc, rowwise(cotangents), function=function, device=device, verbose=verbose)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (Jacobian,)}

@@ -128,6 +128,8 @@ class LayerCollection:
     def __init__(self, layers: Mapping[str, Layer] | None = None, ignore_uncalled: bool = False) -> None:
         if layers is not None:
             arguments.instance("layers", layers, Mapping, "use LayerCollection.from_model(model)")
+            for layer in layers.values():
+                arguments.instance("layers", layer, Layer, "use LayerCollection.from_model(model)")
         self.layers: dict[str, Layer] = dict(layers or {})
         self.ignore_uncalled = ignore_uncalled
 
@@ -182,6 +184,7 @@ class LayerCollection:
 
     def add_layer(self, name: str, layer: Layer) -> None:
         """Append a layer, in place, under that name."""
+        arguments.instance("name", name, str, "the name of the module in the model")
         arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
         if "(" in name:  # in NNGeometry 0.2 and 0.3 names ended in str(module)
             name = name[: name.index("(")].rpartition(".")[0]
@@ -192,6 +195,7 @@ class LayerCollection:
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module, frozen: bool = False) -> None:
         """Append the layer of one module of the model, in place. frozen: its frozen parameters too."""
+        arguments.model(model)
         names = [name for name, m in model.named_modules() if m is module]
         if not names:
             raise ValueError(f"the given {type(module).__name__} is not a module of the model")
@@ -356,10 +360,12 @@ class LayerCollection:
 
     def __repr__(self) -> str:
         lines = [f"LayerCollection of {len(self)} layers, {self.numel()} parameters"]
-        for layer in self.layers.values():
+        names = [f"{name or '(root)'}:" for name in self.layers]
+        widths = [max(map(len, column), default=0) for column in (names, [x.kind_name for x in self.layers.values()])]
+        for name, layer in zip(names, self.layers.values(), strict=True):
             shapes = ", ".join(f"{pname} {shape}" for pname, shape in layer.params)
             served = "" if layer.served_by == "?" else f", {layer.served_by}"
-            lines.append(f"  {layer.name or '(root)'}: {layer.kind_name} ({shapes}){served}")
+            lines.append(f"  {name.ljust(widths[0])} {layer.kind_name.ljust(widths[1])} ({shapes}){served}")
         return "\n".join(lines)
 
 
@@ -391,9 +397,28 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
                 for k, child in module.named_children():
                     if isinstance(child, _LISTS):  # it has no forward: its parameters act in that of its owner
                         params.update({f"{k}.{j}": p for j, p in child.named_parameters()})
+            if not is_ours(kind):
+                _check_owned(name, module, kind, params)
             kind = serving(kind, params)
         if params:
             yield name, module, kind, params
+
+
+def _check_owned(name: str, module: nn.Module, kind: Kind, own: dict[str, nn.Parameter]) -> None:
+    """Raise, naming the module, if a kind that the user registered would serve nothing of it, or not all that it names:
+    because those parameters are its children's.
+    """
+    absent = [k for k in kind.parameters if k not in own and not hasattr(module, k)]  # None where a module lacks one
+    if not absent:
+        return
+    below = [k for k, p in module.named_parameters(remove_duplicate=False) if k not in own and p.requires_grad]
+    named = [k for k in below if k in absent]
+    if named or (below and not own and len(absent) == len(kind.parameters)):
+        raise ValueError(
+            f"layer {name!r} ({type(module).__name__}): its registered kind {kind.name!r} is for "
+            f"{', '.join(absent)}, but {', '.join(named or below)} are parameters of its children, which are layers of "
+            "their own: register the kind for the type of the children, or hold the parameters in the module itself"
+        )
 
 
 def _check_applies(site: Site) -> None:

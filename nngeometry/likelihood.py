@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .spelling import warn
 
 
@@ -115,7 +116,7 @@ class Gaussian(_Elementwise):
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.variance <= 0:
+        if not arguments.number("Gaussian: variance", self.variance) > 0:
             raise ValueError(f"Gaussian: variance must be positive, got {self.variance}")
 
     def scale(self, f: Tensor) -> Tensor:
@@ -166,6 +167,10 @@ class Categorical(Likelihood):
     dim: int = 1
     positions: bool = True
 
+    def __post_init__(self) -> None:
+        arguments.integer("Categorical: dim", self.dim, least=-(2**62))
+        arguments.flag("Categorical: positions", self.positions)
+
     def _rows(self, f: Tensor) -> Tensor:
         """``(B, positions, K)``."""
         if not self.positions and f.ndim != 2:
@@ -177,6 +182,11 @@ class Categorical(Likelihood):
             raise ValueError(
                 f"Categorical: logits of shape {tuple(f.shape)} have no axis of classes; use Bernoulli for single "
                 "logits"
+            )
+        if not -f.ndim < self.dim < f.ndim or self.dim == 0:
+            raise ValueError(
+                f"Categorical: there is no axis of classes dim={self.dim} in outputs of shape {tuple(f.shape)}, of "
+                "which the first is that of examples: pass e.g. dim=1 or dim=-1"
             )
         rows = f.movedim(self.dim, -1)
         if rows.shape[-1] < 2:

@@ -20,14 +20,15 @@ _SHARE = 8
 
 
 @dataclass(frozen=True)
-class Grain:
+class Tuning:
     """The size of the pieces in which a sort of device works fastest.
 
     work_fraction: work arrays take at most the budget divided by that. busy: a work array divided by that keeps the
     device busy, so that no more is made at once where nothing is made twice. panel_bytes: what is only read once is
-    made in pieces of at most that many bytes, where there is a cache in which they stay. columns: symmetric products
-    are made as many columns at a time, up to the diagonal. large_product: multiplications from which many small
-    products are faster than one of copies.
+    made in pieces of at most that many bytes, where there is a cache in which they stay, None where there is none.
+    columns: symmetric products are made as many columns at a time, up to the diagonal. large_product: multiplications
+    from which many small products are faster than one of copies. few_operations: to start an operation takes so long
+    that few large ones are faster than many small ones, also where they multiply more or copy.
     """
 
     work_fraction: int
@@ -35,21 +36,24 @@ class Grain:
     panel_bytes: int | None
     columns: int
     large_product: int
+    few_operations: bool
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is a cache to keep pieces in."""
+        """Whether what is made in pieces stays in a cache until it is read."""
         return self.panel_bytes is not None
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Grain(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9)
+CPU = Tuning(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9, few_operations=False)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
-ACCELERATOR = Grain(work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10)
+ACCELERATOR = Tuning(
+    work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10, few_operations=True
+)
 _GRAINS = {"cpu": CPU}
 
 
-def grain(device: torch.device) -> Grain:
+def tuning(device: torch.device) -> Tuning:
     """How to cut work on a device into pieces."""
     return _GRAINS.get(device.type, ACCELERATOR)
 
@@ -97,12 +101,12 @@ def _cuda_memory(index: int) -> int:
 
 def work_array(device: torch.device) -> int:
     """How many bytes a temporary should have at most."""
-    return budget(device) // grain(device).work_fraction
+    return budget(device) // tuning(device).work_fraction
 
 
 def panel_bytes(device: torch.device) -> int:
     """How many bytes to make at a time of what is only read once."""
-    panel, most = grain(device).panel_bytes, work_array(device) // grain(device).busy
+    panel, most = tuning(device).panel_bytes, work_array(device) // tuning(device).busy
     return most if panel is None else min(panel, most)
 
 
@@ -151,7 +155,7 @@ def require(nbytes: int, what: str, remedy: str, device: torch.device) -> None:
         )
 
 
-class Made(TorchDispatchMode):
+class BytesMade(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make inside of a ``with`` block, views of others not included."""
 
     def __init__(self) -> None:

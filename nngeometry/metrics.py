@@ -9,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, data
+from . import arguments
 from .changes import trainable
-from .evaluator import State, check_mode
-from .generator import CotangentFunction, Curvature, Generator, Observation, Plan, SeveralCotangents, at_once
+from .generator import CotangentFunction, Curvature, Generator, Observation, OfSeveral, Plan, rowwise
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of, of_covariance
 from .losses import Loss, OwnLoss, example_loss, loss_gradient
+from .losses.targets import Targets, selected
+from .model import data
+from .model.evaluator import State, check_mode
 from .object.kernel import dense_forms
 from .object.pmat import PMat
 from .spelling import ORDER, positions
-from .targets import Targets, selected
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]
 
 
+@arguments.called_as
 def FIM(
     model: nn.Module,
     loader: Any,
@@ -73,7 +75,7 @@ def FIM(
         return likelihood.hvp(f, u)
 
     return _matrix(
-        at_once(lambda f, batch, position: likelihood.sqrt(f)),
+        rowwise(lambda f, batch, position: likelihood.sqrt(f)),
         model,
         loader,
         representation,
@@ -87,6 +89,7 @@ def FIM(
     )
 
 
+@arguments.called_as
 def FIM_MonteCarlo(
     model: nn.Module,
     loader: Any,
@@ -127,14 +130,25 @@ def FIM_MonteCarlo(
     seed = int(torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device))
 
     def cotangents(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
-        draws = [torch.Generator(f.device).manual_seed(seed + position + k) for k in range(len(batches))]
+        draws = [torch.Generator(f.device).manual_seed(position + k) for k in range(len(batches))]
         return likelihood.samples(data.split(f, batches), trials, draws)
 
     return _matrix(
-        cotangents, model, loader, representation, n_output, function, layer_collection, device, verbose, options
+        OfSeveral(cotangents),
+        model,
+        loader,
+        representation,
+        n_output,
+        function,
+        layer_collection,
+        device,
+        verbose,
+        options,
+        seed=seed,
     )
 
 
+@arguments.called_as
 def EmpiricalFisher(
     model: nn.Module,
     loader: Any,
@@ -171,6 +185,7 @@ def EmpiricalFisher(
     )
 
 
+@arguments.called_as
 def GradientCovariance(
     model: nn.Module,
     loader: Any,
@@ -239,7 +254,9 @@ class OwnGradients(Generator):
         def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
             return Cotangents.of(torch.ones_like(f).unsqueeze(0))
 
-        super().__init__(model, layer_collection, cotangents, function=loss.function(model, function), **options)
+        super().__init__(
+            model, layer_collection, rowwise(cotangents), function=loss.function(model, function), **options
+        )
 
     def outputs(self, batch: data.Batch) -> Tensor:
         """The loss ``(1,)`` of a minibatch of one example."""
@@ -257,7 +274,12 @@ class OwnGradients(Generator):
         return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
 
     def stream(
-        self, examples: Any, plan: Plan | None = None, by_example: bool = False, join: bool = False
+        self,
+        examples: Any,
+        plan: Plan | None = None,
+        by_example: bool = False,
+        join: bool = False,
+        first: int | None = None,
     ) -> Iterator[Observation]:
         check_mode(self.model)
         parameters = self.layer_collection.parameters(self.model)
@@ -268,7 +290,8 @@ class OwnGradients(Generator):
                 state.check(partial(self.outputs_of, batch))
                 grads = torch.autograd.grad(f, parameters, allow_unused=True, materialize_grads=True)
             flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]).to(self.dtype)
-            yield Observation(1, 1.0, dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers)))
+            forms = dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers))
+            yield Observation(1, 1.0, forms, f.detach(), batch, 1)
 
 
 def gradient_source(
@@ -282,7 +305,7 @@ def gradient_source(
 ) -> Generator:
     """The stream of the gradients of a loss at single examples."""
     if not isinstance(loss, OwnLoss):
-        return _source(model, layer_collection, at_once(gradients_of(loss, targets)), n_output, **options)
+        return _source(model, layer_collection, rowwise(gradients_of(loss, targets)), n_output, **options)
     for name, given in (("targets", targets), ("n_output", n_output)):
         if given is not None:
             raise ValueError(f"{name}: a model with loss=OwnLoss() computes the loss itself, so leave {name} out")
@@ -338,7 +361,7 @@ def _checked(
 
 
 def _matrix(
-    cotangents: SeveralCotangents,
+    cotangents: OfSeveral,
     model: nn.Module,
     loader: Any,
     representation: Representation,
@@ -349,10 +372,19 @@ def _matrix(
     verbose: bool,
     options: dict[str, Any],
     curvature: Curvature | None = None,
+    seed: int = 0,
 ) -> PMat:
     lc = _checked(model, loader, representation, n_output, function, layer_collection, device, options)
     source = _source(
-        model, lc, cotangents, n_output, function=function, device=device, verbose=verbose, curvature=curvature
+        model,
+        lc,
+        cotangents,
+        n_output,
+        function=function,
+        device=device,
+        verbose=verbose,
+        curvature=curvature,
+        seed=seed,
     )
     return _represented(source, loader, representation, options)
 
@@ -360,11 +392,11 @@ def _matrix(
 def _source(
     model: nn.Module,
     layer_collection: LayerCollection,
-    cotangents: SeveralCotangents,
+    cotangents: OfSeveral,
     n_output: int | None,
     **options: Any,
 ) -> Generator:
-    def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
+    def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
             raise ValueError(
                 f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
@@ -372,14 +404,11 @@ def _source(
             )
         return cotangents(f, batches, position)
 
-    return Generator(
-        model,
-        layer_collection,
-        lambda f, batch, position: checked(f, [batch], position),
-        together=checked,
-        **options,
-    )
+    return Generator(model, layer_collection, OfSeveral(checked), **options)
 
 
 def _represented(source: Generator, loader: Any, representation: Representation, options: dict[str, Any]) -> PMat:
     return representation(layer_collection=source.layer_collection, generator=source, examples=loader, **options)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance)}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import data
 from .changes import Borrowed
-from .evaluator import State
 from .losses import output_loss
-from .outputloss import ByExample
+from .losses.output import ByExample
+from .model import data
+from .model.evaluator import State
+from .model.weights import Weights
 from .spelling import warn
-from .weights import Weights
 
 
 def settle(source: Any, examples: Any) -> None:
@@ -95,6 +95,8 @@ def _reduced(source: Any, examples: Any) -> Any:
     except Exception:
         if certain:
             raise
+        return None
+    if not isinstance(value, Tensor):
         return None
     if value.ndim > 0:
         return output_loss(function) if certain else None

@@ -68,7 +68,11 @@ class Spectrum:
 
         Raises ``ValueError`` if f is not finite at one of them.
         """
-        exact = f(self.outliers).double()
+        if not callable(f):
+            raise TypeError(f"sum: f: expected a function of a tensor of eigenvalues, got {arguments.described(f)}")
+        exact = f(self.outliers)
+        arguments.instance("sum: what f returns", exact, Tensor, "f acts on a tensor of eigenvalues, e.g. torch.exp")
+        exact = exact.double()
         if not bool(exact.isfinite().all()):
             raise ValueError(f"sum: f is not finite at the eigenvalue {float(self.outliers[~exact.isfinite()][0]):.3g}")
         rest = self.bulk.trace_of(lambda l: f(l).double())
@@ -80,6 +84,9 @@ class Spectrum:
         The error includes what the nodes leave open: the count below x of any two spectra that agree on polynomials of
         degree ``2 steps - 2`` differs by at most the Christoffel number at x.
         """
+        for name, value in (("low", low), ("high", high)):
+            if arguments.scalar(value) is None:
+                raise TypeError(f"count: {name}: expected a number, got {arguments.described(value)}")
         inside = self.sum(lambda l: ((l >= low) & (l < high)).double())
         blur = self.bulk.size * sum(self.bulk.christoffel(x) for x in (low, high) if abs(x) < inf)
         return inside._replace(error=torch.tensor(hypot(float(inside.error), blur), dtype=torch.float64))
@@ -90,7 +97,7 @@ class Spectrum:
         threshold: by default that of :meth:`floor`, since what rounding and unfinished Lanczos steps leave of a zero
         eigenvalue may have either sign.
         """
-        edge = -(self.floor() if threshold is None else threshold)
+        edge = -(self.floor() if threshold is None else arguments.number("negative: threshold", threshold))
         return Negative(self.count(high=edge), self.sum(lambda l: torch.where(l < edge, l, 0.0)))
 
     def trace(self) -> Estimate:
@@ -99,6 +106,7 @@ class Spectrum:
 
     def logdet(self, regul: float = 0.0) -> Estimate:
         """``log det(F + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        arguments.number("logdet: regul", regul)
         lowest = min(float(self.nodes.min()), *self.outliers.tolist(), inf)
         if not lowest + regul > self.bulk.rounding:
             raise ValueError(
@@ -115,7 +123,8 @@ class Spectrum:
         wider than ``width`` show as bumps.
         """
         low, high = self.range()
-        width = _positive(width, self.width())
+        width = _positive("density: width", width, self.width())
+        _check_grid("density", grid)
         grid = _grid(low - 6 * width, high + 6 * width, width) if grid is None else grid.to(self.nodes)
         return Density(grid, *self._smooth(grid, self.bulk, self.outliers, width))
 
@@ -128,7 +137,9 @@ class Spectrum:
         default 0.1. floor: what is smaller counts as zero and is left out, by default a millionth of the largest.
         The two sum to the share of the eigenvalues above the floor.
         """
-        width, floor = _positive(width, LOG_WIDTH), _positive(floor, self.floor())
+        width = _positive("log_density: width", width, LOG_WIDTH)
+        floor = _positive("log_density: floor", floor, self.floor())
+        _check_grid("log_density", grid)
         top = max(self._largest(), floor)
         at = torch.tensor([floor, top], dtype=torch.float64).log10()
         points = _grid(float(at[0]) - 6 * width, float(at[1]) + 6 * width, width)
@@ -170,6 +181,7 @@ class Spectrum:
         return share * value + exact / self.size, share * error
 
 
+@arguments.called_as
 def spectral_density(
     F: PMat,
     *,
@@ -212,7 +224,7 @@ def spectral_density(
         raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
     if not 0 <= outliers < size:
         raise ValueError(f"spectral_density: expected 0 <= outliers < {size}, got {outliers}")
-    like, spent = _like(F), 0
+    like, spent = F.like, 0
     exact, basis = torch.zeros(0, dtype=torch.float64), like.new_empty(0, size)
     free = size - outliers
 
@@ -222,7 +234,7 @@ def spectral_density(
         rows = rows - (rows @ basis.mT) @ basis
         return rows * (free**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    with no_grad(), _progress(F.root.mv, verbose) as matvec:
+    with no_grad(), _progress(F.matvec, verbose) as matvec:
         if outliers:
             exact, basis, _, spent = eigsh(matvec, size, outliers, which="magnitude", like=like)
         bulk = slq(
@@ -231,6 +243,7 @@ def spectral_density(
     return Spectrum(bulk, exact.double().cpu(), size, min(steps, free), spent + bulk.products)
 
 
+@arguments.called_as
 def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     """The spectra of the diagonal blocks of the layers, by name. options: of :func:`spectral_density`; steps, probes
     and outliers are those of each block, of a small block as many as it has.
@@ -263,6 +276,7 @@ class ExtremePairs:
     products: int
 
 
+@arguments.called_as
 def extreme_eigenpairs(
     F: PMat, k: int, which: Which = "largest", *, verbose: bool = False, **options: Any
 ) -> ExtremePairs:
@@ -285,15 +299,12 @@ def extreme_eigenpairs(
     arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
     arguments.integer("extreme_eigenpairs: k", k, least=1)
     arguments.one_of("extreme_eigenpairs: which", which, get_args(Which))
-    arguments.keywords("extreme_eigenpairs", eigsh, options)
-    with no_grad(), _progress(F.root.mv, verbose) as matvec:
-        pairs = eigsh(matvec, F.size(0), k, which=which, like=_like(F), **options)
+    arguments.keywords("extreme_eigenpairs", eigsh, options, given=("matvec", "size", "like"))
+    arguments.generator(options.get("generator"))
+    with no_grad(), _progress(F.matvec, verbose) as matvec:
+        pairs = eigsh(matvec, F.size(0), k, which=which, like=F.like, **options)
     vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]
     return ExtremePairs(pairs.values, vectors, pairs.residuals, pairs.products)
-
-
-def _like(F: PMat) -> Tensor:
-    return torch.empty(0, dtype=F.dtype, device=F.device)
 
 
 @contextmanager
@@ -315,12 +326,21 @@ def _progress(matvec: Matvec, verbose: bool) -> Iterator[Matvec]:
         yield counted
 
 
-def _positive(given: float | None, default: float) -> float:
-    value = default if given is None else float(given)
+def _positive(name: str, given: float | None, default: float) -> float:
+    value = default if given is None else arguments.number(name, given)
     if not value > 0:
-        raise ValueError(f"a width or a floor must be positive, got {value}")
+        raise ValueError(f"{name}: it must be positive, got {value}")
     return value
+
+
+def _check_grid(name: str, grid: Any) -> None:
+    if grid is not None:
+        arguments.instance(f"{name}: grid", grid, Tensor, "pass a tensor of points, e.g. torch.linspace(0, 1, 100)")
 
 
 def _grid(low: float, high: float, width: float) -> Tensor:
     return torch.linspace(low, high, min(_MOST, 2 + ceil(_POINTS * (high - low) / width)), dtype=torch.float64)
+
+
+#: The examples of functions that stand wrapped above, for doctest to find.
+__test__ = {f.__name__: f.__doc__ or "" for f in (spectral_density, layer_spectra, extreme_eigenpairs)}

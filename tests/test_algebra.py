@@ -490,3 +490,33 @@ def test_update_diag():
     close(F.trace(), M.trace())
     with pytest.raises(ValueError, match="no generator"):
         pickle.loads(pickle.dumps(F)).update_diag(batch)
+
+
+def test_products_for_algorithms(F):
+    F, M = F
+    p = F.size(0)
+    assert F.like.shape == (0,)
+    assert (F.like.dtype, F.like.device) == (F.dtype, F.device)
+    for lead in ((), (3,), (2, 3), (0,)):
+        V = torch.randn(*lead, p)
+        close(F.matvec(V), V @ M.T)
+    V = torch.randn(2, p, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.matvec(V).sum(), V)
+    close(grad, (M.T @ torch.ones(p)).expand(2, p))
+    for wrong in (torch.randn(p - 1), torch.randn(2, p + 1), torch.tensor(1.0), torch.randn(p, 1)):
+        with pytest.raises(ValueError, match="matvec: expected rows of"):
+            F.matvec(wrong)
+    with pytest.raises(ValueError, match="move one of them"):
+        F.matvec(torch.randn(p, dtype=torch.float32))
+    with pytest.raises(TypeError, match="use mv"):
+        F.matvec(vector(F))
+    assert F.symmetric
+    assert not F.definite or float(torch.linalg.eigvalsh(M).min()) > -1e-9
+
+
+def test_an_identity_of_no_dtype_takes_rows_of_any():
+    lc = LayerCollection.from_model(nn.Linear(2, 1))
+    for dtype in (torch.float32, torch.float64):
+        out = PMatEye(lc, scaling=0.1).matvec(torch.ones(2, 3, dtype=dtype))
+        assert out.dtype == dtype
+        assert torch.equal(out, torch.full((2, 3), 0.1, dtype=dtype))

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from nngeometry import EmpiricalFisher, LayerCollection, PMatDense
-from nngeometry.apart import _RULES, called_apart
 from nngeometry.forms import Dense
 from nngeometry.kinds import Kind, Packing
 from nngeometry.kinds.kind import _TABLE
+from nngeometry.model.independence import _RULES, called_apart
 
 #: For each module whose rows are apart, the shape of one example.
 APART = [

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nngeometry import memory
-from nngeometry.autograd import Pull
+from nngeometry.derivatives.pulling import BatchedVJP
 
 
 @pytest.fixture(params=[memory.CPU, memory.ACCELERATOR], ids=["cpu", "accelerator"], autouse=True)
@@ -51,7 +51,7 @@ def test_several_are_each(make, count):
     outputs = [f, x.square().sum((2, 3))]
     weights = [torch.randn(count, *y.shape) for y in outputs]
     expected = [torch.autograd.grad(outputs, x, [w[k] for w in weights], retain_graph=True)[0] for k in range(count)]
-    pull = Pull()
+    pull = BatchedVJP()
     for last in (False, True):
         found, none = pull(outputs, [x, unused], weights, last)
         assert none is None
@@ -60,4 +60,4 @@ def test_several_are_each(make, count):
 
 def test_where_nothing_is_reached():
     x, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
-    assert Pull()([x.sin()], [unused], [torch.randn(3, 2)]) == [None]
+    assert BatchedVJP()([x.sin()], [unused], [torch.randn(3, 2)]) == [None]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nngeometry import FIM, PMatDiag, PMatImplicit
-from nngeometry.composites import OneExample, embedding_bag, hardsigmoid, prelu
+from nngeometry.derivatives.composites import OneExample, embedding_bag, hardsigmoid, prelu
 
 
 def _bags():

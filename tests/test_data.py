@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
 
-import nngeometry.batch
+import nngeometry.model.batch
 from nngeometry import (
     FIM,
     GGN,
@@ -26,8 +26,8 @@ from nngeometry import (
     PMatDense,
     PMatDiag,
     PMatImplicit,
-    data,
 )
+from nngeometry.model import data
 
 N, D, C = 7, 4, 3
 
@@ -389,8 +389,8 @@ def test_taking_leaves_the_minibatch_as_it_is(xy, kind):
 
 def test_what_is_not_of_tensors_is_not_looked_into():
     for thing in ("a", None, 3, nn.Linear(2, 2), np, object(), {1, 2}, torch.Generator(), type):
-        assert nngeometry.batch.map_tensors(torch.clone, thing) is thing
-        assert nngeometry.batch.tensors_of(thing) == []
+        assert nngeometry.model.batch.map_tensors(torch.clone, thing) is thing
+        assert nngeometry.model.batch.tensors_of(thing) == []
 
 
 def test_functions_that_cannot_be_called(net, xy):

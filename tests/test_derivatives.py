@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nngeometry.derivatives import CheapDerivatives
+from nngeometry.derivatives.cheap import CheapDerivatives
 
 
 def normalised(module):

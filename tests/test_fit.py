@@ -35,6 +35,7 @@ from nngeometry import (
     memory,
     memory_budget,
 )
+from nngeometry.generator import one_by_one
 from nngeometry.likelihood import Cotangents
 
 TOLERANCE = 1e-10
@@ -488,7 +489,7 @@ def test_minibatches_with_unlike_cotangents_are_observed_apart():
         return Cotangents.of(torch.ones(len(batch[0]) - 2, *f.shape, dtype=f.dtype))
 
     lc = LayerCollection.from_model(model)
-    generator = Generator(model, lc, cotangents)
+    generator = Generator(model, lc, one_by_one(cotangents))
     found = PMatDense(layer_collection=lc, generator=generator, examples=batches).to_torch()
     each = [PMatDense(layer_collection=lc, generator=generator, examples=[b]).to_torch() for b in batches]
     assert oracle.relative(found, (4 * each[0] + 5 * each[1]) / 9) < 1e-12

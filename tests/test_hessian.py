@@ -301,6 +301,39 @@ def test_products_are_kept_or_made_again(cut):
     handle.remove()
 
 
+MADE_OF = {
+    "multiple": lambda H, D: 2 * H,
+    "sum": lambda H, D: H + D,
+    "product": lambda H, D: D @ H,
+    "block": lambda H, D: H.block("2"),
+}
+
+
+@pytest.mark.parametrize("matrix", [Hessian, GGN])
+@pytest.mark.parametrize("made", MADE_OF)
+def test_what_is_made_of_a_matrix_keeps_nothing_of_a_single_product_either(cut, made, matrix):
+    cut(memory.CPU)
+    model, batches = minibatches("mlp", LOSSES["ce"][0])
+    D = matrix(model, batches, PMatDiag)
+    calls, found = [], []
+    handle = model.register_forward_hook(lambda *a: calls.append(1))
+    with memory_budget(2**17):
+        M = MADE_OF[made](matrix(model, batches, PMatImplicit), D)
+        v = random_pvector(M.layer_collection)
+        for _ in range(3):
+            calls.clear()
+            M.vTMv(v)
+            found.append(len(calls))
+        repeated = MADE_OF[made](matrix(model, batches, PMatImplicit), D)
+        repeated.matvec(v.to_torch())
+        calls.clear()
+        repeated.mv(v)
+    handle.remove()
+    assert min(found[:2]) >= len(batches)
+    assert found[2] == 0
+    assert not calls
+
+
 def test_representations_that_make_no_sense_say_so():
     model, batches = minibatches("mlp", LOSSES["ce"][0])
     with pytest.raises(NotImplementedError, match="or GGN instead of Hessian"):

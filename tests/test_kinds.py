@@ -27,8 +27,10 @@ from nngeometry import (
     kind,
     memory,
     memory_budget,
+    whole,
 )
-from nngeometry.autocorrelation import patch_moment
+from nngeometry.forms.autocorrelation import patch_moment
+from nngeometry.generator import rowwise
 from nngeometry.kinds import Packing, affine
 from nngeometry.kinds.kind import _TABLE as table
 from nngeometry.likelihood import Cotangents
@@ -37,7 +39,7 @@ from nngeometry.likelihood import Cotangents
 def streamed(model, batch, function, lc=None, budget=2**30):
     """The Jacobian ``(C, n, P)`` from the stream of forms."""
     lc = lc or LayerCollection.from_model(model)
-    generator = Generator(model, lc, lambda f, b, k: Gaussian().sqrt(f), function=function)
+    generator = Generator(model, lc, rowwise(lambda f, b, k: Gaussian().sqrt(f)), function=function)
     pieces = []
     with memory_budget(budget), torch.no_grad():
         for observation in generator.stream(batch):
@@ -74,7 +76,7 @@ def test_form_methods_equal_the_derived_ones(name):
     def cotangents(f, b, k):
         return Cotangents.of(torch.randn(2, *f.shape))
 
-    generator = Generator(model, lc, cotangents, function=function)
+    generator = Generator(model, lc, rowwise(cotangents), function=function)
     with torch.no_grad():
         (observation,) = generator.stream(batch)
         for layer, form in observation.forms.items():
@@ -213,7 +215,7 @@ def test_inner_products_of_forms(positions, groups):
         outer = forms.Outer(torch.randn(examples, t, groups, 4), g)
         ids = torch.randint(-1, 4, (examples, t))
         gather = forms.Gather(ids, torch.randn(2, examples, t, 3).masked_fill((ids < 0)[..., None], 0.0), 4)
-        return [outer, forms.Dense(outer.dense()), outer.tape(5)], [gather, forms.Dense(gather.dense())]
+        return [outer, forms.Dense(outer.dense()), outer.prepared(5)], [gather, forms.Dense(gather.dense())]
 
     for left, right in zip(forms_of(5, positions[0]), forms_of(4, positions[1]), strict=True):
         for one in left:
@@ -246,8 +248,8 @@ def test_reductions_of_a_jacobian_in_panels(panel, groups, cut):
 def test_moments_but_the_last_are_of_no_fewer_rows_than_columns(cut, monkeypatch):
     cut(replace(memory.CPU, panel_bytes=1))
     rows = []
-    real = forms.second_moment
-    monkeypatch.setattr(forms, "second_moment", lambda x: (rows.append(len(x)), real(x))[1])
+    real = forms.outer.second_moment
+    monkeypatch.setattr(forms.outer, "second_moment", lambda x: (rows.append(len(x)), real(x))[1])
     a = torch.randn(10, 2, 1, 7)
     found, count = forms.Outer(a, torch.zeros(1, 10, 2, 1, 3)).right_factor(reduce=False)
     x = a.flatten(0, 2)
@@ -578,3 +580,84 @@ def test_what_is_registered_is_a_type_of_modules_with_names():
     for names in ((), ("a", "a"), (1,)):
         with pytest.raises(ValueError, match="must be different names"):
             kind(Adapter, parameters=names)
+    with pytest.raises(TypeError, match="is not a function"):
+        kind(Adapter)(None)
+    with pytest.raises(TypeError, match=r"packing=.* must be a function"):
+        kind(Adapter, packing=Packing.flat(3))
+    for wrong in ("Linear", int):
+        with pytest.raises(TypeError, match=r"whole: .* is not a type of modules"):
+            whole(wrong)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_function_of_the_library_for_a_type_of_the_users_is_looked_at_too():
+    class Same(nn.Linear):
+        pass
+
+    kind(Same, Doubled, packing=lambda module, bias: table[nn.Linear].packing(module, bias), kronecker=True)(
+        affine.linear
+    )
+    lc = check_every_representation(oracle.randomise(nn.Sequential(Same(4, 3))))
+    assert lc["0"].served_by == "linear"
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 4), Doubled(4, 3)))
+    with pytest.raises(ValueError, match=r"layer '1'.*do not add up"):
+        streamed(model, (torch.randn(5, 4),), None)
+
+
+class OfChildren(nn.Module):
+    """A low-rank adapter of two layers, which may have a parameter of its own."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        if scale is not False:
+            self.scale = None if scale is None else nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        y = self.up(self.down(x))
+        return y if getattr(self, "scale", None) is None else y * self.scale
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("names", "scale"),
+    [
+        (("down.weight", "up.weight"), None),
+        (("weight", "bias"), None),
+        (("scale",), False),
+        (("scale", "down.weight"), True),
+        (("scale", "up.weight"), None),
+    ],
+)
+def test_a_kind_for_parameters_of_children_is_refused(names, scale):
+    @kind(OfChildren, parameters=names)
+    def never(module, gy, x):
+        raise AssertionError
+
+    model = nn.Sequential(nn.Linear(4, 4), OfChildren(scale))
+    with pytest.raises(ValueError, match=r"layer '1' \(OfChildren\): .*'never' is for .* parameters of its children"):
+        LayerCollection.from_model(model)
+    model[1].requires_grad_(False)
+    assert list(LayerCollection.from_model(model)) == ["0"]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_module_may_lack_what_its_kind_is_for():
+    class Scaled(OfChildren):
+        def forward(self, x):
+            y = x + self.up(self.down(x))
+            return y if self.scale is None else y * self.scale
+
+    @kind(Scaled, parameters=["scale"])
+    def scaled(module, gy, x):
+        return forms.Dense(gy * (x + module.up(module.down(x))))
+
+    for scale in (True, None):
+        lc = check_every_representation(oracle.randomise(nn.Sequential(Scaled(scale))))
+        assert list(lc) == ["0"] * (scale is True) + ["0.down", "0.up"]
+        assert (", scaled" in repr(lc)) == (scale is True)

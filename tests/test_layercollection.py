@@ -111,3 +111,12 @@ def test_repr_names_everything():
     assert "weight_orig (3, 2)), generic" in text
     assert "bias_hh_l0 (6,)), generic" in text
     assert isinstance(LayerCollection.from_model(nn.Linear(2, 3))[""], Layer)
+
+
+def test_repr_is_a_table():
+    lines = repr(LayerCollection.from_model(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))).splitlines()
+    assert lines == [
+        "LayerCollection of 2 layers, 15 parameters",
+        "  0: Linear      (weight (3, 2), bias (3,)), linear",
+        "  1: BatchNorm1d (weight (3,), bias (3,)), batch_norm",
+    ]

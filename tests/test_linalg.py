@@ -135,7 +135,7 @@ def test_top_ten_of_a_thousand():
 
 
 @pytest.mark.parametrize("entries", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize("grain", [memory.CPU, memory.ACCELERATOR])
+@pytest.mark.parametrize("tuning", [memory.CPU, memory.ACCELERATOR])
 def test_sums_over_a_few_entries_at_a_time(grain, entries, cut, monkeypatch):
     monkeypatch.setattr(base, "_PIECE", 8)
     cut(grain)
@@ -149,7 +149,7 @@ def test_sums_over_a_few_entries_at_a_time(grain, entries, cut, monkeypatch):
     assert base.inner(one[0, :0], other[0]).shape == (0, 4)
 
 
-@pytest.mark.parametrize("grain", [memory.CPU, memory.ACCELERATOR])
+@pytest.mark.parametrize("tuning", [memory.CPU, memory.ACCELERATOR])
 def test_long_sums_in_single_precision(grain, cut):
     cut(grain)
     row = torch.full((1, 3 * 10**6), 0.1, dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nngeometry import FIM, LayerCollection, PMatDense, PMatKFAC, memory, memory_budget, random_pvector
-from nngeometry.recurrent import recurrent_without_cudnn
+from nngeometry.model.recurrent import recurrent_without_cudnn
 
 CPU = torch.device("cpu")
 

@@ -28,6 +28,7 @@ from nngeometry import (
     PVector,
 )
 from nngeometry.changes import modes_kept
+from nngeometry.generator import rowwise
 from nngeometry.likelihood import Gaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore:layer .* cannot be vectorised:RuntimeWarning")
@@ -176,7 +177,7 @@ def test_a_loader_draws_what_it_would_by_itself():
 
 def test_a_stream_that_is_not_finished_holds_nothing():
     case = BY_NAME["mlp"].make()
-    generator = Generator(case.model, case.layers, lambda f, batch, k: Gaussian().sqrt(f))
+    generator = Generator(case.model, case.layers, rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
     picture = Picture(case.model, data=case.loader)
     stream = generator.stream(case.loader)
     next(stream)

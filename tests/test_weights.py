@@ -19,7 +19,7 @@ from nngeometry import (
     random_pvector,
 )
 from nngeometry.changes import Borrowed
-from nngeometry.weights import Weights
+from nngeometry.model.weights import Weights
 
 
 class Net(nn.Module):

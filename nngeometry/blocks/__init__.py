@@ -1,13 +1,14 @@
 """Structures of a matrix on one set of coordinates, and their common linear algebra."""
 
-from .base import Block, Regul
+from .base import Block
 from .composite import Compression, Product, Sum, add, matmul
 from .dense import Dense
-from .direct import Direct, Part
+from .direct import DirectSum, Part
 from .kron import Kron
 from .lowrank import LowRank
 from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
+from .regul import Regul, Uniform, Varying
 from .spectral import Diag, Eye, Spectral
 
 __all__ = [
@@ -15,7 +16,7 @@ __all__ = [
     "Compression",
     "Dense",
     "Diag",
-    "Direct",
+    "DirectSum",
     "Eye",
     "Kron",
     "LowRank",
@@ -27,6 +28,8 @@ __all__ = [
     "Regul",
     "Spectral",
     "Sum",
+    "Uniform",
+    "Varying",
     "add",
     "matmul",
 ]

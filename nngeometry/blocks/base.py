@@ -19,22 +19,22 @@ from torch import Tensor
 from ..changes import no_grad
 from ..linalg import cg, eigsh, minres
 from ..memory import require
+from ..registry import Registry
 
 Map = Callable[[Tensor], Tensor]
-#: One number, or a positive one for each coordinate.
-Regul = float | Tensor
 #: What rounding leaves of a Ritz value of zero is below so many eps of the largest, whatever the size of the matrix.
 _ROUNDING = 64
+
+
+CLASSES: Registry[Block] = Registry("block")
 
 
 @dataclass(frozen=True, eq=False)
 class Block(ABC):
     """A linear map on tensors of shape ``(..., *shape)``."""
 
-    kinds: ClassVar[dict[str, type[Block]]] = {}
-
     def __init_subclass__(cls) -> None:
-        Block.kinds[cls.__name__] = cls
+        CLASSES.add(cls)
 
     # What a structure is: these four, of which the first two are due.
 
@@ -46,6 +46,10 @@ class Block(ABC):
     @abstractmethod
     def mv(self, V: Tensor) -> Tensor:
         """``M V`` for V of shape ``(..., *shape)``. Differentiable in V."""
+
+    def once(self, V: Tensor) -> Tensor:
+        """``M V`` where it may be the only product: nothing is made for the sake of later ones."""
+        return self.mv(V)
 
     def on_columns(self, V: Tensor) -> Tensor:
         """A block on ``(G, cols)`` along the last axis of V ``(..., G, rows, cols)``."""
@@ -70,7 +74,7 @@ class Block(ABC):
         return True
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         """Whether entries are known by products alone: then verbs that need the whole matrix are iterative, or
         raise.
         """
@@ -100,7 +104,7 @@ class Block(ABC):
         """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k,
         *shape)``.
         """
-        if not self.by_products:
+        if not self.matrix_free:
             return self.eig().top(k)
         if k is None:
             raise ValueError("eig: say how many, eig(k): a matrix known by its products has them by Lanczos")
@@ -117,7 +121,7 @@ class Block(ABC):
         check_order(ord)
         if ord is None or ord == "fro":
             return self._frobenius()
-        if ord == 2 and self.by_products:
+        if ord == 2 and self.matrix_free:
             return eigsh(self._product, self.numel, 1, which="magnitude", like=self._empty()).values.abs()[0]
         if ord == 2:
             return self.eigenvalues().abs().max()
@@ -130,28 +134,20 @@ class Block(ABC):
 
     def apply(self, f: Map) -> Block:
         """f(M), with f applied to the eigenvalues."""
-        return _make("Function", self, f) if self.by_products else self.eig().apply(f)
+        return Derived.function(self, f) if self.matrix_free else self.eig().apply(f)
 
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
-        if isinstance(regul, Tensor):
-            s = self._inverse_root(regul)
-            return s * self.congruence(s)._solve(s * V, 1.0)
-        return self._solve(V, regul)
+        solved: Tensor = self.iterate(V, regul) if self.matrix_free else self._as_dense("solve").solve(V, regul)
+        return solved
 
-    def _inverse_root(self, regul: Tensor) -> Tensor:
-        if not bool((regul > 0).all()):
-            raise ValueError("regul: layers that share a block need a positive value each")
-        return regul.rsqrt().reshape(self.shape)
+    def iterate(
+        self, V: Tensor, shift: float | Tensor, rtol: float | None = None, precondition: Map | None = None
+    ) -> Tensor:
+        """``(M + shift)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self.iterate(V, regul) if self.by_products else self._as_dense("solve")._solve(V, regul)
-
-    def iterate(self, V: Tensor, regul: Regul, rtol: float | None = None, precondition: Map | None = None) -> Tensor:
-        """``(M + regul)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
-
-        rtol: of the true residual, by default 1e-6 (100 eps if that is more). precondition: approximates
-        ``(M + regul)^-1`` on ``(k, p)``; for conjugate gradients.
+        shift: a number, or a flat one for each coordinate. rtol: of the true residual, by default 1e-6 (100 eps if that
+        is more). precondition: approximates ``(M + shift)^-1`` on ``(k, p)``; for conjugate gradients.
         """
         if not self.symmetric:
             raise NotImplementedError(
@@ -160,7 +156,6 @@ class Block(ABC):
             )
         with no_grad():
             b = V.reshape(-1, self.numel)
-            shift = regul.reshape(-1) if isinstance(regul, Tensor) else regul
             tolerance = max(1e-6, 100 * torch.finfo(self.dtype).eps) if rtol is None else rtol
 
             def shifted(rows: Tensor) -> Tensor:
@@ -180,20 +175,13 @@ class Block(ABC):
     def _empty(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def inv(self, regul: Regul = 0.0) -> Block:
+    def inv(self, regul: float = 0.0) -> Block:
         """``(M + regul)^-1``. Raises ``ValueError`` if that is singular to working precision."""
-        if isinstance(regul, Tensor):
-            s = self._inverse_root(regul)
-            return self.congruence(s)._inv(1.0).congruence(s)
-        return self._inv(regul)
+        inverse: Block = Derived.inverse(self, regul) if self.matrix_free else self._as_dense("inverse").inv(regul)
+        return inverse
 
-    def _inv(self, regul: float) -> Block:
-        return _make("Inverse", self, regul) if self.by_products else self._as_dense("inverse")._inv(regul)
-
-    def logdet(self, regul: Regul = 0.0) -> Tensor:
+    def logdet(self, regul: float = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
-        if isinstance(regul, Tensor):
-            return self.congruence(self._inverse_root(regul)).logdet(1.0) + regul.log().sum()
         l = self.eigenvalues()
         check_invertible(l, regul)
         if bool((l + regul < 0).any()):
@@ -214,7 +202,7 @@ class Block(ABC):
         """M**exponent. Raises ``ValueError`` where an eigenvalue makes it undefined."""
         if exponent == 1:
             return self
-        if self.by_products:
+        if self.matrix_free:
             return self.apply(_Power(float(exponent), self.definite, _ROUNDING * torch.finfo(self.dtype).eps))
         spectral = self.eig()
         l = spectral.eigenvalues()
@@ -237,18 +225,18 @@ class Block(ABC):
 
     def restrict(self, s: slice) -> Block:
         """The diagonal sub-block of the flat coordinates s."""
-        return _make("Compression", self, s.start, s.stop)
+        return Derived.compression(self, s.start, s.stop)
 
     def transpose(self) -> Block:
         return self
 
     def map_square(self) -> Block:
         """The matrix of squared entries, for the bases that need it."""
-        return _make("Dense", self.to_dense().square(), self.shape)
+        return Derived.dense(self.to_dense().square(), self.shape)
 
     def scale(self, c: float) -> Block:
         """c M."""
-        return _make("Sum", (self,), (c,))
+        return Derived.sum((self,), (c,))
 
     def plus(self, other: Block) -> Block | None:
         """M + other if the sum has a closed form here, otherwise None."""
@@ -293,11 +281,14 @@ class Block(ABC):
 
     def state(self) -> dict[str, Any]:
         """Plain dict of tensors, numbers and strings, from which :meth:`from_state` makes the block again."""
-        return {"block": type(self).__name__, **{f.name: _state(getattr(self, f.name)) for f in fields(self)}}
+        return {"block": CLASSES.name_of(type(self)), **self._fields()}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: _state(getattr(self, f.name), f"{type(self).__name__}.{f.name}") for f in fields(self)}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Block:
-        return Block.kinds[state["block"]]._rebuild({k: v for k, v in state.items() if k != "block"})
+        return CLASSES.find(state["block"])._rebuild({k: v for k, v in state.items() if k != "block"})
 
     @classmethod
     def _rebuild(cls, state: dict[str, Any]) -> Block:
@@ -308,7 +299,7 @@ class Block(ABC):
 
     def _as_dense(self, operation: str) -> Any:
         """As a dense matrix, if it fits the memory budget and takes no products."""
-        if self.by_products:
+        if self.matrix_free:
             raise NotImplementedError(
                 f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an estimator "
                 "of nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"
@@ -320,12 +311,17 @@ class Block(ABC):
             "work on fewer layers, use a representation with a closed form",
             self.device,
         )
-        return _make("Dense", self.to_dense(), self.shape, self.symmetric)
+        return Derived.dense(self.to_dense(), self.shape, self.symmetric)
 
 
-def _make(name: str, *arguments: Any) -> Any:
-    """A block of a structure that is built upon this file."""
-    return Block.kinds[name](*arguments)
+class Derived:
+    """What any block is made into: the classes of these are written upon this file, and put here by theirs."""
+
+    dense: ClassVar[Callable[..., Any]]
+    function: ClassVar[Callable[..., Any]]
+    inverse: ClassVar[Callable[..., Any]]
+    compression: ClassVar[Callable[..., Any]]
+    sum: ClassVar[Callable[..., Any]]
 
 
 def check_order(ord: Any) -> None:
@@ -374,12 +370,17 @@ def _map(fn: Map, value: Any) -> Any:
     return value
 
 
-def _state(value: Any) -> Any:
+def _state(value: Any, where: str) -> Any:
     if isinstance(value, Block):
         return value.state()
     if isinstance(value, tuple):
-        return [_state(v) for v in value]
-    return value
+        return [_state(v, where) for v in value]
+    if value is None or isinstance(value, Tensor | str | bool | int | float):
+        return value
+    raise TypeError(
+        f"{where} is of type {type(value).__name__}, which files do not hold: tensors, blocks, numbers, strings and "
+        "tuples of these they do. Write state() and _rebuild() for the block"
+    )
 
 
 def _from_state(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import funm
-from .base import Block, Map, Regul
+from .base import Block, Derived, Map
 from .spectral import Eye
 
 
@@ -27,8 +27,14 @@ class Compression(Block):
         return (self.stop - self.start,)
 
     def mv(self, V: Tensor) -> Tensor:
+        return self._by(self.inner.mv, V)
+
+    def once(self, V: Tensor) -> Tensor:
+        return self._by(self.inner.once, V)
+
+    def _by(self, product: Map, V: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(V, (self.start, self.inner.numel - self.stop))
-        out = self.inner.mv(padded.reshape(*V.shape[:-1], *self.inner.shape))
+        out = product(padded.reshape(*V.shape[:-1], *self.inner.shape))
         return out.reshape(*V.shape[:-1], self.inner.numel)[..., self.start : self.stop]
 
     def diag(self) -> Tensor:
@@ -39,8 +45,8 @@ class Compression(Block):
         return self.inner.symmetric
 
     @property
-    def by_products(self) -> bool:
-        return self.inner.by_products
+    def matrix_free(self) -> bool:
+        return self.inner.matrix_free
 
     @property
     def definite(self) -> bool:
@@ -58,7 +64,7 @@ class Iterated(Block):
         return self.inner.shape
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     @abstractmethod
@@ -92,8 +98,8 @@ class Inverse(Iterated):
     def _rows(self, V: Tensor) -> Tensor:
         return self.inner.iterate(V, self.regul)
 
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
-        if not isinstance(regul, Tensor) and regul == 0:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        if regul == 0:
             return self.inner.mv(V) + self.regul * V
         return super().solve(V, regul)
 
@@ -124,14 +130,17 @@ class Sum(Block):
         return self.terms[0].shape
 
     @property
-    def by_products(self) -> bool:
-        return any(t.by_products for t in self.terms)
+    def matrix_free(self) -> bool:
+        return any(t.matrix_free for t in self.terms)
 
     def describe(self) -> str:
         return " + ".join(t.describe() for t in self.terms)
 
     def mv(self, V: Tensor) -> Tensor:
         return sum(w * t.mv(V) for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
+
+    def once(self, V: Tensor) -> Tensor:
+        return sum(w * t.once(V) for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
 
     def to_dense(self) -> Tensor:
         return sum(w * t.to_dense() for w, t in zip(self.weights, self.terms, strict=True))  # type: ignore[return-value]
@@ -171,8 +180,8 @@ class Product(Block):
         return False
 
     @property
-    def by_products(self) -> bool:
-        return self.left.by_products or self.right.by_products
+    def matrix_free(self) -> bool:
+        return self.left.matrix_free or self.right.matrix_free
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,6 +189,9 @@ class Product(Block):
 
     def mv(self, V: Tensor) -> Tensor:
         return self.left.mv(self.right.mv(V))
+
+    def once(self, V: Tensor) -> Tensor:
+        return self.left.once(self.right.once(V))
 
     def to_dense(self) -> Tensor:
         return self.left.mv(self.right.to_dense().T.reshape(-1, *self.shape)).reshape(-1, self.numel).T
@@ -190,13 +202,16 @@ class Product(Block):
             "use to_torch(), or work with the factors"
         )
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         if regul == 0:
-            return self.right._solve(self.left._solve(V, 0.0), 0.0)
-        return super()._solve(V, regul)
+            return self.right.solve(self.left.solve(V, 0.0), 0.0)
+        return super().solve(V, regul)
 
     def transpose(self) -> Block:
         return Product(self.right.transpose(), self.left.transpose())
+
+
+Derived.function, Derived.inverse, Derived.compression, Derived.sum = Function, Inverse, Compression, Sum
 
 
 def add(one: Block, other: Block, weight: float = 1.0) -> Block:

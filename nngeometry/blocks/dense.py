@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .base import Block, Map, check_invertible
+from .base import Block, Derived, Map, check_invertible
 from .spectral import Diag, Eye, Spectral
 
 
@@ -93,7 +93,7 @@ class Dense(Block):
     def _frobenius(self) -> Tensor:
         return torch.linalg.vector_norm(self.data)
 
-    def _cholesky(self, regul: float) -> Tensor | None:
+    def _cholesky(self, regul: float = 0.0) -> Tensor | None:
         """Factor of M + regul, None if it is not safely positive definite."""
         if not self.symmetric:
             return None
@@ -106,16 +106,16 @@ class Dense(Block):
         safe = self.numel * torch.finfo(self.dtype).eps * shifted.diagonal(dim1=-2, dim2=-1).max()
         return factor if bool(pivots.min() > safe) else None
 
-    def _shifted(self, regul: float) -> Tensor:
+    def _shifted(self, regul: float = 0.0) -> Tensor:
         """M + regul of a matrix that is not symmetric, checked to be invertible."""
         shifted = self.data + regul * torch.eye(self.data.shape[-1], dtype=self.dtype, device=self.device)
         check_invertible(torch.linalg.svdvals(shifted).flatten(), 0.0)
         return shifted
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         factor = None if "_eig" in vars(self) else self._cholesky(regul)
         if factor is None and self.symmetric:
-            return self.eig()._solve(V, regul)
+            return self.eig().solve(V, regul)
         batch, p = self.data.shape[:-2], self.data.shape[-1]
         lead = V.shape[: V.ndim - len(self.shape)]
         columns = V.reshape(-1, *batch, p).movedim(0, -1)
@@ -125,13 +125,13 @@ class Dense(Block):
             x = torch.linalg.solve(self._shifted(regul), columns)
         return x.movedim(-1, 0).reshape(*lead, *self.shape)
 
-    def _inv(self, regul: float) -> Block:
+    def inv(self, regul: float = 0.0) -> Block:
         if not self.symmetric:
             return Dense(torch.linalg.inv(self._shifted(regul)), self.out, is_symmetric=False)
         factor = self._cholesky(regul)
         if factor is not None:
             return Dense(torch.cholesky_inverse(factor), self.out)
-        inverse = self.eig()._inv(regul)
+        inverse = self.eig().inv(regul)
         return Dense(_dense_batch(inverse), self.out)
 
     def apply(self, f: Map) -> Dense:
@@ -175,6 +175,9 @@ class Dense(Block):
 
     def map_square(self) -> Dense:
         return Dense(self.data.square(), self.out)
+
+
+Derived.dense = Dense
 
 
 def _dense_batch(spectral: Spectral) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Packing
-from .base import Block, Map, Regul, check_held
+from .base import CLASSES, Block, Map, check_held
 from .composite import add, matmul
 from .spectral import Spectral
 
@@ -45,7 +45,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Direct(Block):
+class DirectSum(Block):
     """The direct sum of the blocks of its parts, which together cover the coordinates once."""
 
     parts: tuple[Part, ...]
@@ -58,16 +58,19 @@ class Direct(Block):
     def symmetric(self) -> bool:
         return all(part.block.symmetric for part in self.parts)
 
-    def _each(self, fn: Callable[[Block], Block]) -> Direct:
-        return Direct(tuple(part.with_block(fn(part.block)) for part in self.parts))
+    def _each(self, fn: Callable[[Block], Block]) -> DirectSum:
+        return DirectSum(tuple(part.with_block(fn(part.block)) for part in self.parts))
 
-    def _join(self, fn: Callable[[Part], Tensor]) -> Tensor:
+    def join(self, fn: Callable[[Part], Tensor]) -> Tensor:
         """Flat vectors from one vector for each part."""
         pieces = [piece for part in self.parts for piece in part.give(fn(part))]
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -1)
 
     def mv(self, V: Tensor) -> Tensor:
-        return self._join(lambda part: part.block.mv(part.take(V)))
+        return self.join(lambda part: part.block.mv(part.take(V)))
+
+    def once(self, V: Tensor) -> Tensor:
+        return self.join(lambda part: part.block.once(part.take(V)))
 
     def to_dense(self) -> Tensor:
         out = torch.zeros(self.numel, self.numel, dtype=self.dtype, device=self.device)
@@ -82,9 +85,9 @@ class Direct(Block):
         return out
 
     def diag(self) -> Tensor:
-        return self._join(lambda part: part.block.diag())
+        return self.join(lambda part: part.block.diag())
 
-    def eig(self) -> Direct:
+    def eig(self) -> DirectSum:
         return self._each(lambda block: block.eig())
 
     def eigenvalues(self) -> Tensor:
@@ -117,32 +120,26 @@ class Direct(Block):
     def _frobenius(self) -> Tensor:
         return torch.stack([part.block.norm() for part in self.parts]).square().sum().sqrt()
 
-    def apply(self, f: Map) -> Direct:
+    def apply(self, f: Map) -> DirectSum:
         return self._each(lambda block: block.apply(f))
 
-    def pow(self, exponent: float) -> Direct:
+    def pow(self, exponent: float) -> DirectSum:
         return self._each(lambda block: block.pow(exponent))
 
-    def solve(self, V: Tensor, regul: Regul = 0.0) -> Tensor:
-        return self._join(lambda part: part.block.solve(part.take(V), _regul(part, regul)))
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.join(lambda part: part.block.solve(part.take(V), regul))
 
-    def inv(self, regul: Regul = 0.0) -> Direct:
-        return Direct(tuple(part.with_block(part.block.inv(_regul(part, regul))) for part in self.parts))
+    def inv(self, regul: float = 0.0) -> DirectSum:
+        return self._each(lambda block: block.inv(regul))
 
-    def logdet(self, regul: Regul = 0.0) -> Tensor:
-        return torch.stack([part.block.logdet(_regul(part, regul)) for part in self.parts]).sum()
-
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self.solve(V, regul)
-
-    def _inv(self, regul: float) -> Direct:
-        return self.inv(regul)
+    def logdet(self, regul: float = 0.0) -> Tensor:
+        return torch.stack([part.block.logdet(regul) for part in self.parts]).sum()
 
     def sample(self, noise: Tensor) -> Tensor:
-        return self._join(lambda part: part.block.sample(part.take(noise)))
+        return self.join(lambda part: part.block.sample(part.take(noise)))
 
-    def congruence(self, s: Tensor) -> Direct:
-        return Direct(tuple(part.with_block(part.block.congruence(part.take(s))) for part in self.parts))
+    def congruence(self, s: Tensor) -> DirectSum:
+        return DirectSum(tuple(part.with_block(part.block.congruence(part.take(s))) for part in self.parts))
 
     def restrict(self, s: slice) -> Block:
         for part in self.parts:
@@ -150,43 +147,43 @@ class Direct(Block):
             for a, b in part.slices:
                 if a <= s.start and s.stop <= b:
                     if part.packing.view is not None:
-                        whole = Direct((Part(((0, b - a),), part.packing, part.block),))
+                        whole = DirectSum((Part(((0, b - a),), part.packing, part.block),))
                         return whole if s == slice(a, b) else super().restrict(s)
                     return part.block.restrict(slice(start + s.start - a, start + s.stop - a))
                 start += b - a
         return super().restrict(s)
 
-    def transpose(self) -> Direct:
+    def transpose(self) -> DirectSum:
         return self._each(lambda block: block.transpose())
 
-    def scale(self, c: float) -> Direct:
+    def scale(self, c: float) -> DirectSum:
         return self._each(lambda block: block.scale(c))
 
     def _matches(self, other: Block) -> bool:
-        return isinstance(other, Direct) and [p.slices for p in self.parts] == [p.slices for p in other.parts]
+        return isinstance(other, DirectSum) and [p.slices for p in self.parts] == [p.slices for p in other.parts]
 
     def plus(self, other: Block) -> Block | None:
         same = self._zip(other, add)
         if same is None and len(self.parts) == 1 and self.parts[0].packing.view is None:
             (part,) = self.parts
             closed = part.block.plus(other)
-            return None if closed is None else Direct((part.with_block(closed),))
+            return None if closed is None else DirectSum((part.with_block(closed),))
         return same
 
     def times(self, other: Block) -> Block | None:
         return self._zip(other, matmul)
 
-    def _zip(self, other: Block, fn: Callable[[Block, Block], Block]) -> Direct | None:
+    def _zip(self, other: Block, fn: Callable[[Block, Block], Block]) -> DirectSum | None:
         """Part by part, if the parts are the same."""
-        if not isinstance(other, Direct) or not self._matches(other):
+        if not isinstance(other, DirectSum) or not self._matches(other):
             return None
         pairs = [_aligned(p, q) for p, q in zip(self.parts, other.parts, strict=True)]
-        return Direct(tuple(p.with_block(fn(p.block, q.block)) for p, q in pairs))
+        return DirectSum(tuple(p.with_block(fn(p.block, q.block)) for p, q in pairs))
 
     def tensors(self) -> list[Tensor]:
         return [t for part in self.parts for t in part.block.tensors()]
 
-    def map(self, fn: Map) -> Direct:
+    def map(self, fn: Map) -> DirectSum:
         return self._each(lambda block: block.map(fn))
 
     def state(self) -> dict[str, Any]:
@@ -205,10 +202,10 @@ class Direct(Block):
                     "block": part.block.state(),
                 }
             )
-        return {"block": "Direct", "parts": parts}
+        return {"block": CLASSES.name_of(type(self)), "parts": parts}
 
     @classmethod
-    def _rebuild(cls, state: dict[str, Any]) -> Direct:
+    def _rebuild(cls, state: dict[str, Any]) -> DirectSum:
         parts = []
         for part in state["parts"]:
             shape, view, perm, bias = part["packing"]
@@ -216,16 +213,6 @@ class Direct(Block):
             slices = tuple((a, b) for a, b in part["slices"])
             parts.append(Part(slices, packing, Block.from_state(part["block"])))
         return cls(tuple(parts))
-
-
-def _regul(part: Part, regul: Regul) -> Regul:
-    """What a part sees of a regularisation: one number where it is constant."""
-    if not isinstance(regul, Tensor):
-        return regul
-    values = torch.cat([regul[a:b] for a, b in part.slices])
-    if bool((values == values[0]).all()):
-        return float(values[0])
-    return part.packing.pack(values)
 
 
 def _aligned(p: Part, q: Part) -> tuple[Part, Part]:
@@ -241,7 +228,7 @@ def _flat(part: Part, flat: Packing) -> Part:
     if part.packing.view is None:
         return part
     inner = Part(((0, flat.shape[0]),), part.packing, part.block)
-    return Part(part.slices, flat, Direct((inner,)))
+    return Part(part.slices, flat, DirectSum((inner,)))
 
 
 def _spectral(block: Block) -> Spectral:

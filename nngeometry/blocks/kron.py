@@ -62,8 +62,8 @@ class Kron(Block):
     def eig(self) -> Spectral:
         return self._eig
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._eig._solve(V, regul)
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self._eig.solve(V, regul)
 
     def eigenvalues(self) -> Tensor:
         groups = self.shape[0]
@@ -80,10 +80,10 @@ class Kron(Block):
             return self.left.norm() * self.right.norm()
         return super()._frobenius()
 
-    def _inv(self, regul: float) -> Block:
+    def inv(self, regul: float = 0.0) -> Block:
         if regul == 0:
-            return Kron(self.left._inv(0.0), self.right._inv(0.0))
-        return self._eig._inv(regul)
+            return Kron(self.left.inv(0.0), self.right.inv(0.0))
+        return self._eig.inv(regul)
 
     def transpose(self) -> Kron:
         return Kron(self.left.transpose(), self.right.transpose())

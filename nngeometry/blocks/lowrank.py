@@ -54,11 +54,11 @@ class LowRank(Block):
     def eig(self) -> Spectral:
         return self._eig
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._eig._solve(V, regul)
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self._eig.solve(V, regul)
 
-    def _inv(self, regul: float) -> Block:
-        return self._eig._inv(regul)
+    def inv(self, regul: float = 0.0) -> Block:
+        return self._eig.inv(regul)
 
     def congruence(self, s: Tensor) -> LowRank:
         return LowRank(self.rows * s, self.weights)

@@ -31,7 +31,9 @@ class Operator(Functions, Block):
     """A symmetric matrix given as functions.
 
     matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
-    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite.
+    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite; single: the
+    same products, each as if it were the only one, None if there is no difference; weight_of: what the data that it is
+    of count, which is known after a first product.
     """
 
     matvec: Map
@@ -40,13 +42,15 @@ class Operator(Functions, Block):
     diag_of: Callable[[], Tensor] | None
     like: Tensor
     psd: bool
+    single: Map | None = None
+    weight_of: Callable[[], float] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.size,)
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     @property
@@ -54,9 +58,15 @@ class Operator(Functions, Block):
         return self.psd
 
     def mv(self, V: Tensor) -> Tensor:
+        return self._by(self.matvec, V)
+
+    def once(self, V: Tensor) -> Tensor:
+        return self._by(self.single or self.matvec, V)
+
+    def _by(self, matvec: Map, V: Tensor) -> Tensor:
         if V.numel() == 0:
             return V.clone()
-        return Adjointed.apply(self.matvec, self.matvec, V.reshape(-1, self.size)).view(V.shape)
+        return Adjointed.apply(matvec, self.matvec, V.reshape(-1, self.size)).view(V.shape)
 
     def diag(self) -> Tensor:
         return super().diag() if self.diag_of is None else self.diag_of()
@@ -64,7 +74,13 @@ class Operator(Functions, Block):
     def trace(self) -> Tensor:
         return super().trace() if self.trace_of is None else self.trace_of()
 
+    def weight(self) -> float:
+        """What the data that it is of count, after a product with it."""
+        assert self.weight_of is not None
+        return self.weight_of()
+
     def congruence(self, s: Tensor) -> Block:
+        single = self.single
         return Operator(
             lambda V: s * self.matvec(s * V),
             self.size,
@@ -72,6 +88,7 @@ class Operator(Functions, Block):
             lambda: s.square() * self.diag(),
             self.like,
             self.psd,
+            None if single is None else lambda V: s * single(s * V),
         )
 
     def map(self, fn: Map) -> Block:
@@ -105,7 +122,7 @@ class Rectangular(Functions, Block):
         return False
 
     @property
-    def by_products(self) -> bool:
+    def matrix_free(self) -> bool:
         return True
 
     def mv(self, V: Tensor) -> Tensor:

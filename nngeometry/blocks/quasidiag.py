@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import require
-from .base import Block, Regul, check_invertible
+from .base import Block, check_invertible
 from .dense import Dense
 from .spectral import Diag, Eye, Spectral
 
@@ -68,21 +68,19 @@ class QuasiDiag(Block):
         check_invertible(torch.cat([self.d[..., -1:] + regul, tip], -1), 0.0)
         return body, tip
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         body, schur = self._eliminated(regul)
         tip = (V[..., -1:] - (self.cross / body * V[..., :-1]).sum(-1, keepdim=True)) / schur
         return torch.cat([(V[..., :-1] - self.cross * tip) / body, tip], -1)
 
-    def logdet(self, regul: Regul = 0.0) -> Tensor:
-        if isinstance(regul, Tensor):
-            return super().logdet(regul)
+    def logdet(self, regul: float = 0.0) -> Tensor:
         body, schur = self._eliminated(regul)
         if bool((body < 0).any()) or bool((schur < 0).any()):
             raise ValueError(f"logdet: the matrix plus regul={regul} has negative eigenvalues: use a larger regul")
         return body.log().sum() + schur.log().sum()
 
-    def _inv(self, regul: float) -> Block:
-        return self.eig()._inv(regul)
+    def inv(self, regul: float = 0.0) -> Block:
+        return self.eig().inv(regul)
 
     def congruence(self, s: Tensor) -> QuasiDiag:
         return QuasiDiag(s * self.d * s, s[..., :-1] * self.cross * s[..., -1:])

@@ -95,10 +95,10 @@ class Spectral(Block):
     def apply(self, f: Map) -> Spectral:
         return Spectral(self.basis, f(self.l), f(self.rest) if self._missing else self.rest)
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._inv(regul).mv(V)
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.inv(regul).mv(V)
 
-    def _inv(self, regul: float) -> Spectral:
+    def inv(self, regul: float = 0.0) -> Spectral:
         check_invertible(self.eigenvalues(), regul)
         return self.apply(lambda l: (l + regul).reciprocal())
 
@@ -154,10 +154,10 @@ class Eye(Block):
     def apply(self, f: Map) -> Eye:
         return Eye(f(self.c), self.size)
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
-        return self._inv(regul).mv(V)
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.inv(regul).mv(V)
 
-    def _inv(self, regul: float) -> Eye:
+    def inv(self, regul: float = 0.0) -> Eye:
         check_invertible(self.c.reshape(1), regul)
         return self.apply(lambda c: (c + regul).reciprocal())
 
@@ -214,11 +214,11 @@ class Diag(Block):
     def pow(self, exponent: float) -> Block:
         return _unrotated(super().pow(exponent))
 
-    def _solve(self, V: Tensor, regul: float) -> Tensor:
+    def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         check_invertible(self.d, regul)
         return V / (self.d + regul)
 
-    def _inv(self, regul: float) -> Diag:
+    def inv(self, regul: float = 0.0) -> Diag:
         check_invertible(self.d, regul)
         return Diag((self.d + regul).reciprocal())
 

@@ -1,13 +1,14 @@
 """Layer kinds: for each type of module, how what its hooks saw becomes a form of its Jacobian."""
 
 from . import affine, generic, norm
-from .kind import GENERIC, Kind, Packing, is_ours, kind, kind_of, own_parameters, serving, whole
+from .kind import GENERIC, Kind, Packing, declared_whole, is_ours, kind, kind_of, own_parameters, serving, whole
 
 __all__ = [
     "GENERIC",
     "Kind",
     "Packing",
     "affine",
+    "declared_whole",
     "generic",
     "is_ours",
     "kind",

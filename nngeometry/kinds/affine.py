@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autocorrelation import patch_moment
 from ..forms import Gather, LayerJacobian, Outer, moment_with_one
-from ..memory import grain
-from .kind import Packing, kind, when_imported
+from ..forms.autocorrelation import patch_moment
+from ..memory import tuning
+from .kind import Packing, built_in, when_imported
 
 
 def _with_one(a: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def _rows_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix(view, (0, 1, 2), view[:2], bias)
 
 
-@kind(
+@built_in(
     nn.Linear,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
     packing=_rows_packing,
@@ -41,7 +41,7 @@ def linear(module: Any, gy: Tensor, x: Tensor) -> Outer:
     return Outer(inputs, g) if module.bias is None else Outer(inputs, g, _with_one, x.shape[-1] + 1, moment_with_one)
 
 
-@kind(nn.Bilinear, packing=_rows_packing, kronecker=True, features_last=True)
+@built_in(nn.Bilinear, packing=_rows_packing, kronecker=True, features_last=True)
 def bilinear(module: nn.Bilinear, gy: Tensor, x1: Tensor, x2: Tensor) -> LayerJacobian:
     product = (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
     return linear(module, gy, product)
@@ -54,7 +54,7 @@ def _conv_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix((groups, rows, weight[0].numel()), (0, 1, 2), (groups, rows), bias)
 
 
-@kind(nn.Conv1d, nn.Conv2d, nn.Conv3d, packing=_conv_packing, kronecker=True)
+@built_in(nn.Conv1d, nn.Conv2d, nn.Conv3d, packing=_conv_packing, kronecker=True)
 def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
     pads = _pads(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -84,10 +84,10 @@ def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tenso
     sizes = [m + a + b - k + 1 for m, (a, b), k in zip(x.shape[2:], padding, module.kernel_size, strict=True)]
     if max(module.kernel_size) == 1 or min(sizes) < 2:
         return None
-    if module.kernel_size[0] == 1 and not grain(x.device).has_cache:  # the axis along which it would be done
+    if module.kernel_size[0] == 1 and tuning(x.device).few_operations:  # the axis along which it would be done
         return None
     bias = module.bias is not None
-    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < grain(x.device).large_product:
+    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < tuning(x.device).large_product:
         return None
     return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
 
@@ -99,7 +99,7 @@ def _conv_transpose_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix(view, (0, 2, 1, 3), (groups, weight.shape[1]), bias)
 
 
-@kind(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, packing=_conv_transpose_packing, kronecker=True)
+@built_in(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, packing=_conv_transpose_packing, kronecker=True)
 def conv_transpose(module: Any, gy: Tensor, x: Tensor) -> Outer:
     out = gy.shape[3:]
 
@@ -149,7 +149,7 @@ def _columns_packing(module: Any, bias: bool) -> Packing:
     return Packing.matrix((cols, 1, rows), (1, 2, 0), (1, rows), bias)
 
 
-@kind(nn.Embedding, packing=_columns_packing, kronecker=True, features_last=True)
+@built_in(nn.Embedding, packing=_columns_packing, kronecker=True, features_last=True)
 def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
     if module.max_norm is not None or module.scale_grad_by_freq:
         option = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
@@ -169,4 +169,4 @@ def embedding(module: nn.Embedding, gy: Tensor, ids: Tensor) -> Gather:
 @when_imported("transformers.pytorch_utils")
 def _huggingface() -> None:
     conv1d = sys.modules["transformers.pytorch_utils"].Conv1D  # a Linear whose weight is stored transposed
-    kind(conv1d, packing=_columns_packing, kronecker=True, features_last=True)(linear)
+    built_in(conv1d, packing=_columns_packing, kronecker=True, features_last=True)(linear)

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from ..autograd import NO_BATCHING_RULE
 from ..changes import Borrowed, Change, Changed, entered, recording, uninterrupted, warnings_ignored
-from ..composites import OneExample
+from ..derivatives.composites import OneExample
+from ..derivatives.pulling import NO_BATCHING_RULE
 from ..forms import Lazy
-from ..recurrent import recurrent_without_cudnn
+from ..model.recurrent import recurrent_without_cudnn
+from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
 whole(nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
 _NO_VMAP = (nn.RNNBase, nn.RNNCellBase)
+#: Arguments that are not taken apart, but for objects that may hold tensors of all examples.
+_PLAIN = (Tensor, str, bool, int, float, complex, type(None), torch.dtype, torch.device)
+_CACHES = "switch off what it is given beside tensors (use_cache=False)"
 
 
 def generic(
@@ -79,10 +83,12 @@ def generic(
             return by_loop(xs, gs).to(dtype)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise NotImplementedError(
-                f"layer {name!r} ({type(module).__name__}) does not run on one example alone ({reason}), so its "
-                "per-example Jacobian is unknown: leave it out with LayerCollection.exclude, or register its Jacobian "
-                "with nngeometry.kind"
+            raise Refused(
+                [name],
+                f"{named(name, module)} does not run on one example alone ({reason}), so its per-example Jacobian is "
+                "unknown",
+                *([_CACHES] if any(not isinstance(x, _PLAIN) for x in leaves) else []),
+                EXCLUDE,
             ) from error
 
     def vectorised(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..arguments import described
+from ..changes import Change
 from ..forms import LayerJacobian, Places
 
 
@@ -68,7 +70,7 @@ class Packing:
             weight = weight.reshape(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
         if not self.bias:
             return weight.reshape(*lead, *self.shape)
-        weight = weight.reshape(*lead, *self.shape[:-1], -1)
+        weight = weight.reshape(*lead, *self.shape[:-1], self.shape[-1] - 1)
         bias = v[..., prod(self.view) :].reshape(*lead, *self.shape[:-1], 1)
         return torch.cat([weight, bias], -1)
 
@@ -82,10 +84,10 @@ class Packing:
         if not self._in_order:
             weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
             weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
-        weight = weight.reshape(*lead, -1)
+        weight = weight.reshape(*lead, prod(self.view))
         if not self.bias:
             return weight
-        return torch.cat([weight, m[..., -1].reshape(*lead, -1)], -1)
+        return torch.cat([weight, m[..., -1].reshape(*lead, prod(self.shape[:-1]))], -1)
 
     def places(self, v: Tensor) -> Places:
         """Where the columns of what :meth:`unpack` takes are in what it returns, ``(..., p)``: views of that."""
@@ -116,7 +118,8 @@ class Kind:
     function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of the packing; None
     for the generic kind, which differentiates the module itself. packing: see :func:`kind`. kronecker: the form has
     Kronecker factors. whole: the module owns all parameters below it (its children are not layers). parameters: the
-    names of those that the form is with respect to, in its order.
+    names of those that the form is with respect to, in its order. ours: one of the library's own, whose Jacobians are
+    known to be right; others are compared with autograd.
     """
 
     function: KindFunction | None
@@ -125,6 +128,7 @@ class Kind:
     features_last: bool = False
     whole: bool = False
     parameters: tuple[str, ...] = _USUAL
+    ours: bool = False
 
     @property
     def name(self) -> str:
@@ -144,8 +148,8 @@ class Kind:
         return self.packing(module, len(self.parameters) > 1 and self.parameters[-1] in known)
 
 
-GENERIC = Kind(None)
-_WHOLE = Kind(None, whole=True)
+GENERIC = Kind(None, ours=True)
+_WHOLE = Kind(None, whole=True, ours=True)
 _TABLE: dict[type[nn.Module], Kind] = {}
 
 
@@ -172,8 +176,9 @@ def kind(
     has Kronecker factors (an ``Outer`` of a first parameter, and maybe a bias in its last column). features_last: the
     function takes any number of axes in front of the last one.
 
-    Raises ``TypeError`` for what is not a type of modules, ``ValueError`` for names that are none. A module that has
-    collected parameters with other names is an error of :meth:`LayerCollection.from_model`.
+    Raises ``TypeError`` for what is not a type of modules or not a function, ``ValueError`` for names that are none. A
+    module that has collected parameters with other names, or has them in its children, is an error of
+    :meth:`LayerCollection.from_model`.
 
     >>> class Scale(nn.Module):
     ...     def __init__(self):
@@ -186,22 +191,45 @@ def kind(
     ... def scale(module, gy, x):
     ...     return Dense((gy * x).flatten(2).sum(2, keepdim=True))
     """
-    for t in types:
-        if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"kind: {t!r} is not a type of modules: write @kind(TheModule, ...) above the function")
-    if not types:
-        raise TypeError("kind: name the types of modules: write @kind(TheModule, ...) above the function")
+    _check_types("kind", types, "write @kind(TheModule, ...) above the function")
+    if packing is not None and not callable(packing):
+        raise TypeError(f"kind: packing: expected a function of the module, got {described(packing)}")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"kind: parameters={parameters!r}: expected the names of parameters")
     names = (parameters,) if isinstance(parameters, str) else tuple(parameters)
     if not names or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"kind: parameters={parameters!r} must be different names of parameters")
 
     def register(function: KindFunction) -> KindFunction:
+        if not callable(function):
+            raise TypeError(f"kind: expected a function (module, gy, *inputs), got {described(function)}")
         _register_imported()
         for t in types:
             _TABLE[t] = Kind(function, packing, kronecker, features_last, parameters=names)
         return function
 
     return register
+
+
+def built_in(*types: type[nn.Module], **options: Any) -> Callable[[KindFunction], KindFunction]:
+    """:func:`kind` for those of the library."""
+    add = kind(*types, **options)
+
+    def register(function: KindFunction) -> KindFunction:
+        add(function)
+        for t in types:
+            _TABLE[t] = replace(_TABLE[t], ours=True)
+        return function
+
+    return register
+
+
+def _check_types(what: str, types: Sequence[Any], remedy: str) -> None:
+    for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"{what}: {t!r} is not a type of modules: {remedy}")
+    if not types:
+        raise TypeError(f"{what}: name the types of modules: {remedy}")
 
 
 def whole(*types: type[nn.Module]) -> None:
@@ -211,8 +239,20 @@ def whole(*types: type[nn.Module]) -> None:
     ...     pass
     >>> whole(Block)
     """
+    _check_types("whole", types, "write whole(TheModule)")
     for t in types:
         _TABLE[t] = _WHOLE
+
+
+def declared_whole(of: type[nn.Module]) -> Change:
+    """What :func:`whole` declares, as a change."""
+
+    def change() -> Callable[[], Any]:
+        before = _TABLE.get(of)
+        _TABLE[of] = _WHOLE
+        return lambda: _TABLE.pop(of) if before is None else _TABLE.update({of: before})
+
+    return change
 
 
 _LATER: dict[str, Callable[[], None]] = {}
@@ -234,8 +274,8 @@ def _register_imported() -> None:
 
 
 def is_ours(found: Kind) -> bool:
-    """Whether a kind is one of the library's own, whose Jacobians are known to be right, and not the user's."""
-    return found.function is None or getattr(found.function, "__module__", "").startswith(__package__ + ".")
+    """Whether a kind is one of the library's own, and not the user's."""
+    return found.ours
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..forms import Dense
 from ..layers import Affine1d
-from .kind import Packing, kind
+from .kind import Packing, built_in
 
 
 def _pairs(module: Any, bias: bool) -> Packing:
@@ -34,13 +34,13 @@ def _channels_last(t: Tensor, lead: int) -> Tensor:
     return t.flatten(lead + 1).transpose(lead, lead + 1) if t.ndim > lead + 1 else t.unsqueeze(lead)
 
 
-@kind(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, packing=_pairs)
+@built_in(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, packing=_pairs)
 def batch_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 
-@kind(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, packing=_pairs)
+@built_in(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, packing=_pairs)
 def instance_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     if module.training or not module.track_running_stats:
         y = F.instance_norm(x, eps=module.eps)
@@ -49,13 +49,13 @@ def instance_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 
-@kind(nn.GroupNorm, packing=_pairs)
+@built_in(nn.GroupNorm, packing=_pairs)
 def group_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.group_norm(x, module.num_groups, eps=module.eps)
     return _scaling(module, _channels_last(gy, 2), _channels_last(y, 1))
 
 
-@kind(nn.LayerNorm, packing=_pairs, features_last=True)
+@built_in(nn.LayerNorm, packing=_pairs, features_last=True)
 def layer_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     d = module.weight.numel()
@@ -66,20 +66,20 @@ def _single(module: Any, bias: bool) -> Packing:
     return Packing.flat(module.weight.numel())
 
 
-@kind(nn.RMSNorm, packing=_single, features_last=True)
+@built_in(nn.RMSNorm, packing=_single, features_last=True)
 def rms_norm(module: Any, gy: Tensor, x: Tensor) -> Dense:
     y = F.rms_norm(x, module.normalized_shape, eps=module.eps)
     d = module.weight.numel()
     return Dense(torch.einsum("cbtd,btd->cbd", gy.reshape(*gy.shape[:2], -1, d), y.reshape(y.shape[0], -1, d)))
 
 
-@kind(Affine1d, packing=_pairs, features_last=True)
+@built_in(Affine1d, packing=_pairs, features_last=True)
 def affine(module: Any, gy: Tensor, x: Tensor) -> Dense:
     d = module.num_features
     return _scaling(module, gy.reshape(*gy.shape[:2], -1, d), x.reshape(x.shape[0], -1, d))
 
 
-@kind(nn.PReLU, packing=_single)
+@built_in(nn.PReLU, packing=_single)
 def prelu(module: Any, gy: Tensor, x: Tensor) -> Dense:
     j = (_channels_last(gy, 2) * _channels_last(x.clamp(max=0), 1)).sum(2)  # (C, B, d)
     return Dense(j if module.num_parameters > 1 else j.sum(2, keepdim=True))

@@ -9,29 +9,22 @@ import torch
 from torch import Tensor
 
 from .. import object as objects
-from ..blocks import Dense, Direct, Part
 from ..forms import Outer
 from ..generator import Generator
-from ..kinds import Packing
 from ..layercollection import LayerCollection
-from ..memory import require
 from ..object import (
     FMat,
-    FMatDense,
     FVector,
     PFMap,
     PFMapDense,
     PFMapFactored,
     PFMapImplicit,
-    PMat,
-    PMatDense,
     PVector,
     fspace,
 )
 from ..object import map as pfmap
 from ..object.fspace import kernel_of
 from ..object.map import Adjoint
-from ..object.vector import check_same_space
 from ..spelling import warn
 from .matrices import check_impl
 from .names import adopt, attach
@@ -125,25 +118,6 @@ class OfMaps:
         """
         return ((name, self.layer_collection[name], values) for name, values in self.iter_by_module())
 
-    def __rmatmul__(self: Any, other: Any) -> Any:
-        """``u @ J``, and ``J.T @ J``, a dense matrix."""
-        if isinstance(other, FVector):
-            return self.vjp(other)
-        if not isinstance(other, Adjoint):
-            return NotImplemented
-        left, p = other.map, self.layer_collection.numel()
-        check_same_space(self.layer_collection, left.layer_collection, type(left).__name__)
-        require(
-            p * p * self.dtype.itemsize,
-            f"the dense matrix {left}.T @ {self}",
-            "use FIM or GradientSecondMoment",
-            self.device,
-        )
-        rows = self.to_dense().to_torch().flatten(0, 1)
-        entries = rows.T @ rows if left is self else left.to_dense().to_torch().flatten(0, 1).T @ rows
-        block = Dense(entries, is_symmetric=left is self)
-        return PMatDense(self.layer_collection, data=Direct((Part(((0, p),), Packing.flat(p), block),)))
-
 
 class OfDenseMaps:
     """Old names of dense maps."""
@@ -176,16 +150,6 @@ class OfFactoredMaps:
         return found
 
 
-class OfAdjoints:
-    """Old names of adjoints."""
-
-    def __rmatmul__(self: Any, other: Any) -> Any:
-        """``M @ J.T`` and ``v @ J.T``."""
-        if isinstance(other, PVector):
-            return self.map.jvp(other)
-        return Adjoint(other.mv(self.map)) if isinstance(other, PMat) and other.root.symmetric else NotImplemented
-
-
 class OfKernels:
     """Old names of kernels."""
 
@@ -200,16 +164,6 @@ class OfKernels:
     @data.setter
     def data(self: Any, value: Tensor) -> None:
         vars(self).update(vars(kernel_of(value)))
-
-    def __pow__(self: Any, exponent: int) -> FMatDense:
-        """``K ** n`` for an integer."""
-        entries = self.to_torch()
-        power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
-        return kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
-
-    def __rmatmul__(self: Any, u: Any) -> Any:
-        """``u @ K``."""
-        return self.T @ u if isinstance(u, FVector) else NotImplemented
 
     def adjoint(self: Any) -> Any:
         """Old name of ``T``.
@@ -302,7 +256,6 @@ def install() -> None:
     adopt(PFMap, OfMaps)
     adopt(PFMapDense, OfDenseMaps)
     adopt(PFMapFactored, OfFactoredMaps)
-    adopt(Adjoint, OfAdjoints)
     adopt(FMat, OfKernels)
     attach(fspace, FMatAbstract=FMat)
     maps = {cls.__name__: cls for cls in (PushForwardDense, PushForwardImplicit, PullBackDense)}

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import blocks, data, generator, gram, likelihood, metrics
+from .. import blocks, generator, gram, likelihood, metrics
 from ..blocks import Block
 from ..generator import Generator
 from ..hessian import LossCurvature
 from ..layercollection import LayerCollection
+from ..model import data
 from ..object import (
     FMatDense,
     FVector,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import chunk_length, grain
+from ..memory import chunk_length, tuning
 
 #: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
 Matvec = Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
     >>> inner(torch.ones(1, 3), torch.ones(2, 3))
     tensor([[3., 3.]], dtype=torch.float64)
     """
-    if one.ndim > 2 and not grain(one.device).has_cache:  # several axes in front cannot be multiplied without copies
+    if one.ndim > 2 and not tuning(one.device).has_cache:  # several axes in front cannot be multiplied without copies
         return torch.stack([inner(a, b) for a, b in zip(one, other, strict=True)])
     sums = [a @ b.mT for a, b in zip(_pieces(one), _pieces(other), strict=True)]
     return _added(sums, one.ndim).sum(0)
@@ -78,7 +78,7 @@ def norms(rows: Tensor) -> Tensor:
 
 def _pieces(rows: Tensor) -> list[Tensor]:
     """A few entries of all rows at a time where they stay in a cache; elsewhere ``(n, ..., few)`` and what is left."""
-    if grain(rows.device).has_cache:
+    if tuning(rows.device).has_cache:
         return list(rows.split(_PIECE, -1))
     n = rows.shape[-1] // _PIECE
     return [rows[..., : n * _PIECE].unflatten(-1, (n, _PIECE)).movedim(-2, 0), rows[..., n * _PIECE :]]
@@ -91,7 +91,7 @@ def _added(sums: Sequence[Tensor], axes: int) -> Tensor:
 
 def subtract(rows: Tensor, weights: Tensor, basis: Tensor) -> None:
     """``rows -= weights @ basis``, in place."""
-    if not grain(rows.device).has_cache:
+    if not tuning(rows.device).has_cache:
         rows -= weights.to(rows) @ basis
         return
     for piece, part in zip(rows.split(_PIECE, -1), basis.split(_PIECE, -1), strict=True):

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..memory import budget, chunk_length
 from .base import Matvec, gaussian, inner, noise, norms, orthogonalise, orthonormal_rows, to_dense
 
@@ -188,12 +189,15 @@ def eigsh(
     Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22. That a random start misses no end of the spectrum:
     Kuczynski and Wozniakowski (1992), ibid. 13.
     """
+    for name, value in (("k", k), ("block", block), ("max_products", max_products)):
+        if value is not None or name != "max_products":
+            arguments.integer(f"eigsh: {name}", value, least=1)
     if not 1 <= k <= size:
         raise ValueError(f"eigsh: expected 1 <= k <= {size}, got {k}")
     if which not in ("largest", "smallest", "both", "magnitude"):
         raise ValueError(f"eigsh: which is largest, smallest, both or magnitude, got {which!r}")
     eps = torch.finfo(like.dtype).eps
-    tol = eps ** (2 / 3) if tol is None else tol
+    tol = eps ** (2 / 3) if tol is None else arguments.number("eigsh: tol", tol)
     if tol < 10 * eps:
         raise ValueError(f"eigsh: {like.dtype} allows no tolerance below {10 * eps:.1g}, got {tol:.1g}")
     wanted = min(size, 2 * k if which == "both" else k)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..memory import chunk_length
 from .base import (
     Estimate,
@@ -358,6 +359,9 @@ def _run(
     """
     if products is None and rtol is None:
         raise ValueError("give products= (how many), or rtol= (the relative error to reach)")
+    if products is not None:
+        arguments.integer("products", products, least=1)
+    rtol = None if rtol is None else arguments.number("rtol", rtol, least=0.0)
     spent, n = 0, size if products is None else products
     limit = n
     if rtol is not None:

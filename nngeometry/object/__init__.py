@@ -2,7 +2,9 @@
 
 from .fspace import FMat, FMatDense, FMatImplicit
 from .implicit import PMatImplicit
+from .kernel_storage import FMatMemmap
 from .map import PFMap, PFMapDense, PFMapFactored, PFMapImplicit
+from .moving import at
 from .pmat import PMat
 from .regul import Relative
 from .representations import (
@@ -16,7 +18,6 @@ from .representations import (
     PMatMixed,
     PMatQuasiDiag,
 )
-from .storage import FMatMemmap
 from .vector import FVector, PVector, random_pvector
 
 __all__ = [
@@ -42,5 +43,6 @@ __all__ = [
     "PMatQuasiDiag",
     "PVector",
     "Relative",
+    "at",
     "random_pvector",
 ]

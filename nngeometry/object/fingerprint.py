@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import data
 from ..blocks import Block
 from ..changes import no_grad
 from ..layercollection import LayerCollection
-from .kernel import Kernel, Tape, sides, slabs, tile
+from ..model import data
+from .kernel import Kernel, KernelSide, batch_jacobians, sides, tile
 
 #: The version of what is written.
 FORMAT = 2
@@ -52,7 +52,7 @@ def fingerprint(kernel: Kernel) -> dict[str, Any]:
     near["metric"] = [] if metric is None else [(x, abs(x)) for x in numbers] + _products(metric, lc)
     near["entries"] = _entries(kernel)
     eps = torch.finfo(left.dtype).eps
-    iterated = metric is not None and metric.by_products  # its products are right to the tolerance of solves
+    iterated = metric is not None and metric.matrix_free  # its products are right to the tolerance of solves
     tolerance = max(eps**0.5 / 10, 10 * max(1e-6, 100 * eps) if iterated else 0.0)
     return {"format": FORMAT, "tolerance": tolerance, "exact": exact, "near": near}
 
@@ -106,7 +106,7 @@ def _mark(t: Tensor) -> Mark:
     return float(weights @ t), float(torch.linalg.vector_norm(t))
 
 
-def _outputs(tape: Tape) -> list[Mark]:
+def _outputs(tape: KernelSide) -> list[Mark]:
     with no_grad():
         return [_mark(tape.generator.outputs_of(batch)) for batch in tape.batches]
 
@@ -144,7 +144,7 @@ def _entries(kernel: Kernel) -> list[Mark]:
         return [_mark(tile(one, two, kernel.layout, names)) for names in kernel.groups.values()]
 
 
-def _first(tape: Tape) -> Any:
+def _first(tape: KernelSide) -> Any:
     batch = tape.batches[0]
     few = data.take(batch, torch.arange(min(_EXAMPLES, data.count(batch))))
-    return next(slabs(tape.generator, [few], tape.plan))
+    return next(batch_jacobians(tape.generator, [few], tape.plan))

@@ -14,12 +14,11 @@ from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import data
-from ..evaluator import Evaluator, State, same_entries
-from ..generator import counted
+from ..linearisation import INDEPENDENT, Linearisations, Total, split_like
 from ..memory import nbytes_of
-from ..weights import WRITES_WEIGHTS
-from .products import INDEPENDENT, Linearisations, Total, split_like
+from ..model import data
+from ..model.evaluator import Evaluator, State, counted, same_entries
+from ..model.weights import WRITES_WEIGHTS
 
 #: From one step to the next.
 _RATIO = 4
@@ -94,6 +93,8 @@ class Differences(Linearisations):
                 scale = max(float(vector_norm(product)), self._typical * float(vector_norm(v)))
                 if not error <= self.rtol * scale:
                     raise RuntimeError(self._refusal(error / scale if scale else math.inf))
+        #: What was seen counts together.
+        self.weight = total
         out = (out / counted(total) if self.mean else out) * sizes
         return out.where(finite, math.nan)
 

@@ -14,7 +14,7 @@ from ..blocks.base import Map, check_order
 from ..memory import require
 from . import old_arguments
 from .arithmetic import VectorSpace
-from .layouts import Full, Layout, Traced, centre, positions, take
+from .kernel_layouts import Full, Layout, Traced, centre, positions, take
 from .regul import Relative, regul_number
 from .vector import FVector
 
@@ -26,6 +26,8 @@ class FMat(VectorSpace):
     ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as ``(n, n')``, which acts on every
     output of an FVector alike. Operations return new matrices.
     """
+
+    _remedy = "a kernel goes (@) with an FVector or FMat, (+) with an FMat of the same shape and (*) with a number"
 
     def __init__(self, root: Block, layout: Layout) -> None:
         self.root = root
@@ -41,7 +43,7 @@ class FMat(VectorSpace):
         if isinstance(other, FVector):
             return self.mv(other)
         if not isinstance(other, FMat):
-            return NotImplemented
+            return arguments.unfit("@", self, other, self._remedy)
         same = type(self.layout) is type(other.layout) and self.layout.examples[1] == other.layout.examples[0]
         if not same or not (isinstance(self.layout, Traced) or self.layout.outputs[1] == other.layout.outputs[0]):
             raise ValueError(f"{self} @ {other}: the columns of one are not the rows of the other")
@@ -55,6 +57,19 @@ class FMat(VectorSpace):
         return FMat(
             root_of_products(lambda V: one[0](two[0](V)), lambda V: two[1](one[1](V)), layout, self._empty()), layout
         )
+
+    def __rmatmul__(self, u: Any) -> FVector:
+        """``u @ K``."""
+        if not isinstance(u, FVector):
+            arguments.refuse("@", u, self, self._remedy)
+        return self.T.mv(u)
+
+    def __pow__(self, exponent: int) -> FMatDense:
+        """``K ** n`` for an integer."""
+        arguments.integer("**: the exponent of a kernel", exponent, least=-(2**31))
+        entries = self.to_torch()
+        power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
+        return kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
 
     def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
         """``u^T K v``, a scalar, v being u if it is left out."""
@@ -93,7 +108,7 @@ class FMat(VectorSpace):
         return FMatDense(dense_root(x.reshape(columns.shape).permute(1, 2, 0), b.layout, False), b.layout)
 
     def _solve(self, V: Tensor, regul: float, rtol: float | None) -> Tensor:
-        return self.root.iterate(V, regul, rtol) if self.root.by_products else self.root.solve(V, regul)
+        return self.root.iterate(V, regul, rtol) if self.root.matrix_free else self.root.solve(V, regul)
 
     def inv(self, regul: float | Relative = 1e-8) -> FMat:
         """``(K + regul)^-1``."""
@@ -291,7 +306,7 @@ class FMat(VectorSpace):
         if time is None:
             weights = self.solve(residual, regul)
         else:
-            spectral = self.root if self.root.by_products else self.root.eig()
+            spectral = self.root if self.root.matrix_free else self.root.eig()
             weights = self._unpack(spectral.apply(lambda l: _flow(l, time)).mv(self._pack(residual, self.layout)))
         found = (self if cross is None else cross).mv(weights)
         base = start if cross is None else cross_start
@@ -326,6 +341,8 @@ class FMat(VectorSpace):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FMat:
         """The same matrix on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._with(self.root.map(lambda t: t.to(device=device, dtype=dtype)), self.layout)
 
     def __repr__(self) -> str:

@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import data, forms
-from ..blocks import Block, Diag, Direct, Eye, Kron, Part, Spectral
+from .. import forms
+from ..blocks import Block, Diag, DirectSum, Eye, Kron, Part, Spectral
 from ..changes import no_grad, unrecorded
 from ..forms import Gather, LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..memory import budget, require, slices
-from .layouts import Layout
+from ..model import data
+from .kernel_layouts import Layout
 
 Forms = dict[str, LayerJacobian]
 Item = TypeVar("Item")
@@ -27,21 +28,21 @@ Place = Callable[[str, slice, slice], Tensor]
 
 
 @dataclass(frozen=True)
-class Slab:
+class BatchJacobian:
     """The Jacobians of neighbouring examples under all cotangents, layer by layer."""
 
     examples: int
     outputs: int
     forms: Forms
 
-    def narrow(self, start: int, stop: int) -> Slab:
+    def narrow(self, start: int, stop: int) -> BatchJacobian:
         """The examples ``start:stop``."""
-        return Slab(
+        return BatchJacobian(
             stop - start, self.outputs, {name: f.narrow(start, stop, 0, None) for name, f in self.forms.items()}
         )
 
 
-def slabs(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[Slab]:
+def batch_jacobians(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[BatchJacobian]:
     """One slab for each minibatch."""
     pending: list[Forms] = []
     n = 0
@@ -66,48 +67,68 @@ def without_grad(items: Iterator[Item]) -> Iterator[Item]:
 
 
 @unrecorded
-def _slab(n: int, chunks: Sequence[Forms]) -> Slab:
+def _slab(n: int, chunks: Sequence[Forms]) -> BatchJacobian:
     joined = {name: forms.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return Slab(n, next(iter(joined.values())).cotangents, joined)
+    return BatchJacobian(n, next(iter(joined.values())).cotangents, joined)
 
 
 @dataclass(frozen=True)
 class Sides:
     """A slab as it is on the left and on the right of inner products."""
 
-    left: Slab
-    right: Slab
+    left: BatchJacobian
+    right: BatchJacobian
 
 
 @unrecorded
-def sides(slab: Slab, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
+def sides(slab: BatchJacobian, metric: Block | None, layer_collection: LayerCollection, examples: int) -> Sides:
     """The two sides of ``J M J'^T``, kept as is best for inner products with that many examples."""
 
-    def tape(found: Forms) -> Slab:
-        kept = {name: form.tape(examples) for name, form in found.items()}
-        return Slab(slab.examples, slab.outputs, kept)
+    def prepared(found: Forms) -> BatchJacobian:
+        kept = {name: form.prepared(examples) for name, form in found.items()}
+        return BatchJacobian(slab.examples, slab.outputs, kept)
 
     if metric is None:
-        kept = tape(slab.forms)
+        kept = prepared(slab.forms)
         return Sides(kept, kept)
-    left, right = through(metric, slab.forms, layer_collection)
-    return Sides(tape(left), tape(right))
+    left, right = _through(metric, slab.forms, layer_collection)
+    return Sides(prepared(left), prepared(right))
 
 
-def predicted_bytes(slab: Slab, metric: Block | None, examples: int) -> int:
+def predicted_bytes(slab: BatchJacobian, metric: Block | None, examples: int) -> int:
     """About what :func:`sides` will hold for this slab."""
     total = 0
     for form in slab.forms.values():
         dense = form.cotangents * form.examples * prod(form.shape) * form.dtype.itemsize
-        own = form.tape(examples).nbytes()
+        own = form.prepared(examples).nbytes()
         total += own if metric is None else own + max(own, dense)
     return total
 
 
 @unrecorded
-def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
-    """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through M."""
-    left = left_of(metric, found, layer_collection)
+def through(matrix: Any, found: Forms) -> tuple[Forms, Forms]:
+    """J and J' such that the inner products of J with J' are those of the given Jacobian with itself through a PMat."""
+    return _through(matrix.root, found, matrix.layer_collection)
+
+
+@unrecorded
+def left_of(matrix: Any, found: Forms) -> Forms:
+    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
+    return _left_of(matrix.root, found, matrix.layer_collection)
+
+
+def check_separate(matrix: Any) -> None:
+    """Raise ``ValueError`` if a PMat has a block over several layers."""
+    root = matrix.root
+    if not isinstance(root, DirectSum) or any(len(layers) > 1 for _, layers in _parts(root, matrix.layer_collection)):
+        raise ValueError(
+            "GramMatrix: the metric couples layers, so there are no kernels of layers that sum to the whole: use "
+            "per_layer=False, or a metric with a block for each layer (PMatBlockDiag, PMatKFAC, ...)"
+        )
+
+
+def _through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
+    left = _left_of(metric, found, layer_collection)
     right: Forms = {}
     for part, layers in _parts(metric, layer_collection):
         if len(layers) == 1:
@@ -118,9 +139,7 @@ def through(metric: Block, found: Forms, layer_collection: LayerCollection) -> t
     return left, right
 
 
-@unrecorded
-def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
-    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
+def _left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
     left = dict(found)
     for part, layers in _parts(metric, layer_collection):
         for name, layer in layers.items():
@@ -133,7 +152,7 @@ def left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> F
 def _parts(metric: Block, layer_collection: LayerCollection) -> Iterator[tuple[Part, dict[str, Layer]]]:
     """The parts of a matrix, each with the layers that it acts on."""
     slices = layer_collection.slices()
-    for part in metric.parts if isinstance(metric, Direct) else (_whole(metric),):
+    for part in metric.parts if isinstance(metric, DirectSum) else (_whole(metric),):
         mine = [n for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)]
         yield part, {n: layer_collection[n] for n in mine}
 
@@ -155,11 +174,11 @@ def _right_of(part: Part, layer: Layer, form: LayerJacobian, left: LayerJacobian
     """The right side for one layer. Kronecker products act on the factors of a form, so that it stays one."""
     block = part.block
     if _basis(part, layer, form) is not None:
-        return left.weigh(block.l)  # type: ignore[attr-defined]
+        return left.weighted(block.l)  # type: ignore[attr-defined]
     if isinstance(block, Eye):
         return form.scale(float(block.c))
     if isinstance(block, Diag) and part.packing.view is None:
-        return form.weigh(layer.packing.pack(block.d))
+        return form.weighted(layer.packing.pack(block.d))
     if isinstance(block, Kron) and isinstance(form, Outer | Gather) and part.packing == layer.packing:
         return _rotated(form, block)
     return _mapped(part, {layer.name: layer}, {layer.name: form})[layer.name]
@@ -170,7 +189,7 @@ def _rotated(form: LayerJacobian, kron: Kron) -> LayerJacobian:
     left, right = kron.left, kron.right
     out = form if isinstance(left, Eye) and float(left.c) == 1 else form.rotate(left.mv, None)
     if isinstance(right, Diag):
-        return out.weigh(right.d.unsqueeze(1))
+        return out.weighted(right.d.unsqueeze(1))
     if isinstance(right, Eye):
         return out.scale(float(right.c))
     return out.rotate(None, right.mv)
@@ -189,12 +208,12 @@ def dense_rows(found: Mapping[str, LayerJacobian], layers: Mapping[str, Layer]) 
     return forms.dense_rows([found[name] for name in layers], _places(layers))
 
 
-def _places(layers: Mapping[str, Layer]) -> list[forms.Placing]:
+def _places(layers: Mapping[str, Layer]) -> list[forms.ColumnViews]:
     return [layer.packing.places for layer in layers.values()]
 
 
 def stacked_rows(
-    found: Iterable[Slab], layer_collection: LayerCollection, examples: int, what: str, remedy: str
+    found: Iterable[BatchJacobian], layer_collection: LayerCollection, examples: int, what: str, remedy: str
 ) -> Tensor:
     """The Jacobian of slabs, one after the other, ``(C, n, P)``. Raises ``MemoryError`` if that does not fit."""
     layers = layer_collection.layers
@@ -223,7 +242,9 @@ def dense_forms(rows: Tensor, layers: Mapping[str, Layer]) -> Forms:
     }
 
 
-def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor | None = None) -> Tensor:
+def tile(
+    one: BatchJacobian, other: BatchJacobian, layout: Layout, names: Sequence[str], out: Tensor | None = None
+) -> Tensor:
     """The inner products of two slabs over some layers, as the layout has matrices ``(G, r, c)``; made in out."""
     if out is None:
         out = layout.of_examples(one.examples, other.examples).empty(next(iter(one.forms.values())))
@@ -233,7 +254,9 @@ def tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tens
     return out
 
 
-def symmetric_tile(one: Slab, other: Slab, layout: Layout, names: Sequence[str], out: Tensor) -> Tensor:
+def symmetric_tile(
+    one: BatchJacobian, other: BatchJacobian, layout: Layout, names: Sequence[str], out: Tensor
+) -> Tensor:
     """:func:`tile` of the two sides of the same examples under a symmetric matrix: symmetric to the bit, and made in
     panels of rows up to the diagonal, for little more than half of the products.
     """
@@ -255,26 +278,26 @@ _PANELS, _ROWS = 8, 128
 _PIECE = 2**19
 
 
-class Tape:
+class KernelSide:
     """One side of a kernel: minibatches, held in memory, whose Jacobians are made again where they do not fit.
 
-    generator: of the Jacobians. batches: as the generator takes them. metric: between the sides. partners: how many
-    examples the other side has. limit: bytes that the Jacobians of neighbouring minibatches may take. runs:
+    generator: of the Jacobians. batches: as the generator takes them. matrix: a PMat between the sides. partners: how
+    many examples the other side has. limit: bytes that the Jacobians of neighbouring minibatches may take. runs:
     neighbouring minibatches that fit together, each with which examples it is.
     """
 
     def __init__(
-        self, generator: Generator, batches: Sequence[data.Batch], metric: Block | None, partners: int, limit: int
+        self, generator: Generator, batches: Sequence[data.Batch], matrix: Any, partners: int, limit: int
     ) -> None:
         self.generator = generator
-        self.metric = metric
+        self.metric: Block | None = None if matrix is None else matrix.root
         self.partners = partners
         self.plan = generator.plan(batches[0])
         self.batches = batches = data.Minibatches(map(self.plan.read, batches))
-        one = next(slabs(generator, data.Minibatches([data.take(batches[0], torch.arange(1))]), self.plan))
+        one = next(batch_jacobians(generator, data.Minibatches([data.take(batches[0], torch.arange(1))]), self.plan))
         self.outputs = one.outputs
         self.dtype, self.device = generator.dtype, generator.device
-        each = max(1, predicted_bytes(one, metric, partners))
+        each = max(1, predicted_bytes(one, self.metric, partners))
         tile = budget(self.device) // 16 // self.dtype.itemsize  # entries
         self.runs = _runs(batches, max(1, limit // each), max(1, int(tile**0.5) // self.outputs))
 
@@ -284,7 +307,7 @@ class Tape:
 
     def make(self, run: int) -> list[tuple[slice, Sides]]:
         """The Jacobians of a run of minibatches, each with which examples they are."""
-        found = slabs(self.generator, data.Minibatches(batch for _, batch in self.runs[run]), self.plan)
+        found = batch_jacobians(self.generator, data.Minibatches(batch for _, batch in self.runs[run]), self.plan)
         lc = self.generator.layer_collection
         return [
             (where, sides(slab, self.metric, lc, self.partners))
@@ -323,8 +346,8 @@ class Kernel:
     name. scale: a factor of all entries.
     """
 
-    left: Tape
-    right: Tape | None
+    left: KernelSide
+    right: KernelSide | None
     layout: Layout
     groups: dict[str, tuple[str, ...]]
     scale: float = 1.0

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import arguments, data, forms
+from .. import arguments, forms
 from ..blocks import Block
 from ..changes import Borrowed, no_grad
 from ..generator import Generator
 from ..layercollection import LayerCollection
+from ..linearisation import jacobians
 from ..memory import chunk_length, require
-from ..weights import Weights
+from ..model import data
+from ..model.weights import Weights
 from . import old_arguments
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
-from .kernel import Slab, sides, slabs, stacked_rows, tile
-from .layouts import Full, positions
-from .products import jacobians
+from .kernel import BatchJacobian, batch_jacobians, sides, stacked_rows, tile
+from .kernel_layouts import Full, positions
 from .vector import Array, FlatArray, FVector, PVector, check_same_space
 
 
@@ -33,6 +34,9 @@ class PFMap(VectorSpace, ABC):
     """
 
     layer_collection: LayerCollection
+    #: ``(layer_collection, entries, symmetric)`` to a dense matrix.
+    _dense_matrix: ClassVar[Callable[..., Any]]
+    _remedy = "a map J goes (@) with a PVector, a PMat or J2.T, (+) with a map of the same shape and (*) with a number"
 
     @property
     @abstractmethod
@@ -62,7 +66,7 @@ class PFMap(VectorSpace, ABC):
                 f"jvp: expected a PVector, got {arguments.described(v)}: make one with "
                 "PVector(layer_collection, tensor)"
             )
-        check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+        check_same_space(self.layer_collection, v.layer_collection, arguments.name_of(v))
         self._check_like(v)
         return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
 
@@ -81,8 +85,8 @@ class PFMap(VectorSpace, ABC):
         """Raise unless a vector, map or matrix is of the same dtype on the same device."""
         if v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
-                f"the {type(v).__name__} is {v.dtype} on {v.device}, the map is {self.dtype} on {self.device}: move "
-                "one of them with .to(device, dtype)"
+                f"the {arguments.name_of(v)} is {v.dtype} on {v.device}, the map is {self.dtype} on {self.device}: "
+                "move one of them with .to(device, dtype)"
             )
 
     def adjoint(self) -> Adjoint:
@@ -108,14 +112,28 @@ class PFMap(VectorSpace, ABC):
         if isinstance(other, Adjoint):
             return self._kernel(other.map)
         if hasattr(other, "root") and hasattr(other, "layer_collection"):
-            check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
             fitted = other._fitted(self)
             self._check_like(fitted)
             return self.through(fitted.root.transpose())
-        return NotImplemented
+        return arguments.unfit("@", self, other, self._remedy)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``u @ J``, and ``J.T @ J``, a dense matrix."""
+        if isinstance(other, FVector):
+            return self.vjp(other)
+        if not isinstance(other, Adjoint):
+            arguments.refuse("@", other, self, self._remedy)
+        left, p = other.map, self.layer_collection.numel()
+        check_same_space(self.layer_collection, left.layer_collection, arguments.name_of(left))
+        remedy = "use FIM or GradientSecondMoment"
+        require(p * p * self.dtype.itemsize, f"the dense matrix {left}.T @ {self}", remedy, self.device)
+        rows = self.to_dense().to_torch().flatten(0, 1)
+        entries = rows.T @ rows if left is self else left.to_dense().to_torch().flatten(0, 1).T @ rows
+        return self._dense_matrix(self.layer_collection, entries, left is self)
 
     def _kernel(self, other: PFMap) -> FMat:
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         (c, n, _), (d, m, _) = self.shape, other.shape
         what = f"the dense kernel {self} @ {other}.T"
@@ -171,7 +189,7 @@ class PFMap(VectorSpace, ABC):
     def _combined(self, other: Any, weight: float) -> PFMap:
         if not isinstance(other, PFMap):
             return NotImplemented
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         if other.shape != self.shape:
             raise ValueError(f"{self} and {other} have other outputs or examples")
@@ -211,6 +229,9 @@ class PFMap(VectorSpace, ABC):
 class Adjoint:
     """``J^T``, from function space to parameter space: ``J.T @ u``."""
 
+    _remedy = "J.T goes (@) with an FVector, FVector(tensor) of shape (C, n), or behind a map, J @ J.T"
+    __array_ufunc__ = None
+
     def __init__(self, map: PFMap) -> None:
         self.map = map
 
@@ -219,7 +240,15 @@ class Adjoint:
         return self.map.vjp(u)
 
     def __matmul__(self, other: Any) -> Any:
-        return self.mv(other) if isinstance(other, FVector) else NotImplemented
+        return self.mv(other) if isinstance(other, FVector) else arguments.unfit("@", self, other, self._remedy)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``v @ J.T``, and ``M @ J.T`` of a symmetric matrix, the adjoint of ``J @ M``."""
+        if isinstance(other, PVector):
+            return self.map.jvp(other)
+        if hasattr(other, "root") and hasattr(other, "layer_collection") and other.root.symmetric:
+            return Adjoint(other.mv(self.map))
+        return arguments.refuse("@", other, self, self._remedy)
 
     def adjoint(self) -> PFMap:
         """J."""
@@ -240,15 +269,21 @@ class PFMapDense(FlatArray, PFMap):
     torch.Size([4, 5])
     """
 
+    _remedy = PFMap._remedy
+
     def __init__(
         self, layer_collection: Any = None, generator: Any = None, data: Any = None, examples: Any = None
     ) -> None:
         if isinstance(generator, Tensor):  # the entries
+            arguments.instance(
+                "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
+            )
             generator, data = None, generator
         if data is None or not isinstance(layer_collection, LayerCollection):
             given = _of_source("PFMapDense", layer_collection, generator, data, examples)
             layer_collection, generator, data, examples = given
             data = generator.map(PFMapDense, examples).to_torch() if data is None else data
+        arguments.instance("data", data, Tensor, "pass a tensor of shape (C, n, P)")
         if data.ndim != 3 or data.shape[2] != layer_collection.numel():
             raise ValueError(f"PFMapDense: expected shape (C, n, {layer_collection.numel()}), got {tuple(data.shape)}")
         super().__init__(layer_collection, data)
@@ -260,7 +295,7 @@ class PFMapDense(FlatArray, PFMap):
         batches = data.Minibatches(generator.minibatches(examples))
         n = sum(map(data.count, batches))
         remedy = "use representation=PFMapFactored or PFMapImplicit"
-        return cls(lc, stacked_rows(slabs(generator, batches), lc, n, "a dense Jacobian", remedy))
+        return cls(lc, stacked_rows(batch_jacobians(generator, batches), lc, n, "a dense Jacobian", remedy))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -322,13 +357,13 @@ class PFMapFactored(PFMap):
             found = _made(PFMapFactored, layer_collection, pieces if generator is None else generator, data, examples)
             layer_collection, pieces = found.layer_collection, found.pieces
         self.layer_collection = layer_collection
-        self.pieces: tuple[Slab, ...] = tuple(pieces)
+        self.pieces: tuple[BatchJacobian, ...] = tuple(pieces)
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
         """The Jacobian that a generator streams."""
         own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
-        pieces = list(slabs(generator, own))  # inputs are held: not those of the user
+        pieces = list(batch_jacobians(generator, own))  # inputs are held: not those of the user
         if any(isinstance(form, forms.Lazy) for piece in pieces for form in piece.forms.values()):
             model, lc = generator.model, generator.layer_collection
             weights = Weights([model], lc.parameters(model))  # which are looked at whenever rows are made
@@ -397,7 +432,7 @@ class PFMapFactored(PFMap):
 
     def layer(self, name: str) -> PFMapFactored:
         lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
-        return PFMapFactored(lc, [Slab(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
+        return PFMapFactored(lc, [BatchJacobian(p.examples, p.outputs, {name: p.forms[name]}) for p in self.pieces])
 
     def _scaled(self, c: float) -> PFMapFactored:
         return self._each(lambda f: f.scale(c))
@@ -407,32 +442,34 @@ class PFMapFactored(PFMap):
             p.examples for p in self.pieces
         ]:
             return super()._combined(other, weight)
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         self._check_like(other)
         pieces = []
         for one, two in zip(self.pieces, other.pieces, strict=True):
             if one.outputs != two.outputs:
                 raise ValueError(f"{self} and {other} have other outputs")
             joined = {k: forms.add([f, two.forms[k].scale(weight)]) for k, f in one.forms.items()}
-            pieces.append(Slab(one.examples, one.outputs, joined))
+            pieces.append(BatchJacobian(one.examples, one.outputs, joined))
         return PFMapFactored(self.layer_collection, pieces)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
         """The same map on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._each(lambda f: f.to(device, dtype))
 
     def _each(self, fn: Callable[[forms.LayerJacobian], forms.LayerJacobian]) -> PFMapFactored:
-        pieces = [Slab(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
+        pieces = [BatchJacobian(p.examples, p.outputs, {k: fn(f) for k, f in p.forms.items()}) for p in self.pieces]
         return PFMapFactored(self.layer_collection, pieces)
 
 
-def _at(weights: Weights, slab: Slab) -> Slab:
+def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
     """A slab whose rows are those of the model at these weights, whenever they are made."""
 
     def held(form: forms.LayerJacobian) -> forms.LayerJacobian:
         return form.within(lambda: Borrowed(weights.in_place)) if isinstance(form, forms.Lazy) else form
 
-    return Slab(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
+    return BatchJacobian(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
 
 
 class PFMapImplicit(PFMap):
@@ -527,6 +564,8 @@ class PFMapImplicit(PFMap):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapImplicit:
         """The same map in another dtype, on the device where its model is."""
+        arguments.device(device)
+        arguments.dtype(dtype, real=True)
         if device is not None and torch.device(device) != self.device:
             raise ValueError("a map known by its products stays where its model is: move the model and build it again")
         there = self.dtype if dtype is None else dtype

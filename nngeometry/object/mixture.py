@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..blocks import Direct, Part
+from ..blocks import DirectSum, Part
 from ..layercollection import LayerCollection
 
 
@@ -47,18 +47,18 @@ class Mixture:
         """
         return {
             kind: getattr(kind, "func", kind)._of_blocks(
-                lc, Direct(tuple(_moved(self.root.parts, self.layer_collection, lc)))
+                lc, DirectSum(tuple(_moved(self.root.parts, self.layer_collection, lc)))
             )
             for kind, lc in self.layer_collection_each.items()
         }
 
 
-def joined(lc: LayerCollection, matrices: Any) -> Direct:
+def joined(lc: LayerCollection, matrices: Any) -> DirectSum:
     """The matrices of some layers each, as one of all of them."""
     parts = []
     for matrix in matrices:
         parts += _moved(matrix.root.parts, matrix.layer_collection, lc)
-    return Direct(tuple(parts))
+    return DirectSum(tuple(parts))
 
 
 def _moved(parts: Sequence[Part], mine: LayerCollection, other: LayerCollection) -> list[Part]:

@@ -32,10 +32,17 @@ def of_source(
         layer_collection, generator, data, examples = None, layer_collection, value, loader
     if layer_collection is None:
         found = getattr(generator, "layer_collection", None)
+        if found is None and new:
+            raise TypeError(f"{name}: there are no entries and no generator of them: use {new}")
+        if found is None and generator is not None:
+            raise TypeError(
+                f"{name}: generator: expected a Generator, got {arguments.described(generator)}: use FIM(model, "
+                "loader, representation) and the like"
+            )
         if found is None:
             raise TypeError(
-                f"{name}: expected a layer collection and a generator, got {arguments.described(generator)}: use "
-                f"FIM(model, loader, representation) and the like, or {name}(layer_collection, data=)"
+                f"{name}: layer_collection is missing: use FIM(model, loader, {name}) and the like, or pass "
+                "LayerCollection.from_model(model)"
             )
         warn(f"{name}(generator, ...)", new or f"{name}(layer_collection, generator, ...)")
         layer_collection = found
@@ -45,10 +52,7 @@ def of_source(
         if hasattr(generator, "on"):
             generator = generator.on(layer_collection)
         elif new:
-            raise TypeError(
-                f"{name}: expected data, or a generator of a Jacobian and examples, got "
-                f"{arguments.described(generator)}: use {new}"
-            )
+            raise TypeError(f"{name}: there are no entries and no generator of them: use {new}")
         _remember(generator, examples)
     return layer_collection, generator, data, examples
 
@@ -125,7 +129,7 @@ def solve(self: Any, b: Any, regul: Any, impl: Any = None, **options: Any) -> An
     _no_others(f"{name}()", options)
     if not iterative:
         return self.solve(b, regul, **mine)
-    if not self.root.by_products:
+    if not self.root.matrix_free:
         raise TypeError(
             f"{name}: {', '.join(iterative)} is of an iteration, and this matrix is solved exactly: leave it out"
         )
@@ -192,7 +196,7 @@ def pow(
 
 def without_small(self: Any, regul: float, exponent: float) -> Any:
     """M**exponent on the eigenvectors of eigenvalues above regul, zero on the others."""
-    if self.root.by_products:
+    if self.root.matrix_free:
         raise NotImplementedError(f"{type(self).__name__}: 'lstsq' needs eigenvalues, which products do not tell")
     return self._with(self.root.eig().apply(lambda l: torch.where(l > regul, l.clamp(min=1e-300) ** exponent, 0.0)))
 

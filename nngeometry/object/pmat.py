@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..blocks import Block, Direct, add, matmul
-from ..generator import Generator
+from ..blocks import Block, DirectSum, Regul, Uniform, Varying, add, matmul
+from ..estimation import Estimation, OfJacobians, OfProducts, Source
+from ..estimation import Estimator as BlockEstimator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
-from . import fit, old_arguments, tensors
+from ..registry import Registry, Unknown
+from . import old_arguments, tensors
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
-from .products import single_product
 from .regul import Relative, regul_number
 from .saved import FORMAT, check_whole, read
 from .vector import FlatArray, PVector, check_same_space
@@ -31,6 +33,9 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 Estimator = Callable[..., Any]
 
 
+CLASSES: Registry[PMat] = Registry("representation")
+
+
 class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
@@ -41,11 +46,13 @@ class PMat(VectorSpace):
 
     _tensors: ClassVar[tensors.TensorLayout | None] = None
     _held: tensors.Held | None = None
-
-    classes: ClassVar[dict[str, type[PMat]]] = {}
+    _remedy = (
+        "a matrix goes (@) with a PVector, a map or a PMat, (+) with a PMat and (*) with a number; for F + c write "
+        "F + c * PMatEye(F.layer_collection), or regul=c"
+    )
 
     def __init_subclass__(cls) -> None:
-        PMat.classes[cls.__name__] = cls
+        CLASSES.add(cls)
 
     def __init__(
         self,
@@ -63,6 +70,11 @@ class PMat(VectorSpace):
         if data is None:
             if generator is None:
                 raise ValueError(f"{name}: estimation from examples needs a generator")
+            if not hasattr(generator, "layer_collection"):
+                raise TypeError(
+                    f"generator: expected a Generator, got {arguments.described(generator)}: use FIM(model, loader, "
+                    "representation) and the like"
+                )
             check_same_space(layer_collection, generator.layer_collection, "generator")
             data = self._estimate(generator, examples, **old_arguments.refuse(name, options))
             if getattr(generator, "centering", False):  # of each output, as a backend of the old names is asked for it
@@ -71,7 +83,7 @@ class PMat(VectorSpace):
             raise TypeError(f"{name}: options {', '.join(options)} are for estimation from examples")
         self.layer_collection = layer_collection
         self.generator = generator
-        if not isinstance(data, Block) and self._tensors is not None:
+        if not isinstance(data, Block):
             self.data = data
             return
         if data.shape != (layer_collection.numel(),):
@@ -109,10 +121,21 @@ class PMat(VectorSpace):
 
     @classmethod
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
-        layers = list(generator.layer_collection.layers.values())
-        if isinstance(generator, Generator):
-            return Direct(tuple(fit.fit(generator, examples, cls.plan(layers, **options))))
-        return cls.project(generator.operator(examples), layers, **options)
+        estimation = cls._begun(generator, **options)
+        estimation.update(examples, last=True)
+        return estimation.root(last=True)
+
+    @classmethod
+    def estimation(cls, source: Source, **options: Any) -> Estimation:
+        """This representation of the matrix of a source, of which nothing was seen yet, to be estimated in pieces."""
+        return cls._begun(source, **options)
+
+    @classmethod
+    def _begun(cls, source: Source, **options: Any) -> Estimation:
+        layers = list(source.layer_collection.layers.values())
+        if source.jacobians:
+            return OfJacobians(source, cls.plan(layers, **options))
+        return OfProducts(source, partial(cls.project, layers=layers, **options))
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
@@ -123,9 +146,11 @@ class PMat(VectorSpace):
         )
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[fit.Estimator]:
+    def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
         """How this representation estimates a set of layers: one estimator for each of its blocks."""
-        raise NotImplementedError(f"{cls.__name__} cannot be estimated from data: use one of {', '.join(PMat.classes)}")
+        raise NotImplementedError(
+            f"{cls.__name__} cannot be estimated from data: use one of {', '.join(CLASSES.ours())}"
+        )
 
     # Products
 
@@ -136,22 +161,18 @@ class PMat(VectorSpace):
         matrix count, and the result has no others.
         """
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
-            check_same_space(self.layer_collection, v.layer_collection, type(v).__name__)
+            check_same_space(self.layer_collection, v.layer_collection, arguments.name_of(v))
             self._check_like(v)
             return v.through(self.root)
         flat = self._of(v)
-        return v._like(self._mv(flat), self.layer_collection)
-
-    def _mv(self, flat: Tensor) -> Tensor:
-        with single_product():
-            return self.root.mv(flat)
+        return v._like(self.root.once(flat), self.layer_collection)
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
         """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
         to it.
         """
         flat = self._of(v)
-        return self._per_layer(flat * self._mv(flat), per_layer)
+        return self._per_layer(flat * self.root.once(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
         """``j^T M j`` for the rows j of a map ``(C, n, P)``: ``(n,)``, summed over the outputs of each example, or
@@ -160,13 +181,52 @@ class PMat(VectorSpace):
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
         j = self._of(pfmap)
-        forms = (j * self._mv(j)).sum(-1)
+        forms = (j * self.root.once(j)).sum(-1)
         return forms.sum(0) if reduction == "sum" else forms
+
+    def matvec(self, V: Tensor) -> Tensor:
+        """``M`` times each row of a tensor ``(..., P)`` in flat parameter order, for algorithms that know nothing of
+        layers. Differentiable in V.
+
+        Raises ``ValueError`` for rows of another length, dtype or device.
+
+        >>> from nngeometry import PMatEye, linalg
+        >>> F = PMatEye(LayerCollection.from_model(torch.nn.Linear(2, 1)), scaling=2.0)
+        >>> F.matvec(torch.ones(2, 3))
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+        >>> linalg.eigsh(F.matvec, F.size(0), 1, like=F.like).values
+        tensor([2.])
+        """
+        if not isinstance(V, Tensor):
+            raise TypeError(f"matvec: expected a tensor (..., {self.size(0)}), got {arguments.described(V)}: use mv")
+        fitted = self._fitted(V)
+        if V.shape[-1:] != fitted.root.shape:
+            raise ValueError(f"matvec: expected rows of {self.size(0)} parameters, got a tensor {tuple(V.shape)}")
+        fitted._check_like(V)
+        return fitted.root.mv(V)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of its dtype, on its device: what algorithms make vectors like."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it equals its transpose, as a product of two matrices need not."""
+        return self.root.symmetric
+
+    @property
+    def definite(self) -> bool:
+        """Whether it is known to be positive semidefinite by how it is made, without a look at its eigenvalues."""
+        return self.root.definite
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
             return self._with(matmul(self.root, self._other(other)))
-        return self.mv(other) if isinstance(other, FlatArray | PFMap) else NotImplemented
+        if isinstance(other, FlatArray | PFMap):
+            return self.mv(other)
+        return arguments.unfit("@", self, other, self._remedy)
 
     # Linear systems
 
@@ -195,17 +255,17 @@ class PMat(VectorSpace):
         flat, r = self._of(b), self._regul(regul)
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
-        if not self.root.by_products:
-            x = self.root.solve(flat, r)
+        if not self.root.matrix_free:
+            x = r.solve(self.root, flat)
         elif inverse is None:
-            x = self.root.iterate(flat, r, rtol)
+            x = self.root.iterate(flat, r.shift, rtol)
         else:
-            x = self.root.iterate(flat, r, rtol, lambda rows: inverse.solve(rows, r))
+            x = self.root.iterate(flat, r.shift, rtol, lambda rows: r.solve(inverse, rows))
         return b._like(x, self.layer_collection)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1``, regul as in :meth:`solve`."""
-        return self._with(self.root.inv(self._regul(regul)))
+        return self._with(self._regul(regul).inv(self.root))
 
     def pinv(self, cut: None = None, /, *, rtol: float | None = None, atol: float | None = None) -> PMat:
         """Pseudo-inverse. Eigenvalues up to ``atol``, or up to ``rtol`` times the largest, in magnitude count as zero;
@@ -222,7 +282,7 @@ class PMat(VectorSpace):
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
         """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
-        return self.root.logdet(self._regul(regul))
+        return self._regul(regul).logdet(self.root)
 
     # Spectrum
 
@@ -270,7 +330,7 @@ class PMat(VectorSpace):
     def sample(self, generator: torch.Generator | None = None) -> PVector:
         """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
         arguments.generator(generator)
-        (noise,) = gaussian(1, self.size(0), like=self._like(), generator=generator)
+        (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
     # Entries
@@ -337,10 +397,13 @@ class PMat(VectorSpace):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same matrix on another device or in another dtype."""
         arguments.device(device)
+        arguments.dtype(dtype, real=True)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
     def save(self, path: str | Path) -> None:
         """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read."""
+        if not hasattr(path, "write"):
+            arguments.path("save: path", path, "where to write the file")
         layers = [
             {
                 "name": layer.name,
@@ -355,14 +418,23 @@ class PMat(VectorSpace):
             }
             for layer in self.layer_collection.layers.values()
         ]
-        torch.save({"format": FORMAT, "class": type(self).__name__, "layers": layers, "root": self.root.state()}, path)
+        name = CLASSES.name_of(type(self))
+        saved = {"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}
+        if hasattr(path, "write"):
+            torch.save(saved, path)
+            return
+        with open(path, "wb") as file:  # an error of a missing folder or a lack of permission names the path
+            torch.save(saved, file)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
         """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run.
 
-        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else.
+        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else, or has a block or
+        representation of yours whose module is not imported.
         """
+        arguments.path("PMat.load: path", path, "of a file that save(path) wrote")
+        arguments.device(device)
         saved = read(path, device)
         try:
             layers = {}
@@ -371,9 +443,12 @@ class PMat(VectorSpace):
                 packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
                 params = tuple((k, tuple(size)) for k, size in entry["params"])
                 layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
-            kind = PMat.classes.get(saved["class"], PMat)
-            found: PMat = kind._of_blocks(LayerCollection(layers), Block.from_state(saved["root"]))
+            found: PMat = CLASSES.find(saved["class"])._of_blocks(
+                LayerCollection(layers), Block.from_state(saved["root"])
+            )
             check_whole(found.root, found.layer_collection)
+        except Unknown as error:
+            raise ValueError(f"PMat.load: {path} cannot be read: {error}") from error
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise ValueError(f"PMat.load: the matrix in {path} is damaged ({reason}): save it again") from error
@@ -386,7 +461,7 @@ class PMat(VectorSpace):
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"]
         rows = [("layer", "block", "parameters", "bytes")]
-        parts = self.root.parts if isinstance(self.root, Direct) else ()
+        parts = self.root.parts if isinstance(self.root, DirectSum) else ()
         slices = self.layer_collection.slices()
         for part in parts:
             names = [
@@ -408,10 +483,7 @@ class PMat(VectorSpace):
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
                 f"products=60), got {arguments.described(estimator)}"
             )
-        return estimator(self.root.mv, self.size(0), like=self._like())
-
-    def _like(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.device)
+        return estimator(self.matvec, self.size(0), like=self.like)
 
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""
@@ -424,16 +496,16 @@ class PMat(VectorSpace):
         if len(theirs) > len(mine) and mine.layers.items() <= theirs.layers.items():
             v = v.on(mine)
         else:
-            check_same_space(mine, theirs, type(v).__name__)
+            check_same_space(mine, theirs, arguments.name_of(v))
         flat = v.to_torch()
         self._check_like(v, flat)
         return flat
 
-    def _check_like(self, v: FlatArray | PFMap, flat: Tensor | None = None) -> None:
+    def _check_like(self, v: FlatArray | PFMap | Tensor, flat: Tensor | None = None) -> None:
         values = v if flat is None else flat
         if values.device != self.device or values.dtype != self.dtype:
             raise ValueError(
-                f"the {type(v).__name__} is {values.dtype} on {values.device}, the matrix is {self.dtype} on "
+                f"the {arguments.name_of(v)} is {values.dtype} on {values.device}, the matrix is {self.dtype} on "
                 f"{self.device}: move one of them with .to(device, dtype)"
             )
 
@@ -445,7 +517,7 @@ class PMat(VectorSpace):
         if not isinstance(other, PMat):
             raise TypeError(f"expected a matrix, a PMat, got {arguments.described(other)}")
         other = other._fitted(self)
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
         if other.device != self.device or other.dtype != self.dtype:
             raise ValueError(
                 f"matrices of {self.dtype} on {self.device} and of {other.dtype} on {other.device}: move one of "
@@ -453,7 +525,7 @@ class PMat(VectorSpace):
             )
         return other.root
 
-    def _regul(self, regul: RegulLike) -> float | Tensor:
+    def _regul(self, regul: RegulLike) -> Regul:
         if isinstance(regul, Mapping):
             missing = set(regul) ^ set(self.layer_collection)
             if missing:
@@ -467,8 +539,9 @@ class PMat(VectorSpace):
                 mean = float(traces[name]) / layer.numel() if isinstance(regul[name], Relative) else 1.0
                 value = regul_number(f"regul of layer {name!r}", regul[name], mean)
                 values.append(torch.full((layer.numel(),), value, dtype=self.dtype, device=self.device))
-            return torch.cat(values)
-        return regul_number("regul", regul, float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0)
+            return Varying(torch.cat(values))
+        mean = float(self.trace()) / self.size(0) if isinstance(regul, Relative) else 1.0
+        return Uniform(regul_number("regul", regul, mean))
 
     def _per_layer(self, flat: Tensor, per_layer: bool) -> Any:
         arguments.flag("per_layer", per_layer)
@@ -491,5 +564,8 @@ class PMat(VectorSpace):
         return self._rebuild(root) if same else PMat(self.layer_collection, data=root)
 
 
+CLASSES.add(PMat)
+
+
 def _structure(root: Block) -> list[type[Block]]:
-    return [type(p.block) for p in root.parts] if isinstance(root, Direct) else [type(root)]
+    return [type(p.block) for p in root.parts] if isinstance(root, DirectSum) else [type(root)]

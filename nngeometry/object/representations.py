@@ -12,12 +12,11 @@ import torch
 from .. import arguments, blocks
 from ..blocks import Block
 from ..changes import no_grad
-from ..generator import Generator
+from ..estimation import Estimation, Estimator, OfJacobians, Source
 from ..kinds import Packing
-from ..layercollection import Layer
+from ..layercollection import Layer, LayerCollection
 from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
-from . import fit, old_arguments, tensors
-from .fit import Estimator
+from . import estimators, old_arguments, tensors
 from .map import PFMap, PFMapDense
 from .mixture import Mixture, joined
 from .pmat import PMat, RegulLike
@@ -31,11 +30,11 @@ class PMatDense(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.dense(layers)]
+        return [estimators.dense(layers)]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
-        return _direct([blocks.Dense(fit.principal(operator, 0, operator.numel))])
+        return _direct([blocks.Dense(estimators.principal(operator, 0, operator.numel))])
 
 
 class PMatBlockDiag(PMat):
@@ -45,13 +44,13 @@ class PMatBlockDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.dense([layer]) for layer in layers]
+        return [estimators.dense([layer]) for layer in layers]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
         ends = list(accumulate(layer.numel() for layer in layers))
         starts = [0, *ends[:-1]]
-        return _direct([blocks.Dense(fit.principal(operator, a, b)) for a, b in zip(starts, ends, strict=True)])
+        return _direct([blocks.Dense(estimators.principal(operator, a, b)) for a, b in zip(starts, ends, strict=True)])
 
 
 class PMatDiag(PMat):
@@ -61,11 +60,11 @@ class PMatDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.diag(layer) for layer in layers]
+        return [estimators.diag(layer) for layer in layers]
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
-        pieces = fit.diagonal(operator).split([layer.numel() for layer in layers])
+        pieces = estimators.diagonal(operator).split([layer.numel() for layer in layers])
         return _direct([blocks.Diag(piece) for piece in pieces])
 
 
@@ -79,7 +78,7 @@ class PMatQuasiDiag(PMat):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.quasidiag(layer) for layer in layers]
+        return [estimators.quasidiag(layer) for layer in layers]
 
 
 class PMatKFAC(PMat):
@@ -97,7 +96,8 @@ class PMatKFAC(PMat):
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
         return [
-            fit.kron(layer, reduce) if layer.kronecker else fit.exact_block(layer, cls.__name__) for layer in layers
+            estimators.kron(layer, reduce) if layer.kronecker else estimators.exact_block(layer, cls.__name__)
+            for layer in layers
         ]
 
     def inv(self, regul: RegulLike = 1e-8, use_pi: bool | None = None) -> PMat:
@@ -119,7 +119,7 @@ class PMatEKFAC(PMat):
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
         return [
-            fit.ekfac(layer, reduce) if cls.factored(layer) else fit.exact_block(layer, cls.__name__)
+            estimators.ekfac(layer, reduce) if cls.factored(layer) else estimators.exact_block(layer, cls.__name__)
             for layer in layers
         ]
 
@@ -135,21 +135,31 @@ class PMatEKFAC(PMat):
         A basis of fewer inputs than the layer has columns does not span them: what is outside has one eigenvalue, its
         mean second moment.
         """
-        if not isinstance(self.generator, Generator):
+        if not hasattr(self.generator, "jacobians"):  # a source
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
         examples = old_arguments.loader_of(self.generator, "update_diag") if examples is None else examples
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
-        estimators = [
-            fit.second_moments(layer, part.block.basis, elsewhere=True) if self.factored(layer) else fit.dense([layer])
-            for layer, part in zip(layers, old, strict=True)
-        ]
-        self.root = blocks.Direct(tuple(fit.fit(self.generator, examples, estimators)))
+        again = OfJacobians(
+            self.generator,
+            [
+                estimators.second_moments(layer, part.block.basis, elsewhere=True)
+                if self.factored(layer)
+                else estimators.dense([layer])
+                for layer, part in zip(layers, old, strict=True)
+            ],
+        )
+        again.update(examples, last=True)
+        self.root = again.root(last=True)
         return self
 
 
 class PMatLowRank(PMat):
     """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples.
+
+    rows: how many rows of the Jacobian are kept at least, by default all. Whenever there are more than twice as many,
+    they are replaced by the ``rows`` that are nearest to them in least squares (a truncated singular value
+    decomposition): an approximation from below.
 
     Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default). Of any matrix, an
     approximation from products with random vectors: :meth:`nystrom`, :meth:`randomised`.
@@ -163,8 +173,19 @@ class PMatLowRank(PMat):
     _tensors = tensors.LOWRANK
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.lowrank(layers)]
+    def plan(cls, layers: Sequence[Layer], rows: int | None = None) -> list[Estimator]:
+        if rows is not None:
+            arguments.integer("PMatLowRank: rows", rows, least=1)
+        return [estimators.lowrank(layers, rows)]
+
+    @classmethod
+    def estimation(cls, source: Source, **options: Any) -> Estimation:
+        if not source.jacobians:
+            raise NotImplementedError(
+                f"{cls.__name__}: the eigenpairs of a Hessian have no running average: use PMatDense, PMatBlockDiag or "
+                "PMatDiag, whose entries have one, or GGN instead of Hessian"
+            )
+        return super().estimation(source, **options)
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer], rank: int = 10) -> Block:
@@ -230,19 +251,18 @@ class PMatLowRank(PMat):
         iterations: int,
         generator: torch.Generator | None,
     ) -> PMatLowRank:
-        if not matrix.root.symmetric:
+        if not matrix.symmetric:
             raise ValueError(f"{cls.__name__}: the matrix is not symmetric, as a product of two matrices need not be")
-        like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
         with no_grad():
             near = algorithm(
-                matrix.root.mv,
+                matrix.matvec,
                 matrix.size(0),
                 rank,
                 oversampling=oversampling,
                 iterations=iterations,
                 probes=0,
                 generator=generator,
-                like=like,
+                like=matrix.like,
             )
         return cls(matrix.layer_collection, data=_direct([blocks.LowRank(near.vectors, near.values)]))
 
@@ -278,8 +298,10 @@ class PMatMixed(Mixture, PMat):
         self._layer_map = dict(layer_map)
 
     @classmethod
+    @arguments.called_as
     def of(cls, default: Any, rules: Mapping[Any, Any]) -> Any:
         """The mixed representation as one object, to pass wherever a representation is expected."""
+        _check_rules(default, rules)
         return partial(cls, default=default, rules=rules)
 
     @classmethod
@@ -291,6 +313,9 @@ class PMatMixed(Mixture, PMat):
         default_representation: Any = None,
         map_layers_to: Mapping[Any, Any] | None = None,
     ) -> list[Estimator]:
+        _check_rules(default, rules or {})
+        if map_layers_to is not None:
+            _check_rules(default_representation or default, map_layers_to)
         for selector in rules or {}:
             if not any(layer.matches(selector) for layer in layers):
                 raise KeyError(
@@ -304,13 +329,25 @@ class PMatMixed(Mixture, PMat):
                 chosen.append((representation, [layer]))
             else:
                 group.append(layer)
-        estimators: list[Estimator] = []
+        planned: list[Estimator] = []
         for representation, group in chosen:
             if isinstance(representation, partial):
-                estimators += representation.func.plan(group, **representation.keywords)  # type: ignore[attr-defined]
+                planned += representation.func.plan(group, **representation.keywords)  # type: ignore[attr-defined]
             else:
-                estimators += representation.plan(group)
-        return estimators
+                planned += representation.plan(group)
+        return planned
+
+
+def _check_rules(default: Any, rules: Any) -> None:
+    """Raise ``TypeError`` unless each layer's representation is one."""
+    arguments.instance("PMatMixed: rules", rules, Mapping, "pass {selector: representation}")
+    for name, value in (("default", default), *((f"the rule for {k!r}", r) for k, r in rules.items())):
+        of = value.func if isinstance(value, partial) else value
+        if not (isinstance(of, type) and issubclass(of, PMat)):
+            raise TypeError(
+                f"PMatMixed: {name}: expected a PMat class, e.g. PMatKFAC, or a partial of one, got "
+                f"{arguments.described(of)}" + (": pass the class" if isinstance(of, PMat) else "")
+            )
 
 
 def _chosen(
@@ -333,7 +370,6 @@ class PMatEye(PMat):
 
     dtype, device: if neither is given, it takes vectors and matrices of any.
 
-    >>> from nngeometry import LayerCollection
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> PMatEye(lc, scaling=2.0).trace()
     tensor(6.)
@@ -356,23 +392,29 @@ class PMatEye(PMat):
         if isinstance(scaling, torch.Tensor):
             plain = scaling.dtype == torch.get_default_dtype() and scaling.device == torch.empty(0).device
             dtype, device = (dtype, device) if plain else (scaling.dtype, scaling.device)
-            scaling = float(scaling)
+            scaling = arguments.number("PMatEye: scaling", scaling)
         if data is None and examples is None:
+            arguments.instance(
+                "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
+            )
+            scaling = arguments.number("PMatEye: scaling", scaling)
+            arguments.device(device)
+            arguments.dtype(dtype, real=True)
             p = layer_collection.numel()
             eye = blocks.Eye(torch.tensor(scaling, dtype=dtype or torch.get_default_dtype(), device=device), (p,))
-            data = blocks.Direct((blocks.Part(((0, p),), Packing.flat(p), eye),))
+            data = blocks.DirectSum((blocks.Part(((0, p),), Packing.flat(p), eye),))
             if dtype is None and device is None:
                 self._free = scaling
         super().__init__(layer_collection, generator, data, examples)
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
-        return [fit.eye(layers)]
+        return [estimators.eye(layers)]
 
     def _fitted(self, like: Any) -> PMatEye:
         if (
             self._free is None
-            or not isinstance(like, PMat | PFMap | PVector)
+            or not isinstance(like, PMat | PFMap | PVector | torch.Tensor)
             or (like.dtype == self.dtype and like.device == self.device)
         ):
             return self
@@ -407,13 +449,20 @@ class PMatEye(PMat):
         return super(PMatEye, mine).__matmul__(other)
 
 
-def _direct(side_by_side: Sequence[Block]) -> blocks.Direct:
+def _dense(layer_collection: LayerCollection, entries: torch.Tensor, symmetric: bool) -> PMatDense:
+    return PMatDense(layer_collection, data=_direct([blocks.Dense(entries, is_symmetric=symmetric)]))
+
+
+PFMap._dense_matrix = staticmethod(_dense)  # a matrix is made of maps, so that these do not know it
+
+
+def _direct(side_by_side: Sequence[Block]) -> blocks.DirectSum:
     """Blocks on flat parameters, side by side."""
     parts, start = [], 0
     for block in side_by_side:
         parts.append(blocks.Part(((start, start + block.numel),), Packing.flat(block.numel), block))
         start += block.numel
-    return blocks.Direct(tuple(parts))
+    return blocks.DirectSum(tuple(parts))
 
 
 def _reduce(sharing: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..blocks import Block, Direct
+from ..blocks import Block, DirectSum
 from ..layercollection import LayerCollection
 
 #: The version of what is written.
@@ -64,14 +64,14 @@ def check_whole(root: Block, layer_collection: LayerCollection) -> None:
         if prod(layer.packing.shape) != layer.numel():
             raise ValueError(f"layer {layer.name!r} is packed as {layer.packing.shape}, of {layer.numel()} parameters")
     covered = torch.zeros(p, dtype=torch.int64)
-    for part in root.parts if isinstance(root, Direct) else ():
+    for part in root.parts if isinstance(root, DirectSum) else ():
         for a, b in part.slices:
             if not 0 <= a < b <= p:
                 raise ValueError(f"a block is of the coordinates {a}:{b} of {p}")
             covered[a:b] += 1
         if sum(b - a for a, b in part.slices) != part.block.numel or prod(part.packing.shape) != part.block.numel:
             raise ValueError(f"a block of shape {part.block.shape} for the coordinates {part.slices}")
-    if isinstance(root, Direct) and not bool((covered == 1).all()):
+    if isinstance(root, DirectSum) and not bool((covered == 1).all()):
         raise ValueError("its blocks do not cover the parameters once")
     if len({(t.dtype, t.device) for t in root.tensors() if t.is_floating_point()}) != 1:
         raise ValueError("its tensors are of more than one dtype or device")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import Block, Dense, Diag, Direct, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from .. import arguments
+from ..blocks import Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 
@@ -45,11 +46,14 @@ class Held:
     @classmethod
     def given(cls, matrix: Any, value: Any) -> Held:
         """These, as those of a matrix. Raises ``ValueError`` if they cannot be."""
-        if matrix._tensors is None:
-            raise AttributeError(f"{type(matrix).__name__} has no .data to set")
+        if matrix._tensors is None or not isinstance(value, Tensor | Mapping | tuple | list):
+            raise TypeError(_expected(matrix, value))
         held = cls(matrix.layer_collection, matrix._tensors, True)
         held.value = held._own(value)
-        held.block()
+        try:
+            held.block()
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise TypeError(f"{_expected(matrix, value)} ({error})") from error
         return held
 
     def block(self) -> Block:
@@ -74,6 +78,13 @@ class Held:
         if isinstance(value, _ByLayer):
             return _ByLayer(self, value)
         return tuple(self._own(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _expected(matrix: Any, value: Any) -> str:
+    return (
+        f"{type(matrix).__name__}: data: expected a block, as in another matrix's root, or tensors as NNGeometry lays "
+        f"them out, got {arguments.described(value)}"
+    )
 
 
 class _ByLayer(dict[str, Any]):
@@ -106,21 +117,21 @@ class _ByLayer(dict[str, Any]):
 
 def _of_a_product(block: Block) -> Block:
     """The same entries, of a matrix that need not be symmetric."""
-    if isinstance(block, Direct):
-        return Direct(tuple(part.with_block(_of_a_product(part.block)) for part in block.parts))
+    if isinstance(block, DirectSum):
+        return DirectSum(tuple(part.with_block(_of_a_product(part.block)) for part in block.parts))
     if isinstance(block, Kron):
         return Kron(_of_a_product(block.left), _of_a_product(block.right))
     return replace(block, is_symmetric=False) if isinstance(block, Dense) else block
 
 
-def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> Direct:
+def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> DirectSum:
     parts = []
     for (name, s), layer in zip(lc.slices().items(), lc.layers.values(), strict=True):
         packing, block = make(layer, s)
         if block.numel != layer.numel():
             raise ValueError(f"data: layer {name!r} has {layer.numel()} parameters, its tensors are of {block.numel}")
         parts.append(Part(((s.start, s.stop),), packing, block))
-    return Direct(tuple(parts))
+    return DirectSum(tuple(parts))
 
 
 def _flat(layer: Layer) -> Packing:
@@ -129,7 +140,7 @@ def _flat(layer: Layer) -> Packing:
 
 def parts_of(matrix: Any) -> Iterator[tuple[str, Layer, Packing, Block]]:
     """The block of each layer, with its name and packing."""
-    parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, Direct) else {}
+    parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, DirectSum) else {}
     for name, s in matrix.layer_collection.slices().items():
         part = parts.get(((s.start, s.stop),))
         if part is None:
@@ -142,12 +153,12 @@ def _structure(name: str, block: Block) -> AttributeError:
 
 
 def _read_dense(matrix: Any) -> Tensor:
-    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) and len(matrix.root.parts) == 1 else None
+    block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) and len(matrix.root.parts) == 1 else None
     return block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.to_torch()
 
 
-def _make_dense(lc: LayerCollection, value: Tensor) -> Direct:
-    return Direct((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
+def _make_dense(lc: LayerCollection, value: Tensor) -> DirectSum:
+    return DirectSum((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
 
 
 def _read_blocks(matrix: Any) -> dict[str, Tensor]:
@@ -157,11 +168,11 @@ def _read_blocks(matrix: Any) -> dict[str, Tensor]:
     }
 
 
-def _make_blocks(lc: LayerCollection, value: Mapping[str, Tensor]) -> Direct:
+def _make_blocks(lc: LayerCollection, value: Mapping[str, Tensor]) -> DirectSum:
     return _side_by_side(lc, lambda layer, s: (_flat(layer), Dense(value[layer.name])))
 
 
-def _make_diag(lc: LayerCollection, value: Tensor) -> Direct:
+def _make_diag(lc: LayerCollection, value: Tensor) -> DirectSum:
     return _side_by_side(lc, lambda layer, s: (_flat(layer), Diag(value[s])))
 
 
@@ -178,7 +189,7 @@ def _read_quasidiag(matrix: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     return value
 
 
-def _make_quasidiag(lc: LayerCollection, value: Mapping[str, tuple[Tensor, Tensor | None]]) -> Direct:
+def _make_quasidiag(lc: LayerCollection, value: Mapping[str, tuple[Tensor, Tensor | None]]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         d, cross = value[layer.name]
         if cross is None:
@@ -221,7 +232,7 @@ def _read_kfac(matrix: Any) -> dict[str, Any]:
     return value
 
 
-def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> Direct:
+def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         one = value[layer.name]
         if isinstance(one, Tensor):
@@ -252,7 +263,7 @@ def _read_ekfac(matrix: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return evecs, diags
 
 
-def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str, Tensor]]) -> Direct:
+def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str, Tensor]]) -> DirectSum:
     def make(layer: Layer, s: slice) -> tuple[Packing, Block]:
         basis, diag = value[0][layer.name], value[1][layer.name]
         if basis is None:
@@ -269,17 +280,17 @@ def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str
 
 
 def _read_lowrank(matrix: Any) -> Tensor:
-    block = matrix.root.parts[0].block if isinstance(matrix.root, Direct) else matrix.root
+    block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) else matrix.root
     if not isinstance(block, LowRank) or bool((block.weights < 0).any()):
         raise _structure("all", block)
     rows = block.rows if bool((block.weights == 1).all()) else block.weights.sqrt().unsqueeze(1) * block.rows
     return rows.unsqueeze(1)
 
 
-def make_lowrank(lc: LayerCollection, value: Tensor) -> Direct:
+def make_lowrank(lc: LayerCollection, value: Tensor) -> DirectSum:
     rows = value.reshape(-1, value.shape[-1])
     p = rows.shape[1]
-    return Direct((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
+    return DirectSum((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
 
 
 DENSE = TensorLayout(_read_dense, _make_dense)

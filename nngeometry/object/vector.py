@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..changes import alone, unrecorded
 from ..layercollection import LayerCollection, split
 from ..linalg import gaussian
@@ -18,6 +19,10 @@ from ..linalg import gaussian
 
 class Array:
     """Arithmetic of one tensor of coordinates: vectors and dense maps."""
+
+    #: What to write instead of an operation that has no meaning.
+    _remedy = "its other side is a number or an object of the same kind"
+    __array_ufunc__ = None  # numpy leaves operators to this class, and does not take it for an entry of an array
 
     def __init__(self, flat: Tensor) -> None:
         self._flat = flat
@@ -34,43 +39,56 @@ class Array:
             return other._flat
         if isinstance(other, int | float) or (isinstance(other, Tensor) and other.ndim == 0):
             return other
-        return NotImplemented
+        number = arguments.scalar(other)
+        return NotImplemented if number is None else number
 
     def _check_same_space(self, other: Array) -> None:
         """Raise ``ValueError`` unless the other one has the same coordinates."""
         raise NotImplementedError
 
-    def _binary(self, other: Any, fn: Any) -> Any:
+    def _binary(self, other: Any, sign: str, fn: Any) -> Any:
         operand = self._operand(other)
-        return NotImplemented if operand is NotImplemented else self._like(fn(self._flat, operand))
+        if operand is NotImplemented:
+            return arguments.unfit(sign, self, other, self._remedy)
+        return self._like(fn(self._flat, operand))
+
+    def _reflected(self, other: Any, sign: str, fn: Any) -> Any:
+        operand = self._operand(other)
+        if operand is NotImplemented:
+            arguments.refuse(sign, other, self, self._remedy)
+        return self._like(fn(operand, self._flat))
 
     def __add__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: a + b)
+        return self._binary(other, "+", lambda a, b: a + b)
 
     def __radd__(self, other: Any) -> Self:
         if isinstance(other, int) and other == 0:  # sum() starts from 0
             return self
-        return self._binary(other, lambda a, b: b + a)
+        return self._reflected(other, "+", lambda a, b: a + b)
 
     def __sub__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: a - b)
+        return self._binary(other, "-", lambda a, b: a - b)
 
     def __rsub__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: b - a)
+        return self._reflected(other, "-", lambda a, b: a - b)
 
     def __mul__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: a * b)
+        return self._binary(other, "*", lambda a, b: a * b)
 
-    __rmul__ = __mul__
+    def __rmul__(self, other: Any) -> Self:
+        return self._reflected(other, "*", lambda a, b: a * b)
 
     def __truediv__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: a / b)
+        return self._binary(other, "/", lambda a, b: a / b)
 
     def __rtruediv__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: b / a)
+        return self._reflected(other, "/", lambda a, b: a / b)
 
     def __pow__(self, other: Any) -> Self:
-        return self._binary(other, lambda a, b: a**b)
+        return self._binary(other, "**", lambda a, b: a**b)
+
+    def __rpow__(self, other: Any) -> Any:
+        arguments.refuse("**", other, self, self._remedy)
 
     def __neg__(self) -> Self:
         return self._like(-self._flat)
@@ -79,6 +97,8 @@ class Array:
         operand = self._operand(other)
         if operand is NotImplemented:
             return NotImplemented
+        if isinstance(other, Array) and other._flat.ndim > self._flat.ndim:
+            raise ValueError(f"{arguments.described(other)} does not fit into {arguments.described(self)} in place")
         fn(self._flat, operand)
         return self
 
@@ -100,6 +120,8 @@ class Array:
 
     def norm(self, p: float = 2) -> Tensor:
         """The p-norm of all entries, for every p (``float("inf")`` included)."""
+        if arguments.scalar(p) is None:
+            raise TypeError(f"norm: p: expected a number, got {arguments.described(p)}")
         return torch.linalg.vector_norm(self._flat, p)
 
     def clone(self) -> Self:
@@ -112,6 +134,8 @@ class Array:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """The same values on another device or in another dtype."""
+        arguments.device(device)
+        arguments.dtype(dtype)
         return self._like(self._flat.to(device=device, dtype=dtype))
 
     @property
@@ -140,14 +164,15 @@ class FlatArray(Array):
 
     def _check_same_space(self, other: Array) -> None:
         if not isinstance(other, FlatArray):
-            raise TypeError(f"a {type(other).__name__} is not in parameter space")
-        check_same_space(self.layer_collection, other.layer_collection, type(other).__name__)
+            raise TypeError(f"a {arguments.name_of(other)} is not in parameter space")
+        check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
 
     def on(self, layer_collection: LayerCollection) -> Self:
         """The part on some of the layers. Raises ``ValueError`` for a layer that this one does not have."""
+        arguments.instance("layer_collection", layer_collection, LayerCollection, "take part of one with select(...)")
         for name, layer in layer_collection.layers.items():
             if name not in self.layer_collection or self.layer_collection[name] != layer:
-                check_same_space(layer_collection, self.layer_collection, type(self).__name__)
+                check_same_space(layer_collection, self.layer_collection, arguments.name_of(self))
         flat, slices = self._flat, self.layer_collection.slices()
         pieces = [flat[..., slices[name]] for name in layer_collection]
         return self._like(torch.cat(pieces, -1), layer_collection)
@@ -174,6 +199,8 @@ class PVector(FlatArray):
     True
     """
 
+    _remedy = "a PVector goes with a number or another PVector of the same layers, PVector(layer_collection, tensor)"
+
     def __init__(
         self,
         layer_collection: LayerCollection,
@@ -182,9 +209,11 @@ class PVector(FlatArray):
     ) -> None:
         if (vector_repr is None) == (dict_repr is None):
             raise ValueError("PVector: give either vector_repr or dict_repr")
+        arguments.instance("layer_collection", layer_collection, LayerCollection, _COLLECTION)
         if dict_repr is not None:
             vector_repr = _flatten(layer_collection, dict_repr)
         assert vector_repr is not None
+        arguments.instance("vector_repr", vector_repr, Tensor, "make one with torch.as_tensor(values)")
         numel = layer_collection.numel()
         if vector_repr.shape != (numel,):
             raise ValueError(f"PVector: expected {numel} values in one axis, got shape {tuple(vector_repr.shape)}")
@@ -209,15 +238,14 @@ class PVector(FlatArray):
         >>> w.norm(), torch.equal((w - start).norm(), start.norm())
         (tensor(0., grad_fn=<LinalgVectorNormBackward0>), True)
         """
-        lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-        return _OfModel(model, lc)
+        return _OfModel(model, _collection(model, layer_collection))
 
     @classmethod
     def from_model_grad(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
         """The ``.grad`` of the parameters of a model (a copy). Raises ``ValueError`` naming a parameter that has
         none.
         """
-        lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+        lc = _collection(model, layer_collection)
         grads = []
         for name, p in lc.named_parameters(model):
             if p.grad is None:
@@ -253,10 +281,17 @@ class PVector(FlatArray):
 
     def dot(self, other: PVector) -> Tensor:
         """Inner product of two vectors, a scalar."""
+        if not isinstance(other, PVector):
+            arguments.instance(
+                "dot: the other vector", other, PVector, "make one with PVector(layer_collection, tensor)"
+            )
         return torch.dot(self._flat, self._operand(other))
 
     def __matmul__(self, other: Any) -> Tensor:
-        return self.dot(other) if isinstance(other, PVector) else NotImplemented
+        return self.dot(other) if isinstance(other, PVector) else arguments.unfit("@", self, other, self._remedy)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        arguments.refuse("@", other, self, self._remedy)
 
     def __repr__(self) -> str:
         return f"PVector of {self.size(0)} parameters, {self.dtype}"
@@ -322,7 +357,10 @@ class FVector(Array):
     tensor(15.)
     """
 
+    _remedy = "an FVector goes with a number or another FVector of the same shape, FVector(tensor)"
+
     def __init__(self, vector_repr: Tensor) -> None:
+        arguments.instance("vector_repr", vector_repr, Tensor, "pass a tensor of shape (C, n)")
         if vector_repr.ndim != 2:
             raise ValueError(f"FVector: expected shape (C, n), got {tuple(vector_repr.shape)}")
         super().__init__(vector_repr)
@@ -337,7 +375,7 @@ class FVector(Array):
 
     def _check_same_space(self, other: Array) -> None:
         if not isinstance(other, FVector):
-            raise TypeError(f"a {type(other).__name__} is not in function space")
+            raise TypeError(f"a {arguments.name_of(other)} is not in function space")
         if other._flat.shape != self._flat.shape:
             raise ValueError(
                 f"the FVector has {tuple(other._flat.shape)} outputs and examples, expected {tuple(self._flat.shape)}"
@@ -345,16 +383,22 @@ class FVector(Array):
 
     def dot(self, other: FVector) -> Tensor:
         """Inner product of two vectors, a scalar."""
+        if not isinstance(other, FVector):
+            arguments.instance("dot: the other vector", other, FVector, "make one with FVector(tensor) of shape (C, n)")
         return (self._flat * self._operand(other)).sum()
 
     def __matmul__(self, other: Any) -> Tensor:
-        return self.dot(other) if isinstance(other, FVector) else NotImplemented
+        return self.dot(other) if isinstance(other, FVector) else arguments.unfit("@", self, other, self._remedy)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        arguments.refuse("@", other, self, self._remedy)
 
     def __repr__(self) -> str:
         c, n = self._flat.shape
         return f"FVector of {c} outputs of {n} examples, {self._flat.dtype}"
 
 
+@arguments.called_as
 def random_pvector(
     layer_collection: LayerCollection,
     device: torch.device | str | None = None,
@@ -367,16 +411,37 @@ def random_pvector(
     >>> random_pvector(lc, generator=torch.Generator().manual_seed(0)).size()
     torch.Size([3])
     """
+    arguments.instance("layer_collection", layer_collection, LayerCollection, _COLLECTION)
+    arguments.device(device)
+    arguments.dtype(dtype)
+    arguments.generator(generator)
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"dtype: normal numbers are of a floating point dtype, e.g. torch.float64, got {dtype}")
     like = torch.empty(0, device=device, dtype=dtype)
     return PVector(layer_collection, gaussian(1, layer_collection.numel(), like=like, generator=generator)[0])
 
 
+#: What to write where a layer collection is asked for.
+_COLLECTION = "make one with LayerCollection.from_model(model)"
+
+
+def _collection(model: nn.Module, layer_collection: LayerCollection | None) -> LayerCollection:
+    """The layers of a vector of a model, by default all."""
+    if layer_collection is None:
+        return LayerCollection.from_model(model)
+    arguments.instance("layer_collection", layer_collection, LayerCollection, _COLLECTION)
+    return layer_collection
+
+
 def _flatten(layer_collection: LayerCollection, values: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+    arguments.instance("dict_repr", values, Mapping, "give for each layer a tuple of tensors, as to_dict() does")
     if set(values) != set(layer_collection):
         odd = ", ".join(sorted(set(values) ^ set(layer_collection)))
         raise ValueError(f"dict_repr: its layers are not those of the collection; the difference is {odd}")
     pieces = []
     for name, layer in layer_collection.layers.items():
+        if not isinstance(values[name], tuple | list) or not all(isinstance(v, Tensor) for v in values[name]):
+            raise TypeError(f"dict_repr: layer {name!r}: expected a tuple of tensors, one for each of its parameters")
         shapes = [shape for _, shape in layer.params]
         found = [tuple(v.shape) for v in values[name]]
         if found != shapes:

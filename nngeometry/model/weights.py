@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .changes import alone, other_tensors
+from ..changes import alone, other_tensors
 
 WRITES_WEIGHTS = (
     "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "

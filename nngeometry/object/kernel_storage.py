@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import data
+from .. import arguments
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
+from ..model import data
 from .fingerprint import differences, fingerprint, is_fingerprint
 from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel
-from .layouts import Layout
+from .kernel_layouts import Layout
 
 
 def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
@@ -67,6 +68,7 @@ class FMatMemmap(FMat):
     @classmethod
     def at(cls, path: str | Path) -> Any:
         """The representation with its files in a folder, which is made if it is missing."""
+        arguments.path("FMatMemmap.at: path", path, "the folder of the kernel's files")
         return partial(cls.fill, Path(path))
 
     @classmethod

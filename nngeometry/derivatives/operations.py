@@ -1,4 +1,4 @@
-"""The operations of which :mod:`nngeometry.derivatives` has the derivative, its transpose and what bends it."""
+"""The operations of which :mod:`nngeometry.derivatives.cheap` has the derivative, its transpose and what bends it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Operation(ABC):
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         """The transpose: what a cotangent of the output gives for the wanted inputs."""
 
-    def bend(
+    def second_pull(
         self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
         """The derivative of ``sum tangents * pull(cotangent, saved)`` in what is saved for each input: here of an
@@ -73,7 +73,7 @@ class Symmetric(Operation):
     def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
         return (self.along(cotangent, saved[0]),)
 
-    def bend(
+    def second_pull(
         self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
         (d,) = tangents
@@ -267,12 +267,12 @@ class FixedNorm(Operation):
             cotangent, x, w, self.mean, self.var, none, none, False, self.eps, list(wanted)
         )
 
-    def bend(
+    def second_pull(
         self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
         dx, *others = tangents
         centred = None if dx is None else dx + _over_channels(self.mean.to(dx.dtype), dx.ndim)  # which pull subtracts
-        return super().bend((centred, *others), cotangent, saved, wanted)
+        return super().second_pull((centred, *others), cotangent, saved, wanted)
 
 
 # Normalisation of each example or position: of an input, a weight and a bias
@@ -329,7 +329,7 @@ class LayerNorm(Operation):
             cotangent, x, list(self.shape), mean, slope, w, b, list(wanted[:3])
         )
 
-    def bend(
+    def second_pull(
         self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
     ) -> Sequence[Maybe]:
         (dx, dw, _), (x, w, _, mean, slope) = tangents, saved

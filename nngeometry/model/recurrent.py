@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .changes import Borrowed
+from ..changes import Borrowed
 
 
 def recurrent_without_cudnn(model: nn.Module) -> Borrowed:

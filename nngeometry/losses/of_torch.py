@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .apart import altered
-from .likelihood import Categorical, Cotangents, diagonal_cotangents
-from .outputloss import OutputLoss
+from ..likelihood import Categorical, Cotangents, diagonal_cotangents
+from ..model.independence import altered
+from .output import OutputLoss
 from .targets import check_count, check_range, class_indices, like_output, shape_of, variance_like
 
 

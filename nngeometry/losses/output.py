@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data
-from .batch import columns
-from .changes import Changed, no_grad, recording
+from ..changes import Changed, no_grad, recording
+from ..likelihood import Cotangents
+from ..memory import budget, slices
+from ..model import data
+from ..model.batch import columns
 from .convex import OutputHessian
-from .likelihood import Cotangents
-from .memory import budget, slices
 from .targets import shape_of
 
 
@@ -90,6 +90,8 @@ class ByExample(OutputLoss):
                 f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
                 'return the unreduced loss (reduction="none")'
             )
+        if not values.is_floating_point() and values.requires_grad:
+            raise TypeError(f"loss: expected real numbers, got {values.dtype}: return e.g. its absolute value")
         if f.requires_grad and not values.requires_grad:
             raise ValueError(
                 "loss: its values do not depend on the outputs as far as autograd knows (detached, counted or rounded "

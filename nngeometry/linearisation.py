@@ -8,25 +8,22 @@ gradient on padding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from .. import data
-from ..autograd import Pull, accumulate, nodes, operations_named
-from ..changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
-from ..derivatives import Bent, CheapDerivatives, Pulled, Value
-from ..evaluator import Evaluator, State, check_mode
-from ..generator import MIXES, Generator, check_same, counted
-from ..memory import budget, chunk_length
-from ..weights import Weights
+from .changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
+from .derivatives.cheap import CheapDerivatives, Pulled, SecondPull, Value
+from .derivatives.pulling import BatchedVJP, accumulate, nodes, operations_named
+from .memory import budget, chunk_length
+from .model import data
+from .model.evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
+from .model.weights import Weights
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
 Product = Callable[[Tensor, Tensor], None]
@@ -39,20 +36,6 @@ Total = Callable[[data.Batch], tuple[Tensor, float]]
 
 #: How many times what the model makes is kept, to differentiate it twice.
 _COPIES = 4
-
-
-#: Whether the product at hand may be the only one.
-_SINGLE: ContextVar[bool] = ContextVar("nngeometry_single_product", default=False)
-
-
-@contextmanager
-def single_product() -> Iterator[None]:
-    """Inside, the first product of a matrix over several minibatches keeps nothing for a second one, which does."""
-    token = _SINGLE.set(True)
-    try:
-        yield
-    finally:
-        _SINGLE.reset(token)
 
 
 class Linearisations:
@@ -77,7 +60,7 @@ class Linearisations:
         self.edges = self.weights.edges
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
         self._kept: list[tuple[Any, float, int]] | None = None
-        self._pull = Pull()
+        self._pull = BatchedVJP()
         self._used = False
         #: What must be in force on the way back: nothing, unless something of the model is run again there.
         self._replay: tuple[Change, ...] | None = None
@@ -86,15 +69,21 @@ class Linearisations:
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
         """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
-        check_mode(self.evaluator.model)
-        return iter(self._kept) if self._kept is not None else self._linearised()
+        return self.each()
 
-    def _linearised(self) -> Iterator[tuple[Any, float, int]]:
+    def each(self, single: bool = False) -> Iterator[tuple[Any, float, int]]:
+        """The same. single: this may be the only time, so that of several minibatches none is kept the first time, but
+        all are the second time.
+        """
+        check_mode(self.evaluator.model)
+        return iter(self._kept) if self._kept is not None else self._linearised(single)
+
+    def _linearised(self, single: bool) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
-        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.trial(b, self.weights.in_place).made)
+        groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.dry_run(b, self.weights.in_place).made)
         head = list(islice(groups, 2))
-        once, self._used = _SINGLE.get() and not self._used, True
+        once, self._used = single and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
         for position, batches in chain(head, groups):
             made = self._prepare(position, batches)
@@ -189,18 +178,27 @@ class Products(Linearisations):
 
     def __call__(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, P)``."""
+        return self._product(V, self)
+
+    def once(self, V: Tensor) -> Tensor:
+        """The same, which keeps nothing for a second product if it is the first."""
+        return self._product(V, self.each(single=True))
+
+    def _product(self, V: Tensor, maps: Iterable[tuple[Any, float, int]]) -> Tensor:
         V = V.detach().to(self.dtype)
         out = torch.zeros_like(V, dtype=self.evaluator.dtype)
         total = 0.0
-        for product, weight, held in self:
+        for product, weight, held in maps:
             for rows, into in zip(V.split(step := chunk_length(held, len(V), V.device)), out.split(step), strict=True):
                 product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made
+        #: What was seen counts together.
+        self.weight = total
         return out.div_(counted(total)) if self.mean else out
 
 
-class Linear:
+class LinearisedBatch:
     """The Jacobian J of one minibatch: ``J v`` is the derivative of the linear map from u to ``J^T u``."""
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
@@ -247,31 +245,48 @@ class Linear:
         check_same(alone, fixed[some], fixed, "the output for one example depends on the others", MIXES)
 
 
-def gauss_newton(generator: Generator, examples: Any) -> Products:
-    """Products with ``sum_x J^T (sum_c s_c s_c^T) J``, the matrix of a generator: J v, then the curvature, then J^T."""
+class Curved(Protocol):
+    """What the Gauss-Newton matrix of a model is made of beside its Jacobian: see :class:`~nngeometry.Generator`."""
+
+    seed: int
+    mean: bool
+    weigh: Callable[[Tensor, data.Batch], float]
+
+    @property
+    def cotangents(self) -> Callable[[Tensor, Sequence[data.Batch], int], Any]:
+        """The s_c of neighbouring minibatches laid end to end."""
+        ...
+
+    def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
+        """From u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
+        ...
+
+
+def gauss_newton(evaluator: Evaluator, curved: Curved, examples: Any) -> Products:
+    """Products with ``sum_x J^T (sum_c s_c s_c^T) J``: J v, then the curvature, then J^T."""
 
     def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        linear = Linear(products, batch := data.join(batches))
+        linear = LinearisedBatch(products, batch := data.join(batches))
         fixed = linear.f.detach()
         rows = data.split(fixed, batches)
         if linear.check(batch):
-            generator.cotangents(rows[0], batches[0], position)  # for the checks in there
-        curvature = generator.curvature(fixed, batches, position)
+            curved.cotangents(rows[0], batches[:1], curved.seed + position)  # for the checks in there
+        curvature = curved.curvature(fixed, batches, curved.seed + position)
 
         def product(V: Tensor, into: Tensor) -> None:
             linear.add_vjp(torch.stack([curvature(one) for one in linear.jvp(V)]), into)
 
-        return product, sum(map(generator.weigh, rows, batches)), linear.roots
+        return product, sum(map(curved.weigh, rows, batches)), linear.roots
 
-    products = Products(generator, examples, linearise, generator.mean)
+    products = Products(evaluator, examples, linearise, curved.mean)
     return products
 
 
 def jacobians(evaluator: Evaluator, examples: Any) -> Linearisations:
-    """The Jacobian of every minibatch, as a :class:`Linear`."""
+    """The Jacobian of every minibatch, as a :class:`LinearisedBatch`."""
 
-    def linearise(batches: list[data.Batch], position: int) -> tuple[Linear, float, Sequence[Tensor]]:
-        linear = Linear(maps, batch := data.join(batches))
+    def linearise(batches: list[data.Batch], position: int) -> tuple[LinearisedBatch, float, Sequence[Tensor]]:
+        linear = LinearisedBatch(maps, batch := data.join(batches))
         linear.check(batch)
         return linear, len(linear.f), linear.roots
 
@@ -368,7 +383,7 @@ def check_second_derivatives(value: Tensor) -> None:
 
 def custom(node: Any) -> bool:
     """Whether a node is a backward written in Python, which need not be differentiable, and not one of ours."""
-    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled | Bent)  # type: ignore[attr-defined]
+    return isinstance(node, BackwardCFunction) and not issubclass(type(node)._forward_cls, Value | Pulled | SecondPull)  # type: ignore[attr-defined]
 
 
 @cache

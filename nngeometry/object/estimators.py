@@ -1,141 +1,21 @@
-"""Estimation of blocks from a stream of Jacobians: observe a chunk, merge, finish. The same for all representations."""
+"""How each structure is estimated: from Jacobians, or from products with a matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import forms
-from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
-from ..changes import no_grad
-from ..data import require_repeatable
+from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, QuasiDiag, Spectral
+from ..estimation import Contracted, Estimator, Refinement, Rows, Samples, State, merge
 from ..forms import LayerJacobian
-from ..generator import Generator, Observation, counted
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import chunk_length, require
-
-#: Tensors, numbers and lists, in tuples: merged entry by entry with ``+``.
-State = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """How the block of one group of layers is estimated.
-
-    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
-    and machines. finish: ``(State, n) -> Block``, n being what the sum is divided by, usually the number of
-    examples. centre: takes the outer product of the mean Jacobian, in flat parameters, off the block. refine: what
-    estimates the block again in a second pass, given the first. by_example: whether all cotangents of few examples
-    are cheaper to observe than few cotangents of all examples, because the inputs are looked at once. add: merges a
-    state and what would be observed, in place, where both take much memory.
-    """
-
-    layers: tuple[Layer, ...]
-    packing: Packing
-    observe: Callable[[Sequence[LayerJacobian], int], State]
-    finish: Callable[[State, float], Block]
-    centre: Callable[[Block, Tensor], Block]
-    refine: Callable[[Block], Estimator] | None = None
-    by_example: bool = False
-    add: Callable[[State, Sequence[LayerJacobian], int], State] | None = None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Few vectors ``(N, d)`` whose second moment is a statistic: the moment itself would be larger, and of low rank."""
-
-    rows: Tensor
-
-    def __add__(self, other: Samples | Tensor) -> Samples | Tensor:
-        if isinstance(other, Samples) and 2 * (len(self.rows) + len(other.rows)) <= self.rows.shape[1]:
-            return Samples(torch.cat([self.rows, other.rows]))
-        return self.moment().add_(other.moment() if isinstance(other, Samples) else other)
-
-    def moment(self) -> Tensor:
-        """The lower triangle of ``(1, d, d)``."""
-        return forms.second_moment(self.rows.unsqueeze(1))
-
-
-def merge(a: State, b: State) -> State:
-    """The statistic of the union of what a and b saw."""
-    return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _add(x: Any, y: Any) -> Any:
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x.add_(y)  # x is the accumulator: nobody else holds it
-    if isinstance(x, Tensor) and isinstance(y, Samples):
-        return x.add_(y.moment())
-    return x if isinstance(y, int) and y == 0 else x + y
-
-
-def fit(generator: Generator, examples: Any, estimators: Sequence[Estimator]) -> list[Part]:
-    """One part for each estimator, in one pass over the examples, and a second one for those that refine."""
-    if any(e.refine for e in estimators):
-        require_repeatable(examples, "this representation")
-    blocks, mean = _run(generator, examples, estimators)
-    again = [k for k, e in enumerate(estimators) if e.refine is not None]
-    if again:
-        second = [estimators[k].refine(blocks[k]) for k in again]  # type: ignore[misc]
-        refined, _ = _run(generator, examples, second)
-        for k, block in zip(again, refined, strict=True):
-            blocks[k] = block
-    slices = generator.layer_collection.slices()
-    parts = []
-    for e, block in zip(estimators, blocks, strict=True):
-        where = [slices[layer.name] for layer in e.layers]
-        if mean is not None:
-            block = e.centre(block, torch.cat([mean[layer.name] for layer in e.layers]))
-        parts.append(Part(_runs(where), e.packing, block))
-    return parts
-
-
-def _run(
-    generator: Generator, examples: Any, estimators: Sequence[Estimator]
-) -> tuple[list[Block], dict[str, Tensor] | None]:
-    """One pass: the blocks, and the mean Jacobian of each layer where the matrix is centred."""
-    states: list[State | None] = [None] * len(estimators)
-    mean: dict[str, Tensor] = {}
-    total = 0.0
-    with no_grad():
-        by_example = all(e.by_example for e in estimators)
-        for observation in generator.stream(examples, by_example=by_example, join=True):
-            total += observation.weight
-            states = [_updated(state, e, observation) for state, e in zip(states, estimators, strict=True)]
-            if generator.centred:
-                for e in estimators:
-                    for layer in e.layers:
-                        j = layer.packing.unpack(observation.forms[layer.name].total())
-                        mean[layer.name] = mean[layer.name] + j if layer.name in mean else j
-            del observation  # before the next one is made
-        n = counted(total) if generator.mean else 1.0
-        blocks = [e.finish(state, n) for e, state in zip(estimators, states, strict=True) if state is not None]
-    return blocks, {name: j / n for name, j in mean.items()} if generator.centred else None
-
-
-def _updated(state: State | None, estimator: Estimator, observation: Observation) -> State:
-    js = [observation.forms[layer.name] for layer in estimator.layers]
-    if state is not None and estimator.add is not None:
-        return estimator.add(state, js, observation.n)
-    new = estimator.observe(js, observation.n)
-    return new if state is None else merge(state, new)
-
-
-def _runs(where: Sequence[slice]) -> tuple[tuple[int, int], ...]:
-    """Slices with neighbours joined."""
-    runs: list[tuple[int, int]] = []
-    for s in where:
-        if runs and runs[-1][1] == s.start:
-            runs[-1] = (runs[-1][0], s.stop)
-        else:
-            runs.append((s.start, s.stop))
-    return tuple(runs)
 
 
 def _flat(layers: Sequence[Layer]) -> Packing:
@@ -149,15 +29,23 @@ def dense(layers: Sequence[Layer]) -> Estimator:
     def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
         (total,) = state
         if not isinstance(total, Tensor):
-            contraction = forms.Contraction.of(js, total)
+            contraction = forms.Contraction.of(js, None if total is None else total.contraction)
             if contraction is not None:
-                return (contraction,)
-            total = None if total is None else total.matrix(places)  # minibatches so far had one position
+                return (Contracted(contraction),)
+            total = None if total is None else expanded(total)  # minibatches so far had one position
         return (forms.gram(js, places, total),)
+
+    def expanded(total: Tensor | Contracted) -> Tensor:
+        return total if isinstance(total, Tensor) else total.contraction.matrix(places)
+
+    def merged(a: State, b: State) -> State:
+        if isinstance(a[0], Contracted) and isinstance(b[0], Contracted):
+            return merge(a, b)
+        return merge((expanded(a[0]),), (expanded(b[0]),))
 
     def finish(state: State, n: float) -> Block:
         (total,) = state
-        matrix = total.matrix(places) if isinstance(total, forms.Contraction) else forms.mirror(total)
+        matrix = forms.mirror(total) if isinstance(total, Tensor) else expanded(total)
         return Dense(matrix.div_(n))
 
     return Estimator(
@@ -167,6 +55,7 @@ def dense(layers: Sequence[Layer]) -> Estimator:
         finish,
         lambda block, mean: Dense(block.data.sub_(torch.outer(mean, mean))),  # type: ignore[attr-defined]
         add=add,
+        merge=merged,
     )
 
 
@@ -203,12 +92,13 @@ def quasidiag(layer: Layer) -> Estimator:
     )
 
 
-def lowrank(layers: Sequence[Layer]) -> Estimator:
-    """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n."""
+def lowrank(layers: Sequence[Layer], rows: int | None = None) -> Estimator:
+    """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n. rows: how many are kept at least, all if None."""
     places = [layer.packing.places for layer in layers]
+    most = rows
 
     def finish(state: State, n: float) -> Block:
-        rows = torch.cat(state[0])
+        rows = torch.cat(state[0].pieces)
         return LowRank(rows.div_(n**0.5), rows.new_ones(len(rows)))
 
     def centre(block: Block, mean: Tensor) -> Block:
@@ -218,7 +108,7 @@ def lowrank(layers: Sequence[Layer]) -> Estimator:
     return Estimator(
         tuple(layers),
         _flat(layers),
-        lambda js, n: ([j.flatten(0, 1) for j in forms.rows(js, places)],),
+        lambda js, n: (Rows([j.flatten(0, 1) for j in forms.rows(js, places)], most),),
         finish,
         centre,
     )
@@ -284,14 +174,17 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
 def ekfac(layer: Layer, reduce: bool) -> Estimator:
     """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
     first = kron(layer, reduce, thin=not reduce)  # the span of averaged inputs does not hold the inputs
-    return Estimator(
-        first.layers,
-        first.packing,
-        first.observe,
-        first.finish,
-        lambda block, mean: second_moments(layer, block.eig().basis).centre(block, mean),  # type: ignore[attr-defined]
-        lambda block: second_moments(layer, block.eig().basis),  # type: ignore[attr-defined]
-    )
+
+    def refine(basis: Block) -> Refinement:
+        def carried(old: Block, state: State) -> State:
+            return _rotated(old, basis, state)
+
+        return Refinement(basis, second_moments(layer, basis), second_moments(layer, basis, elsewhere=True), carried)
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        raise AssertionError("only what was refined is centred")
+
+    return replace(first, centre=centre, refine=refine)
 
 
 def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estimator:
@@ -305,21 +198,39 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         inside = forms.total_of(piece.rotate(to_left, to_right).square() for piece in js[0].pieces())
-        return (inside, js[0].sqnorm().sum()) if elsewhere else (inside,)
+        if not elsewhere or inside.numel() == prod(basis.shape):
+            return inside, inside.new_zeros(())
+        return inside, js[0].sqnorm().sum() - inside.sum()
 
     def finish(state: State, n: float) -> Block:
-        l = state[0].div_(n)
-        missing = prod(basis.shape) - l.numel()
-        rest = l.new_zeros(())
-        if elsewhere and missing:
-            rest = (state[1] / n - l.sum()).clamp(min=0) / missing
-        return Spectral(basis, l, rest)
+        inside, outside = state
+        l = inside.div_(n)
+        return Spectral(basis, l, (outside / n).clamp(min=0) / max(1, prod(basis.shape) - l.numel()))
 
     def centre(block: Block, mean: Tensor) -> Block:
         m = basis.transpose().mv(layer.packing.pack(mean))
         return Spectral(basis, (block.l - m.square()).clamp(min=0), block.rest)  # type: ignore[attr-defined]
 
     return Estimator((layer,), layer.packing, observe, finish, centre, by_example=True)
+
+
+def _rotated(old: Block, new: Block, state: State) -> State:
+    """Second moments in one Kronecker basis as the diagonal, in another one, of the matrix that they are."""
+    inside, outside = state
+    left = _squares(new.left, old.left, inside.shape[-2])  # type: ignore[attr-defined]
+    right = _squares(new.right, old.right, inside.shape[-1])  # type: ignore[attr-defined]
+    total, rest = inside.sum() + outside, outside / max(1, prod(old.shape) - inside.numel())
+    covered = left.sum(-1).unsqueeze(-1) * right.sum(-1).unsqueeze(-2)
+    moved = left @ inside @ right.mT + rest * (1 - covered).clamp(min=0)
+    missing = prod(new.shape) - moved.numel()
+    return moved, total - moved.sum() if missing else torch.zeros_like(total)
+
+
+def _squares(new: Block, old: Block, size: int) -> Tensor:
+    """The squared entries of the change from one basis of a factor to another one, for each group."""
+    if isinstance(new, Dense) and isinstance(old, Dense):
+        return (new.data.mT @ old.data).square()
+    return torch.eye(size, dtype=new.dtype, device=new.device)  # of a diagonal factor, which keeps its basis
 
 
 def eye(layers: Sequence[Layer]) -> Estimator:

@@ -281,7 +281,7 @@ class Reader:
         key = type(batch), len(batch)
         if key not in self._one:
             named = hasattr(type(batch), "_fields") or not any(isinstance(t, Tensor) for t in batch)
-            elements, whole = (_accepts(self.function, k) for k in (len(batch), 1))
+            elements, whole = (accepts(self.function, k) for k in (len(batch), 1))
             if not elements and not (named and whole):
                 raise TypeError(
                     f"function: it receives the elements of a minibatch, {len(batch)} here, and cannot be called with "
@@ -313,10 +313,10 @@ def _of_the_front(batch: Batch) -> int | None:
 _PLAIN = (tuple, list, dict)
 
 
-def _accepts(function: Any, k: int) -> bool:
+def accepts(function: Any, k: int) -> bool:
     """Whether a function can be called with k positional arguments, as far as it tells."""
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
     except (TypeError, ValueError):
         return True
     try:

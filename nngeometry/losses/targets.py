@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data
+from ..model import data
 
 #: What a loss receives of a minibatch: an entry, several, or a function of the minibatch that returns one target or a
 #: tuple of them. None for all elements after the first, or the whole minibatch if it is not a tuple or list.
@@ -26,6 +26,11 @@ def selected(targets: Targets) -> Callable[[data.Batch], tuple[Any, ...]]:
         return data.targets
     if isinstance(targets, str | int):
         return lambda batch: (_entry(data.content(batch), targets),)
+    if isinstance(targets, torch.nn.Module) or (callable(targets) and not data.accepts(targets, 1)):
+        raise TypeError(
+            f"targets: expected a key of the minibatch, or a function that takes it, got {type(targets).__name__}: "
+            'write e.g. targets="labels" or targets=lambda batch: batch[1]'
+        )
     if callable(targets):
 
         def given(batch: data.Batch) -> tuple[Any, ...]:

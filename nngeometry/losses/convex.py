@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .autograd import Pull
-from .changes import Changed, recording
-from .memory import chunk_length, slices
+from ..changes import Changed, recording
+from ..derivatives.pulling import BatchedVJP
+from ..memory import chunk_length, slices
 
 #: How many products the sign of the eigenvalues is looked at with.
 _LOOKS = 8
@@ -25,7 +25,9 @@ class OutputHessian:
         self.leaf = f.detach().requires_grad_()
         with Changed(recording(True)):
             (self.gradient,) = torch.autograd.grad(total(self.leaf), self.leaf, create_graph=True)
-        self._pull = Pull()
+        if bool(self.gradient.detach().isnan().any()):
+            raise ValueError("loss: its gradient has NaN entries: check the targets of this minibatch")
+        self._pull = BatchedVJP()
 
     def mv(self, u: Tensor) -> Tensor:
         """Times one vector for each example, ``(n, *out)``: one differentiation of the gradient."""

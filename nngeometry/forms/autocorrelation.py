@@ -10,7 +10,7 @@ from math import prod
 from torch import Tensor
 from torch.nn import functional as F
 
-from .memory import chunk_length, grain, panel_length, slices
+from ..memory import chunk_length, panel_length, slices, tuning
 
 #: Positions, of one axis: from the first to behind the last.
 Interval = tuple[int, int]
@@ -26,11 +26,11 @@ def patch_moment(x: Tensor, kernel: Sequence[int], padding: Sequence[tuple[int, 
     that differ by o, less those that d does not reach or d' does not, near borders. So there is one large product for
     each offset, and small ones at borders.
 
-    Without a cache that is done along the first axis alone, on the patches along the others, of some examples at a
-    time: that is twice as many multiplications for a kernel of 3 x 3, but in 3 large products instead of 13, and hardly
-    any small ones.
+    Where few operations are faster, that is done along the first axis alone, on the patches along the others, of some
+    examples at a time: that is twice as many multiplications for a kernel of 3 x 3, but in 3 large products instead of
+    13, and hardly any small ones.
     """
-    if grain(x.device).has_cache or len(kernel) == 1:
+    if not tuning(x.device).few_operations or len(kernel) == 1:
         return _moment(x, kernel, padding, bias, 1)
     others = prod(kernel[1:])
     along_first = (kernel[0], *[1] * len(kernel[1:])), [padding[0], *[(0, 0)] * len(kernel[1:])]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import arguments, data
-from .apart import called_apart
-from .changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
-from .layercollection import LayerCollection
-from .memory import Made, keep_freed, nbytes_of, work_array
+from .. import arguments
+from ..changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
+from ..layercollection import LayerCollection
+from ..memory import BytesMade, keep_freed, nbytes_of, work_array
+from . import data
+from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
 
@@ -27,7 +28,7 @@ _SMALL_MODEL = 2**21
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """Two examples, what the model returned for them, and the bytes of all that it made on the way."""
 
     pair: data.Batch
@@ -114,14 +115,11 @@ class Evaluator:
         """The output of the model on a minibatch, checked: one row for each example, finite."""
         try:
             f = self.outputs_unchecked(batch)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, AssertionError) as error:
             arguments.inputs(batch, next(self.model.parameters()).dtype, error)
             raise
         if not isinstance(f, Tensor):
-            raise TypeError(
-                f"the model returned a {type(f).__name__}, not a tensor: pass function=, "
-                "e.g. function=lambda *batch: model(batch[0]).logits"
-            )
+            raise TypeError(_not_a_tensor(f, batch, self.function is not None))
         if not f.is_floating_point():
             raise TypeError(
                 f"the model returned {f.dtype}: its outputs must be real numbers that can be differentiated"
@@ -231,13 +229,13 @@ class Evaluator:
             weights.check(before)
         return found
 
-    def trial(self, batch: data.Batch, *changes: Change) -> Trial:
+    def dry_run(self, batch: data.Batch, *changes: Change) -> DryRun:
         """The model on the first two examples, under changes. Operations that are not recorded count too: a head may be
         all that is differentiated.
         """
         pair = data.take(batch, torch.arange(2))
         apart = self.called_apart(batch) is not None  # others may have hooks on what is recorded
-        made = Made()
+        made = BytesMade()
         if apart:
             with self.running(*changes, entered(made), record=False):
                 f = self.outputs(pair)
@@ -246,7 +244,7 @@ class Evaluator:
             with self.running(*changes, state, entered(made)):
                 f = self.outputs(pair).detach()
                 state.check(lambda: self.outputs(pair))
-        return Trial(pair, f, made.nbytes)
+        return DryRun(pair, f, made.nbytes)
 
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
         """The modules that the model calls on a minibatch, if their types tell that examples are apart: the model need
@@ -256,6 +254,26 @@ class Evaluator:
         called = called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
         self._reads = self._reads or called is not None
         return called
+
+
+def _not_a_tensor(f: Any, batch: data.Batch, by_function: bool) -> str:
+    """What to do with a model that returns something else than its outputs, whose they are among others."""
+    one = isinstance(data.content(batch), Mapping)
+    call = "lambda batch: model(**batch)" if one else "lambda *batch: model(batch[0])"
+    named = list(f.items()) if isinstance(f, Mapping) else list(enumerate(f)) if isinstance(f, tuple | list) else []
+    named = named or list(getattr(f, "__dict__", {}).items())
+    n = data.count(batch)
+    fitting = [k for k, t in named if isinstance(t, Tensor) and t.is_floating_point() and t.ndim > 0 and len(t) == n]
+    key = "logits" if "logits" in fitting else fitting[0] if fitting else None
+    if key is None:
+        part, hint = "", "one row of real numbers for each example"
+    else:
+        part = f".{key}" if isinstance(key, str) and hasattr(f, key) else f"[{key!r}]"
+        hint = f"its {part}" if len(fitting) == 1 else f"one of {', '.join(map(str, fitting))}"
+    who = "function= returned" if by_function else "the model returned"
+    how = "let it return" if by_function else "pass a function= that returns"
+    example = f", e.g. function={call}{part}" if part else ""
+    return f"{who} a {type(f).__name__}, not a tensor: {how} {hint}{example}"
 
 
 def check_mode(model: nn.Module) -> None:
@@ -427,3 +445,26 @@ def _check_one_of(what: str, found: set[Any], remedy: str) -> None:
             f"the collected parameters have more than one {what} ({', '.join(map(str, sorted(found, key=str)))}): "
             f"{remedy}"
         )
+
+
+MIXED = (
+    "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
+    "is random"
+)
+APART = "use model.eval(), or feed one example at a time"
+MIXES = f"{MIXED}: {APART}"
+
+
+def check_same(f: Tensor, expected: Tensor, scale: Tensor, problem: str, remedy: str) -> None:
+    """Raise unless f is what is expected, up to rounding of numbers as large as those of ``scale``."""
+    if not same_up_to_rounding(f, expected, scale):
+        raise ValueError(f"{problem}. {remedy}")
+
+
+def counted(total: float) -> float:
+    """What a mean is divided by. Raises ``ValueError`` if that is nothing."""
+    if total == 0:
+        raise ValueError(
+            "the mean of the loss is over nothing: every target of the data is ignored, or has weight zero"
+        )
+    return total

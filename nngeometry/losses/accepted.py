@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
-from .likelihood import Categorical, Cotangents
-from .outputloss import ByExample, OutputLoss
+from .. import arguments
+from ..likelihood import Categorical, Cotangents
+from ..model import data
+from .of_torch import check_reduction, check_twice, of_torch
+from .output import ByExample, OutputLoss
 from .targets import check_count, check_range, class_indices, shape_of
-from .torchlosses import check_reduction, check_twice, of_torch
 
 __all__ = ["Loss", "OutputLoss", "OwnLoss", "TokenCrossEntropy", "example_loss", "loss_gradient", "output_loss"]
 
@@ -115,6 +116,8 @@ class OwnLoss:
     """
 
     def __init__(self, count: Callable[[data.Batch], Any] | None = None) -> None:
+        if count is not None and not callable(count):
+            raise TypeError(f"OwnLoss: count: expected a function of the minibatch, got {arguments.described(count)}")
         self.count = count
 
     def function(self, model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
@@ -152,7 +155,9 @@ class OwnLoss:
 
     def weight(self, batch: data.Batch) -> float:
         """What the loss of a minibatch counts in the mean."""
-        return float(data.count(batch) if self.count is None else self.count(data.content(batch)))
+        if self.count is None:
+            return float(data.count(batch))
+        return arguments.number("OwnLoss: what count returns", self.count(data.content(batch)))
 
 
 def example_loss(loss: Loss) -> OutputLoss:

@@ -15,11 +15,11 @@ from .operations import OPERATIONS, Maybe, Operation
 
 
 class CheapDerivatives(TorchFunctionMode):
-    """Inside of it, the operations of :mod:`nngeometry.operations` (convolutions, linear layers, products of matrices,
-    normalisations, activations, softmax) are recorded such that the map from a cotangent u to ``J^T u`` can be
-    recorded for nothing, and differentiated at the cost of a product with J. torch's second derivatives compute twice
-    as many convolutions. A gradient can be recorded too, of which the values in parameters, a third of its cost, are
-    not computed.
+    """Inside of it, the operations of :mod:`nngeometry.derivatives.operations` (convolutions, linear layers, products
+    of matrices, normalisations, activations, softmax) are recorded such that the map from a cotangent u to ``J^T u``
+    can be recorded for nothing, and differentiated at the cost of a product with J. torch's second derivatives compute
+    twice as many convolutions. A gradient can be recorded too, of which the values in parameters, a third of its cost,
+    are not computed.
 
     Use :meth:`at_zero` or :meth:`without_values` while that is recorded.
     """
@@ -134,7 +134,7 @@ def _record_at_zero(
     return found
 
 
-class Bent(torch.autograd.Function):
+class SecondPull(torch.autograd.Function):
     """``J^T u`` of an operation, with zeros for the inputs whose values are not needed, and its derivative."""
 
     @staticmethod
@@ -157,7 +157,7 @@ class Bent(torch.autograd.Function):
         if all(t is None for t in tangents):
             return None, None, None, None, *[None] * len(saved)
         pushed = ctx.operation.push(tangents, saved, cotangent.shape) if upstream else None
-        bent = ctx.operation.bend(tangents, cotangent, saved, wanted)
+        bent = ctx.operation.second_pull(tangents, cotangent, saved, wanted)
         return None, None, None, pushed, *bent, *[None] * (len(saved) - len(bent))
 
 
@@ -165,5 +165,5 @@ def _record_without_values(
     operation: Operation, saved: Sequence[Any], wanted: Sequence[bool], cotangent: Tensor
 ) -> Sequence[Maybe]:
     needed = [w and not t.is_leaf for t, w in zip(saved, wanted, strict=False)]
-    found: Sequence[Maybe] = Bent.apply(operation, wanted, needed, cotangent, *saved)
+    found: Sequence[Maybe] = SecondPull.apply(operation, wanted, needed, cotangent, *saved)
     return found

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from .changes import Change, forward_hook
-from .layercollection import Site
+from ..changes import Change, forward_hook
+from ..layercollection import Site
+from .refused import EXCLUDE, Refused, named
 
 
 class Output(NamedTuple):
@@ -43,7 +44,7 @@ class Call:
     @property
     def what(self) -> str:
         """How messages name its module."""
-        return f"layer {self.site.name!r} ({type(self.site.module).__name__})"
+        return named(self.site.name, self.site.module)
 
     def tensors(self) -> list[Tensor]:
         """The tensors among its inputs, in the order of the module's signature, however they were passed."""
@@ -237,24 +238,23 @@ class Layout:
         if not any(used) and two.outputs:
             try:
                 found = cls.of(two, three, [True] * len(used))
-            except (ValueError, NotImplementedError):
+            except Refused:
                 return None
             return None if found is None or None in found.outputs else found
         one, other = leaves_of(two.inputs), leaves_of(three.inputs)
         if len(one) != len(other) or len(two.outputs) != len(three.outputs):
-            raise NotImplementedError(
+            raise Refused(
+                [two.site.name],
                 f"{two.what} is called with another number of tensors, or returns another, for other numbers of "
-                "examples, so they cannot be told apart: leave it out with LayerCollection.exclude"
+                "examples, so they cannot be told apart",
+                EXCLUDE,
             )
         outputs = tuple(
             _axis(two, a.shape, b.shape) if u else None
             for a, b, u in zip(two.outputs, three.outputs, used, strict=True)
         )
         if len(outputs) != 1 and any(u and axis is None for axis, u in zip(outputs, used, strict=True)):
-            raise NotImplementedError(
-                f"{two.what} has several outputs, some without an axis of examples: leave it out with "
-                "LayerCollection.exclude"
-            )
+            raise Refused([two.site.name], f"{two.what} has several outputs, some without an axis of examples", EXCLUDE)
         inputs = tuple(
             _axis(two, a.shape, b.shape) if isinstance(a, Tensor) and isinstance(b, Tensor) else None
             for a, b in zip(one, other, strict=True)
@@ -288,8 +288,10 @@ def _axis(call: Call, two: torch.Size, three: torch.Size) -> int | None:
     changed = [k for k, (m, n) in enumerate(zip(two, three, strict=False)) if m != n]
     if len(two) == len(three) and len(changed) == 1 and two[changed[0]] * 3 == three[changed[0]] * 2:
         return changed[0]
-    raise ValueError(
-        f"layer {call.site.name!r}: a tensor of shape {tuple(two)} for two examples and {tuple(three)} for three has "
-        "no axis that is that of examples: leave the layer out with LayerCollection.exclude, or switch off what it is "
-        "given or returns beside (use_cache=False, output_attentions=False)"
+    raise Refused(
+        [call.site.name],
+        f"{call.what}: a tensor of shape {tuple(two)} for two examples and {tuple(three)} for three has no axis that "
+        "is that of examples",
+        "switch off what it is given or returns beside (use_cache=False, output_attentions=False)",
+        EXCLUDE,
     )

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .changes import Borrowed, uninterrupted, warnings_ignored
-from .memory import grain
+from ..changes import Borrowed, uninterrupted, warnings_ignored
+from ..memory import tuning
 
 
-class Pull:
+class BatchedVJP:
     """Gradients of ``sum_j weights_j[k] . outputs_j`` with respect to every input, for each k.
 
     All k at once, until an operation turns out to have no batching rule, and one by one from then on.
 
     >>> x = torch.ones(3, requires_grad=True)
-    >>> Pull()([2 * x], [x], [torch.eye(3)])
+    >>> BatchedVJP()([2 * x], [x], [torch.eye(3)])
     [tensor([[2., 0., 0.],
             [0., 2., 0.],
             [0., 0., 2.]])]
@@ -73,7 +73,7 @@ def accumulate(
 
 
 def _at_once(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    if not grain(outputs[0].device).has_cache:
+    if tuning(outputs[0].device).few_operations:
         with Borrowed(warnings_ignored(NO_BATCHING_RULE)):
             return uninterrupted(_in_few_operations, outputs, inputs, weights)
     return uninterrupted(_batched, outputs, inputs, weights)
@@ -92,8 +92,8 @@ def _batched(outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence
 def _in_few_operations(
     outputs: Sequence[Tensor], inputs: Sequence[Any], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations. With
-    a cache that is slower.
+    """Of all k together also where ``is_grads_batched`` takes one k after the other: convolutions, normalisations.
+    Where operations start at once that is slower.
     """
     reached: list[bool] = []
 
@@ -130,6 +130,16 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
         yield node
+
+
+def coarsest(roots: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The least precise of a dtype and those that some tensors were computed in, as far as it was recorded.
+
+    >>> coarsest([torch.ones(2, requires_grad=True).double().float().double()], torch.float64)
+    torch.float32
+    """
+    found = (of.dtype for node in nodes(roots) for of in getattr(node, "_input_metadata", ()))
+    return max([dtype, *(d for d in found if d.is_floating_point)], key=lambda d: torch.finfo(d).eps)
 
 
 #: What torch says of an operation that it cannot differentiate twice.

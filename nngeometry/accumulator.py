@@ -1,0 +1,299 @@
+"""A running estimate as a value: whatever is seen in pieces, merged, forgotten, moved, saved and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments
+from .estimation import Estimation, Source
+from .layercollection import LayerCollection
+from .object.pmat import PMat
+
+#: The version of what :meth:`Accumulator.state_dict` gives.
+FORMAT = 1
+#: Options that say where and how, not what is estimated.
+_NOT_WHAT = ("function", "layer_collection", "device", "verbose", "generator")
+
+
+class Accumulator:
+    """The running estimate of one matrix in one representation.
+
+    What was seen is held as sums, so that the matrix is that of all examples together, in whatever pieces they come:
+    ``FIM(model, loader, R)`` is ``Accumulator(FIM, model, R).update(loader).matrix()``, and two halves of the data give
+    the same, on one accumulator or merged from two. :meth:`decay` makes it a running average, which has no bias towards
+    where it began.
+
+    PMatEKFAC takes its basis from the first update, for which it reads the data twice; later updates add to the second
+    moments in that basis, which are exact, until :meth:`rebase` takes another one. PMatLowRank keeps all rows of the
+    Jacobian, or ``rows=``. Of a Hessian the entries add, in the representations that have some. PMatImplicit has no
+    average. FIM_MonteCarlo draws other labels for each minibatch that comes.
+
+    The model is looked at in the first update, and again when it is not the same any more: when its modules, their
+    plain attributes, hooks or modes are other ones, or minibatches have other axes. What else a model may consult (the
+    variables of a closure, a file) is not seen to change.
+
+    Args:
+        matrix: A constructor of matrices: FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance, GGN, Hessian, a
+            partial of one, or one of your own that hands its source to the representation.
+        model: The model, which is used at the parameters that it has when an update comes.
+        representation: A PMat class, a partial of one, or ``PMatMixed.of(...)``.
+        **options: The keywords of the matrix and of the representation.
+
+    Raises:
+        NotImplementedError: For a representation that has no average.
+
+    Example:
+        >>> from nngeometry import FIM, Accumulator, PMatKFAC
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> running = Accumulator(FIM, model, PMatKFAC)
+        >>> for x in torch.randn(3, 20, 4):
+        ...     _ = running.decay(0.95).update((x,))
+        >>> running.matrix().size(), round(running.n, 2)
+        ((43, 43), 57.05)
+    """
+
+    def __init__(self, matrix: Callable[..., Any], model: nn.Module, representation: Any, **options: Any) -> None:
+        if not callable(matrix) or isinstance(matrix, type | nn.Module):
+            raise TypeError(
+                f"matrix: expected a constructor such as FIM or GGN, got {arguments.described(matrix)}: "
+                "Accumulator(FIM, model, PMatKFAC)"
+            )
+        kind: Any = representation.func if isinstance(representation, partial) else representation
+        constructor = matrix.func if isinstance(matrix, partial) else matrix
+
+        def begin(layer_collection: LayerCollection, generator: Source, examples: Any, **left: Any) -> Estimation:
+            method = "plan" if generator.jacobians else "project"
+            arguments.representation(representation, PMat, left, constructor, method)
+            if not isinstance(kind, type):
+                raise TypeError(f"representation: expected a PMat class, got {arguments.described(representation)}")
+            fixed = representation.keywords if isinstance(representation, partial) else {}
+            begun: Estimation = kind.estimation(  # type: ignore[attr-defined]
+                generator, **{**fixed, **left}
+            )
+            return begun
+
+        found = matrix(model, [], begin, **options)
+        if not isinstance(found, Estimation):
+            raise TypeError(
+                f"matrix: {arguments.described(matrix)} hands no source to the representation that it is given: call "
+                "representation(layer_collection=..., generator=source, examples=loader, **options) in it"
+            )
+        self.model = model
+        self._kind = kind
+        self._estimation = found
+        self._what = (
+            _told(constructor, {**getattr(matrix, "keywords", {}), **options}),
+            _told(self._kind, getattr(representation, "keywords", {})),
+        )
+
+    @property
+    def layer_collection(self) -> LayerCollection:
+        """The coordinates of the matrix."""
+        return self._estimation.source.layer_collection
+
+    @property
+    def n(self) -> float:
+        """How many examples were seen, those of the past for less where they were decayed; of a Hessian, what they
+        count in the mean.
+        """
+        return self._estimation.seen
+
+    def update(self, examples: Any) -> Self:
+        """Fold in a loader or one minibatch, at the parameters as they are now. After an exception nothing of it is
+        kept.
+
+        Args:
+            examples: As ``loader`` of :func:`~nngeometry.FIM`. The first time PMatEKFAC reads it twice.
+
+        Returns:
+            The accumulator.
+        """
+        self._estimation.update(examples)
+        return self
+
+    def decay(self, weight: float) -> Self:
+        """What was seen counts ``weight`` as much from now on; nothing seen, nothing changes.
+
+        Args:
+            weight: Of the old, between 0 and 1: 0.95 keeps 95 % of it.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: For another weight.
+        """
+        value = arguments.number("decay: weight", weight, least=0.0)
+        if value > 1:
+            raise ValueError(f"decay: weight is that of the old, between 0 and 1, got {value}")
+        if value == 0:
+            return self.reset()
+        self._estimation.decay(value)
+        return self
+
+    def matrix(self) -> PMat:
+        """The matrix of what was seen. The accumulator goes on as if it had not been asked.
+
+        Raises:
+            ValueError: If nothing was seen.
+        """
+        if self.n == 0:
+            raise ValueError("matrix: nothing was seen yet: call update(loader) first")
+        made: PMat = self._kind._of_blocks(self.layer_collection, self._estimation.root())
+        made.generator = self._estimation.source
+        return made
+
+    def merge(self, other: Accumulator) -> Self:
+        """Add what another accumulator of the same matrix has seen, which is left as it is.
+
+        Args:
+            other: Of the same matrix, representation and layers.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: If it is of something else; or of PMatEKFAC, in another basis.
+        """
+        if not isinstance(other, Accumulator):
+            raise TypeError(f"merge: expected an Accumulator, got {arguments.described(other)}")
+        self._check("merge", other._identity())
+        self._estimation.absorb(other._estimation)
+        return self
+
+    def __add__(self, other: Accumulator) -> Accumulator:
+        """What both have seen, as a new accumulator."""
+        return self._moved(Tensor.clone).merge(other) if isinstance(other, Accumulator) else NotImplemented
+
+    def rebase(self, other: Accumulator | None = None) -> Self:
+        """Take the eigenbasis of all that was seen, for PMatEKFAC.
+
+        The second moments are carried over as the diagonal, in the new basis, of the approximation in the old one: that
+        is not exact, but what is added later is.
+
+        Args:
+            other: Whose basis to take instead, so that the two can be merged.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: If the representation has no basis of its own.
+        """
+        if other is not None:
+            self._check("rebase", other._identity())
+        rebase = getattr(self._estimation, "rebase", None)
+        if rebase is None:
+            raise ValueError("rebase: this representation has no basis of its own: only PMatEKFAC and mixtures with it")
+        rebase(None if other is None else other._estimation)
+        return self
+
+    def reset(self) -> Self:
+        """Forget all that was seen, bases included. Returns the accumulator."""
+        self._estimation = self._estimation.fresh()
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Accumulator:
+        """A new accumulator that has seen the same, with its sums on another device or in another dtype, where those of
+        later updates are brought. The model stays where it is.
+        """
+        arguments.device(device)
+        return self._moved(lambda t: t.to(device, dtype if t.is_floating_point() else None, copy=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, bases and the place in the random draws included, as tensors and plain values, for
+        ``torch.save`` and ``torch.load(weights_only=True)``.
+        """
+        return {"format": FORMAT, **self._identity(), "seen": self._estimation.plain()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Self:
+        """Have seen what :meth:`state_dict` says, instead of what was seen, and go on as that accumulator would.
+
+        Args:
+            state: Of an accumulator of the same matrix, representation, options and layers.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: If it is of something else, and of what.
+        """
+        if not isinstance(state, Mapping) or "format" not in state or "seen" not in state:
+            raise ValueError("load_state_dict: expected what Accumulator.state_dict() gives")
+        if state["format"] != FORMAT:
+            raise ValueError(
+                f"load_state_dict: the state is of format {state['format']!r}, this version of the library reads "
+                f"{FORMAT}: use the version that wrote it"
+            )
+        self._check("load_state_dict", state)
+        fresh = self._estimation.fresh()
+        try:
+            fresh.load(state["seen"])
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"load_state_dict: the state is damaged ({type(error).__name__}: {error})") from error
+        self._estimation = fresh
+        return self
+
+    def _identity(self) -> dict[str, Any]:
+        """What two accumulators must have in common."""
+        layers = self.layer_collection.layers.values()
+        return {
+            "matrix": self._what[0],
+            "representation": self._what[1],
+            "layers": [[layer.name, [[name, list(shape)] for name, shape in layer.params]] for layer in layers],
+            "dtype": str(self._estimation.source.dtype),
+        }
+
+    def _check(self, what: str, other: Mapping[str, Any]) -> None:
+        mine = self._identity()
+        differ = [
+            f"{name} ({_short(other.get(name))}, here {_short(mine[name])})"
+            for name in mine
+            if other.get(name) != mine[name]
+        ]
+        if differ:
+            raise ValueError(f"{what}: the other accumulator is of something else: {'; '.join(differ)}")
+
+    def _moved(self, fn: Callable[[Tensor], Tensor]) -> Accumulator:
+        made = object.__new__(Accumulator)
+        made.__dict__.update(vars(self))
+        made._estimation = self._estimation.map(fn)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Accumulator:
+        return self._moved(Tensor.clone)  # of the same model
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Accumulator cannot be pickled, since it holds the model and functions of yours: keep its state_dict() "
+            "and give that to the load_state_dict of one that is made in the same way"
+        )
+
+    def __repr__(self) -> str:
+        p = self.layer_collection.numel()
+        return f"Accumulator({self._what[0]}, {self._what[1]}) of {p} parameters, n = {self.n:g}"
+
+
+def _told(made: Any, options: Mapping[str, Any]) -> str:
+    """A call in words, with the options that say what is estimated."""
+    of = ", ".join(f"{name}={_value(value)}" for name, value in sorted(options.items()) if name not in _NOT_WHAT)
+    name = getattr(made, "__name__", type(made).__name__)
+    return f"{name}({of})" if of else name
+
+
+def _value(value: Any) -> str:
+    if callable(value) and not isinstance(value, nn.Module):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,84 @@
+"""What is added to the diagonal of a matrix before it is inverted: one number, or one for each coordinate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Block
+from .direct import DirectSum, Part
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A multiple of the identity."""
+
+    number: float
+
+    @property
+    def shift(self) -> float:
+        """What products with the identity are multiplied by."""
+        return self.number
+
+    def solve(self, M: Block, V: Tensor) -> Tensor:
+        """``(M + R)^-1 V``."""
+        return M.solve(V, self.number)
+
+    def inv(self, M: Block) -> Block:
+        """``(M + R)^-1``."""
+        return M.inv(self.number)
+
+    def logdet(self, M: Block) -> Tensor:
+        """``log det(M + R)``."""
+        return M.logdet(self.number)
+
+
+@dataclass(frozen=True, eq=False)
+class Varying:
+    """A diagonal, d in the shape of a vector.
+
+    A direct sum takes it part by part, so that a block on which it is constant is inverted as it is. For others,
+    ``M + R = R^1/2 (R^-1/2 M R^-1/2 + 1) R^1/2``, which takes a positive R.
+    """
+
+    d: Tensor
+
+    @property
+    def shift(self) -> Tensor:
+        """What products with the identity are multiplied by."""
+        return self.d.flatten()
+
+    def _on(self, part: Part) -> Uniform | Varying:
+        d = part.take(self.d)
+        first = d.flatten()[0]
+        return Uniform(float(first)) if bool((d == first).all()) else Varying(d)
+
+    def _inverse_root(self) -> Tensor:
+        if not bool((self.d > 0).all()):
+            raise ValueError("regul: layers that share a block need a positive value each")
+        return self.d.rsqrt()
+
+    def solve(self, M: Block, V: Tensor) -> Tensor:
+        """``(M + R)^-1 V``."""
+        if isinstance(M, DirectSum):
+            return M.join(lambda part: self._on(part).solve(part.block, part.take(V)))
+        s = self._inverse_root()
+        return s * M.congruence(s).solve(s * V, 1.0)
+
+    def inv(self, M: Block) -> Block:
+        """``(M + R)^-1``."""
+        if isinstance(M, DirectSum):
+            return DirectSum(tuple(part.with_block(self._on(part).inv(part.block)) for part in M.parts))
+        s = self._inverse_root()
+        return M.congruence(s).inv(1.0).congruence(s)
+
+    def logdet(self, M: Block) -> Tensor:
+        """``log det(M + R)``."""
+        if isinstance(M, DirectSum):
+            return torch.stack([self._on(part).logdet(part.block) for part in M.parts]).sum()
+        return M.congruence(self._inverse_root()).logdet(1.0) + self.d.log().sum()
+
+
+Regul = Uniform | Varying

@@ -1,0 +1,1 @@
+"""Vector-Jacobian products: many at once, and of operations that are cheap to differentiate twice."""

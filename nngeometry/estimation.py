@@ -1,0 +1,604 @@
+"""Estimation from a stream of Jacobians, or from products: observe, merge, forget, finish. The same for all matrices
+and representations.
+
+What was seen is held as sums (:data:`State`), which add up over chunks, minibatches and machines, and from which the
+blocks of a matrix are made as often as they are asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import forms
+from .blocks import Block, DirectSum, Operator, Part, add
+from .changes import no_grad, uninterrupted
+from .forms import LayerJacobian
+from .generator import Observation, fold
+from .kinds import Packing
+from .layercollection import Layer, LayerCollection
+from .model.data import require_repeatable
+from .model.evaluator import counted
+
+#: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
+State = tuple[Any, ...]
+
+
+class Source(Protocol):
+    """What a matrix is made from: a model with what is asked of it, but without data.
+
+    ``stream`` gives its Jacobians, ``operator`` its products. A source with ``jacobians`` has both.
+    """
+
+    layer_collection: LayerCollection
+    #: Whether it has a stream of Jacobians.
+    jacobians: bool
+    #: Whether the matrix is divided by what was seen.
+    mean: bool
+    #: Whether the Jacobians are less their mean.
+    centred: bool
+    #: What tells its random draws from others: a minibatch has those of ``seed`` and its position.
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def stream(
+        self, examples: Any, *, by_example: bool = False, join: bool = False, first: int = 0
+    ) -> Iterator[Observation]:
+        """The Jacobians of a loader or of one minibatch. first: the position of its first minibatch."""
+        ...
+
+    def operator(self, examples: Any) -> Operator:
+        """The matrix of a loader or of one minibatch by its products."""
+        ...
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How the block of one group of layers is estimated.
+
+    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
+    and machines. finish: ``(State, n) -> Block``, which takes the state over and may write into it, n being what the
+    sum is divided by, usually the number of examples. centre: takes the outer product of the mean Jacobian, in flat
+    parameters, off the block. refine: what estimates the block again, given the first. by_example: whether all
+    cotangents of few examples are cheaper to observe than few cotangents of all examples, because the inputs are
+    looked at once. add: merges a state and what would be observed, in place, where both take much memory. merge: of
+    two states, which may write into the first.
+    """
+
+    layers: tuple[Layer, ...]
+    packing: Packing
+    observe: Callable[[Sequence[LayerJacobian], int], State]
+    finish: Callable[[State, float], Block]
+    centre: Callable[[Block, Tensor], Block]
+    refine: Callable[[Block], Refinement] | None = None
+    by_example: bool = False
+    add: Callable[[State, Sequence[LayerJacobian], int], State] | None = None
+    merge: Callable[[State, State], State] | None = None
+
+    def updated(self, state: State | None, observation: Observation) -> State:
+        """A state and what was observed."""
+        js = [observation.forms[layer.name] for layer in self.layers]
+        if state is not None and self.add is not None:
+            return self.add(state, js, observation.n)
+        new = self.observe(js, observation.n)
+        return new if state is None else self.merged(state, new)
+
+    def merged(self, a: State, b: State) -> State:
+        """The statistic of the union of what two have seen."""
+        return (self.merge or merge)(a, b)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A second estimate, in the eigenbasis of the first one.
+
+    first: of the block in that basis, from the examples that it is of. later: from others, which may have something
+    outside of its span. carried: from another basis and a state in it to what that is in this one, as far as it is
+    known without the data.
+    """
+
+    basis: Block
+    first: Estimator
+    later: Estimator
+    carried: Callable[[Block, State], State]
+
+
+class Deferred(ABC):
+    """A statistic that is held by what it is made of, because that is smaller. A subclass is merged with ``+``, and
+    has tensors in plain containers.
+    """
+
+    @abstractmethod
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Deferred:
+        """The same with a function applied to every tensor."""
+
+    @abstractmethod
+    def scaled(self, c: float) -> Deferred:
+        """c times the statistic, which may be written into."""
+
+    @abstractmethod
+    def plain(self) -> Any:
+        """As tensors and plain values, from which :meth:`of_plain` makes it again."""
+
+    @classmethod
+    @abstractmethod
+    def of_plain(cls, value: Any) -> Deferred:
+        """What :meth:`plain` was given."""
+
+
+class Samples(Deferred):
+    """Few vectors ``(N, d)`` whose second moment is a statistic: the moment itself would be larger, and of low rank."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __add__(self, other: Samples | Tensor) -> Samples | Tensor:
+        if isinstance(other, Samples) and 2 * (len(self.rows) + len(other.rows)) <= self.rows.shape[1]:
+            return Samples(torch.cat([self.rows, other.rows]))
+        return self.moment().add_(other.moment() if isinstance(other, Samples) else other)
+
+    def moment(self) -> Tensor:
+        """The lower triangle of ``(1, d, d)``."""
+        return forms.second_moment(self.rows.unsqueeze(1))
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Samples:
+        return Samples(fn(self.rows))
+
+    def scaled(self, c: float) -> Samples:
+        return Samples(self.rows * c**0.5)
+
+    def plain(self) -> Any:
+        return self.rows
+
+    @classmethod
+    def of_plain(cls, value: Any) -> Samples:
+        return cls(value)
+
+
+class Rows(Deferred):
+    """All vectors ``(N, d)`` whose second moment is a statistic.
+
+    most: how many are kept at least; twice as many are replaced by the ``most`` that are best in the sense of least
+    squares, by a singular value decomposition.
+    """
+
+    def __init__(self, pieces: list[Tensor], most: int | None = None) -> None:
+        self.pieces = pieces
+        self.most = most
+
+    def __add__(self, other: Rows) -> Rows:
+        pieces = self.pieces + other.pieces
+        if self.most is None or sum(map(len, pieces)) <= 2 * self.most:
+            return Rows(pieces, self.most)
+        _, s, vh = torch.linalg.svd(torch.cat(pieces), full_matrices=False)
+        return Rows([s[: self.most, None] * vh[: self.most]], self.most)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(list(map(fn, self.pieces)), self.most)
+
+    def scaled(self, c: float) -> Rows:
+        return Rows([piece.mul_(c**0.5) for piece in self.pieces], self.most)
+
+    def plain(self) -> Any:
+        return [self.most, *self.pieces]
+
+    @classmethod
+    def of_plain(cls, value: Any) -> Rows:
+        return cls(list(value[1:]), value[0])
+
+
+class Contracted(Deferred):
+    """A :class:`~nngeometry.forms.Contraction`."""
+
+    def __init__(self, contraction: forms.Contraction) -> None:
+        self.contraction = contraction
+
+    def __add__(self, other: Contracted) -> Contracted:
+        return Contracted(self.contraction + other.contraction)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Contracted:
+        pairs = {key: fn(pair) for key, pair in self.contraction.pairs.items()}
+        return Contracted(forms.Contraction(self.contraction.shapes, pairs))
+
+    def scaled(self, c: float) -> Contracted:
+        for pair in self.contraction.pairs.values():
+            pair.mul_(c)
+        return self
+
+    def plain(self) -> Any:
+        return [[list(shape) for shape in self.contraction.shapes], dict(self.contraction.pairs)]
+
+    @classmethod
+    def of_plain(cls, value: Any) -> Contracted:
+        shapes, pairs = value
+        return cls(forms.Contraction([tuple(shape) for shape in shapes], dict(pairs)))
+
+
+def merge(a: State, b: State) -> State:
+    """The statistic of the union of what a and b saw, entry by entry; a is written into."""
+    return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _add(x: Any, y: Any) -> Any:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.add_(y)  # x is the accumulator: nobody else holds it
+    if isinstance(x, Tensor) and isinstance(y, Samples):
+        return x.add_(y.moment())
+    return x if isinstance(y, int) and y == 0 else x + y
+
+
+def scaled(state: State, c: float) -> State:
+    """c times a statistic, which is written into."""
+    return tuple(
+        x.mul_(c) if isinstance(x, Tensor) else x.scaled(c) if isinstance(x, Deferred) else c * x for x in state
+    )
+
+
+def mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
+    """A statistic with a function applied to every tensor."""
+    return tuple(fn(x) if isinstance(x, Tensor) else x.mapped(fn) if isinstance(x, Deferred) else x for x in state)
+
+
+#: How statistics are called in what is saved.
+_NAMES: dict[str, type[Deferred]] = {"samples": Samples, "rows": Rows, "contracted": Contracted}
+
+
+def _plain(state: State | None) -> Any:
+    """A statistic as tensors and plain values."""
+    if state is None:
+        return None
+    names = {kind: name for name, kind in _NAMES.items()}
+    return [{"kind": names[type(x)], "value": x.plain()} if isinstance(x, Deferred) else x for x in state]
+
+
+def _of_plain(value: Any) -> State | None:
+    """What :func:`_plain` was given."""
+    if value is None:
+        return None
+    return tuple(_NAMES[x["kind"]].of_plain(x["value"]) if isinstance(x, dict) else x for x in value)
+
+
+class Estimation(ABC):
+    """A matrix while it is estimated: what was seen so far, from which it can be made at any time.
+
+    seen: how many examples, those of the past for less where they were decayed.
+    """
+
+    source: Source
+    seen: float
+
+    @abstractmethod
+    def update(self, examples: Any, last: bool = False) -> None:
+        """Fold in a loader or one minibatch, as a whole: after an exception nothing has changed. last: nothing more
+        will follow, so that what only that would need is not kept.
+        """
+
+    @abstractmethod
+    def root(self, last: bool = False) -> Block:
+        """The matrix of what was seen. last: it is not asked for again, and may take over what is held."""
+
+    @abstractmethod
+    def decay(self, weight: float) -> None:
+        """What was seen counts ``weight`` as much from now on."""
+
+    @abstractmethod
+    def absorb(self, other: Any) -> None:
+        """Add what another one of the same kind has seen, which is left as it is."""
+
+    @abstractmethod
+    def fresh(self) -> Estimation:
+        """Another one that has seen nothing."""
+
+    @abstractmethod
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Estimation:
+        """Another one that has seen the same, with a function applied to every tensor."""
+
+    @abstractmethod
+    def plain(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+
+    @abstractmethod
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Have seen what :meth:`plain` says, instead of what was seen."""
+
+
+class OfJacobians(Estimation):
+    """Blocks from a stream of Jacobians, in one pass over the examples, and at first a second one for those that
+    refine; later these are refined in the basis that they have.
+
+    estimators: one for each block.
+    """
+
+    def __init__(self, source: Source, estimators: Sequence[Estimator]) -> None:
+        self.source = source
+        self.estimators = list(estimators)
+        self._sums = _Sums.nothing(len(self.estimators))
+        #: For the blocks that are refined.
+        self._refinements: dict[int, Refinement] = {}
+        self._position = source.seed
+
+    @property
+    def seen(self) -> float:  # type: ignore[override]
+        return self._sums.seen
+
+    def update(self, examples: Any, last: bool = False) -> None:
+        first_time = self._sums.seen == 0 and not self._refinements
+        new = _Sums.nothing(len(self.estimators))
+        refinements = dict(self._refinements)
+        if first_time and (again := [k for k, e in enumerate(self.estimators) if e.refine is not None]):
+            require_repeatable(examples, "this representation")
+            moved = self._pass(examples, new, dict(enumerate(self.estimators)), {})
+            for k in again:
+                refinements[k] = self._refined(k, new, last)
+                if last:
+                    new.states[k] = None
+            self._pass(examples, new, {}, {k: r.first for k, r in refinements.items()}, count=False)
+        else:
+            later = {k: r.later for k, r in refinements.items()}
+            moved = self._pass(examples, new, dict(enumerate(self.estimators)), later)
+        uninterrupted(self._take, new, refinements, moved)
+
+    def _take(self, new: _Sums, refinements: dict[int, Refinement], moved: int) -> None:
+        self._refinements = refinements
+        self._sums = new if self._sums.seen == 0 else self._joined(self._sums, new)
+        self._position += moved
+
+    def _pass(
+        self,
+        examples: Any,
+        sums: _Sums,
+        estimators: Mapping[int, Estimator],
+        refining: Mapping[int, Estimator],
+        count: bool = True,
+    ) -> int:
+        """One pass over the examples, and how many minibatches they were. count: whether it is the first."""
+        by_example = all(e.by_example for e in [*estimators.values(), *refining.values()])
+        seen, minibatches = 0, 0
+
+        def step(observation: Observation) -> None:
+            nonlocal seen, minibatches
+            seen += observation.n
+            minibatches += observation.minibatches
+            for k, e in estimators.items():
+                sums.states[k] = e.updated(sums.states[k], observation)
+            for k, e in refining.items():
+                sums.refined[k] = e.updated(sums.refined.get(k), observation)
+            if count and self.source.centred:
+                for e in self.estimators:
+                    for layer in e.layers:
+                        j = layer.packing.unpack(observation.forms[layer.name].total())
+                        sums.means[layer.name] = sums.means[layer.name] + j if layer.name in sums.means else j
+
+        stream = self.source.stream(examples, by_example=by_example, join=True, first=self._position)
+        weight = fold(stream, step)
+        if count:
+            sums.weight, sums.seen = weight, seen
+        return minibatches
+
+    def _refined(self, k: int, sums: _Sums, last: bool = False) -> Refinement:
+        """The refinement of a block in the eigenbasis of what was seen."""
+        estimator, state = self.estimators[k], sums.states[k]
+        assert state is not None
+        assert estimator.refine is not None
+        with no_grad():
+            block = estimator.finish(state if last else mapped(state, Tensor.clone), self._count(sums))
+            return estimator.refine(block.eig().basis)  # type: ignore[attr-defined]
+
+    def _count(self, sums: _Sums) -> float:
+        return counted(sums.weight) if self.source.mean else 1.0
+
+    def root(self, last: bool = False) -> Block:
+        sums, n = self._sums, self._count(self._sums)
+        slices = self.source.layer_collection.slices()
+        parts = []
+        with no_grad():
+            for k, e in enumerate(self.estimators):
+                state = sums.refined[k] if k in self._refinements else sums.states[k]
+                assert state is not None
+                final = self._refinements[k].later if k in self._refinements else e
+                block = final.finish(state if last else mapped(state, Tensor.clone), n)
+                if last:
+                    sums.states[k] = None
+                if self.source.centred:
+                    mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
+                    block = final.centre(block, mean.to(block.device, block.dtype))
+                parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
+        return DirectSum(tuple(parts))
+
+    def decay(self, weight: float) -> None:
+        uninterrupted(self._sums.decay, weight)
+
+    def absorb(self, other: OfJacobians) -> None:
+        if other._sums.seen == 0:
+            return
+        for k, mine in self._refinements.items():
+            if not _same_block(mine.basis, other._refinements[k].basis):
+                raise ValueError(
+                    f"layer {self.estimators[k].layers[0].name!r}: the two have second moments in different bases, so "
+                    "they have no exact sum: call b.rebase(a) first, which carries those of b over to the basis of a, "
+                    "approximately, or begin b from a state of a"
+                )
+        uninterrupted(self._take, other._sums.mapped(Tensor.clone), self._refinements or other._refinements, 0)
+
+    def rebase(self, other: OfJacobians | None = None) -> None:
+        """Refine in the eigenbasis of all that was seen from now on, or in the basis of another one. The second moments
+        are carried over as the diagonal, in the new basis, of the approximation in the old one.
+        """
+        if not any(e.refine for e in self.estimators):
+            raise ValueError("rebase: this representation has no basis of its own: only PMatEKFAC and mixtures with it")
+        refinements, refined = dict(self._refinements), dict(self._sums.refined)
+        for k, old in self._refinements.items():
+            refinements[k] = self._refined(k, self._sums) if other is None else other._refinements[k]
+            with no_grad():
+                refined[k] = refinements[k].carried(old.basis, refined[k])
+        uninterrupted(self._rebased, refinements, refined)
+
+    def _rebased(self, refinements: dict[int, Refinement], refined: dict[int, State]) -> None:
+        self._refinements, self._sums.refined = refinements, refined
+
+    def _joined(self, a: _Sums, b: _Sums) -> _Sums:
+        """What two have seen; a is written into."""
+        b = b.mapped(lambda t: t.to(a.like.device, a.like.dtype) if t.is_floating_point() else t)
+        states = [
+            e.merged(x, y) if x is not None and y is not None else x
+            for e, x, y in zip(self.estimators, a.states, b.states, strict=True)
+        ]
+        refined = {k: self._refinements[k].later.merged(x, b.refined[k]) for k, x in a.refined.items()}
+        means = {name: mean + b.means[name] for name, mean in a.means.items()}
+        return _Sums(states, refined, means, a.weight + b.weight, a.seen + b.seen)
+
+    def fresh(self) -> OfJacobians:
+        return OfJacobians(self.source, self.estimators)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> OfJacobians:
+        made = self.fresh()
+        made._sums, made._refinements, made._position = self._sums.mapped(fn), dict(self._refinements), self._position
+        return made
+
+    def plain(self) -> dict[str, Any]:
+        bases = {k: refinement.basis.state() for k, refinement in self._refinements.items()}
+        return {"position": self._position, "bases": bases, **self._sums.mapped(Tensor.clone).plain()}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        refinements = {}
+        for k, basis in saved["bases"].items():
+            refine = self.estimators[k].refine
+            assert refine is not None
+            refinements[k] = refine(Block.from_state(basis).map(lambda t: t.to(self.source.device)))
+        sums = _Sums.of_plain(saved).mapped(lambda t: t.to(self.source.device, copy=True))
+        self._refinements, self._sums, self._position = refinements, sums, saved["position"]
+
+
+@dataclass
+class _Sums:
+    """What was seen: the statistics of the blocks, those in a basis, the sum of the Jacobians of each layer where the
+    matrix is centred, what divides them and the number of examples.
+    """
+
+    states: list[State | None]
+    refined: dict[int, State]
+    means: dict[str, Tensor]
+    weight: float
+    seen: float
+
+    @classmethod
+    def nothing(cls, blocks: int) -> _Sums:
+        return cls([None] * blocks, {}, {}, 0.0, 0.0)
+
+    @property
+    def like(self) -> Tensor:
+        """One of the tensors."""
+        found: list[Tensor] = []
+        self.mapped(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+        return next(t for t in found if t.is_floating_point())
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> _Sums:
+        return _Sums(
+            [None if state is None else mapped(state, fn) for state in self.states],
+            {k: mapped(state, fn) for k, state in self.refined.items()},
+            {name: fn(mean) for name, mean in self.means.items()},
+            self.weight,
+            self.seen,
+        )
+
+    def decay(self, c: float) -> None:
+        self.states = [None if state is None else scaled(state, c) for state in self.states]
+        self.refined = {k: scaled(state, c) for k, state in self.refined.items()}
+        self.means = {name: c * mean for name, mean in self.means.items()}
+        self.weight *= c
+        self.seen *= c
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "states": [_plain(state) for state in self.states],
+            "refined": {k: _plain(state) for k, state in self.refined.items()},
+            "means": self.means,
+            "weight": self.weight,
+            "seen": self.seen,
+        }
+
+    @classmethod
+    def of_plain(cls, saved: Mapping[str, Any]) -> _Sums:
+        refined = {k: _of_plain(state) for k, state in saved["refined"].items()}
+        states = [_of_plain(state) for state in saved["states"]]
+        return cls(states, refined, saved["means"], saved["weight"], saved["seen"])  # type: ignore[arg-type]
+
+
+class OfProducts(Estimation):
+    """A representation of a matrix that is known by its products: those of its entries that the representation has.
+
+    project: from the matrix to the representation. Where the matrix is a mean, the mean over all that was seen is held,
+    and otherwise the sum.
+    """
+
+    def __init__(self, source: Source, project: Callable[[Block], Block]) -> None:
+        self.source = source
+        self.project = project
+        self._block: Block | None = None
+        self.seen = 0.0
+
+    def update(self, examples: Any, last: bool = False) -> None:
+        operator = self.source.operator(examples)
+        with no_grad():
+            block = self.project(operator)
+        self._add(block, operator.weight())
+
+    def _add(self, block: Block, seen: float) -> None:
+        if self._block is not None:
+            before, now = (self.seen, seen) if self.source.mean else (1.0, 1.0)
+            total = before + now if self.source.mean else 1.0
+            like = self._block.tensors()[0]
+            moved = block.map(lambda t: t.to(like.device, like.dtype))
+            block = add(self._block.scale(before / total), moved.scale(now / total))
+        self._block, self.seen = block, self.seen + seen
+
+    def root(self, last: bool = False) -> Block:
+        assert self._block is not None
+        return self._block
+
+    def decay(self, weight: float) -> None:
+        if self._block is not None and not self.source.mean:
+            self._block = self._block.scale(weight)
+        self.seen *= weight
+
+    def absorb(self, other: OfProducts) -> None:
+        if other._block is not None:
+            self._add(other._block, other.seen)
+
+    def fresh(self) -> OfProducts:
+        return OfProducts(self.source, self.project)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> OfProducts:
+        made = self.fresh()
+        made._block, made.seen = None if self._block is None else self._block.map(fn), self.seen
+        return made
+
+    def plain(self) -> dict[str, Any]:
+        return {"block": None if self._block is None else self._block.state(), "seen": self.seen}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        block = None if saved["block"] is None else Block.from_state(saved["block"])
+        self._block = None if block is None else block.map(lambda t: t.to(self.source.device, copy=True))
+        self.seen = saved["seen"]
+
+
+def _same_block(one: Block, other: Block) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _runs(where: Sequence[slice]) -> tuple[tuple[int, int], ...]:
+    """Slices with neighbours joined."""
+    runs: list[tuple[int, int]] = []
+    for s in where:
+        if runs and runs[-1][1] == s.start:
+            runs[-1] = (runs[-1][0], s.stop)
+        else:
+            runs.append((s.start, s.stop))
+    return tuple(runs)
