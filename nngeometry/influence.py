@@ -26,13 +26,14 @@ class Influence:
     a positive score means that t helps q. (Koh and Liang write the influence of up-weighting t, ``-I``.) F is the
     curvature of the mean loss over the training set; regul stands for weight decay and the curvature that F lacks.
 
-    model: trained, in eval mode. matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
-    loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction`` does not matter. regul: as
-    in :meth:`PMat.solve`. targets: what the loss receives beside the outputs, as in
+    model: trained, in eval mode, or see batch_statistics and unit. matrix: F in any representation, e.g. ``GGN(model,
+    loader, PMatEKFAC, loss)``. loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction``
+    does not matter. regul: as in :meth:`PMat.solve`. targets: what the loss receives beside the outputs, as in
     :func:`~nngeometry.EmpiricalFisher`. query_loss, query_targets: what is measured at queries, by default the same
     loss of the same targets. function: as in :func:`~nngeometry.FIM`. refine: the same matrix by its products
-    (PMatImplicit), for which solves are refined to a relative residual of rtol by conjugate gradients, matrix being
-    the preconditioner.
+    (PMatImplicit), for which solves are refined to a relative residual of rtol by conjugate gradients, matrix being the
+    preconditioner. batch_statistics, unit: as in :func:`~nngeometry.EmpiricalFisher`, for queries and training
+    examples; with unit="minibatch" scores are between minibatches.
 
     >>> from nngeometry import GGN, PMatEKFAC
     >>> model = nn.Linear(4, 3)
@@ -59,6 +60,8 @@ class Influence:
         function: Callable[..., Any] | None = None,
         refine: PMat | None = None,
         rtol: float = 1e-5,
+        batch_statistics: bool = False,
+        unit: str = "example",
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
@@ -67,12 +70,21 @@ class Influence:
         if refine is not None:
             arguments.instance("refine", refine, PMat, "pass the same matrix as PMatImplicit")
         arguments.number("rtol", rtol, above=0.0)
+        arguments.of_training(batch_statistics, unit)
         for name, given in (("loss", loss), ("query_loss", query_loss)):
             arguments.loss(given, name)
 
         def generator(of: Loss | None, chosen: Targets) -> Generator:
             return gradient_source(
-                model, matrix.layer_collection, of, chosen, function=function, device=device, verbose=verbose
+                model,
+                matrix.layer_collection,
+                of,
+                chosen,
+                function=function,
+                device=device,
+                verbose=verbose,
+                batch_statistics=batch_statistics,
+                unit=unit,
             )
 
         self.matrix = matrix
