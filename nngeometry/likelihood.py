@@ -17,6 +17,19 @@ from torch import Tensor, nn
 
 from . import arguments
 
+__all__ = [
+    "VARIANTS",
+    "Bernoulli",
+    "Categorical",
+    "Cotangents",
+    "Elementwise",
+    "Gaussian",
+    "Likelihood",
+    "Poisson",
+    "diagonal_cotangents",
+    "likelihood_of",
+]
+
 
 @dataclass(frozen=True)
 class Cotangents:
@@ -81,8 +94,11 @@ class Likelihood(ABC):
         """``H u``, in the shape of f."""
 
 
-class _Elementwise(Likelihood):
-    """Independent distributions of the elements of f: the curvature is diagonal."""
+class Elementwise(Likelihood):
+    """A family in which the elements of f are independent, so that the Fisher information is diagonal.
+
+    A subclass gives :meth:`scale` and :meth:`score`, which act entry by entry; the rest follows.
+    """
 
     @abstractmethod
     def scale(self, f: Tensor) -> Tensor:
@@ -104,7 +120,7 @@ class _Elementwise(Likelihood):
 
 
 @dataclass(frozen=True)
-class Gaussian(_Elementwise):
+class Gaussian(Elementwise):
     """Real targets with mean f and the given variance (1 by default): H = I / variance.
 
     >>> Gaussian().sqrt(torch.zeros(5, 2)).count
@@ -126,7 +142,7 @@ class Gaussian(_Elementwise):
 
 
 @dataclass(frozen=True)
-class Bernoulli(_Elementwise):
+class Bernoulli(Elementwise):
     """Binary targets with logit f, one for each element of f: H = diag(p (1 - p))."""
 
     def scale(self, f: Tensor) -> Tensor:
@@ -139,7 +155,7 @@ class Bernoulli(_Elementwise):
 
 
 @dataclass(frozen=True)
-class Poisson(_Elementwise):
+class Poisson(Elementwise):
     """Counts with log-rate f, as in ``nn.PoissonNLLLoss(log_input=True)``: H = diag(exp f)."""
 
     def scale(self, f: Tensor) -> Tensor:

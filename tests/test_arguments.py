@@ -40,7 +40,7 @@ from nngeometry import (
     Relative,
     linalg,
 )
-from nngeometry.object import storage
+from nngeometry.object import kernel_storage
 
 MATRICES = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatImplicit]
 
@@ -509,8 +509,8 @@ def test_damaged_folders(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch):
     model, x, _ = problem()
     at = FMatMemmap.at(tmp_path / "k")
-    real = storage.shutil.disk_usage
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: real(path)._replace(free=799))
+    real = kernel_storage.shutil.disk_usage
+    monkeypatch.setattr(kernel_storage.shutil, "disk_usage", lambda path: real(path)._replace(free=799))
     with pytest.raises(OSError, match=r"takes 800 bytes .* where 799 are free") as error:
         GramMatrix(model, (x,), representation=at)
     one_sentence(error)
