@@ -204,7 +204,26 @@ class LossCurvature(Evaluator):
         def of_two(batch: data.Batch) -> int:
             return made_of_two(batch) if self._keeps_apart(batch) else 2 * work_array(self.device)
 
-        return super().joined(examples, of_two)
+        same: set[int] = set()  # how many examples groups had of which the model computes the same as of their parts
+        for position, batches in super().joined(examples, of_two):
+            n = sum(map(data.count, batches))
+            if n not in same and len(batches) > 1 and not self._joined_alike(batches):
+                yield from ((position + k, [batch]) for k, batch in enumerate(batches))
+                continue
+            same.add(n)
+            yield position, batches
+
+    def _joined_alike(self, batches: Sequence[data.Batch]) -> bool:
+        """Whether the model returns the same for minibatches laid end to end as for the first and the last of them."""
+        if self.called_apart(batches[0]) is not None:
+            return True
+
+        def alike() -> bool:
+            f = self.outputs_of(data.join(batches)).detach()
+            rows = data.split(f, batches)
+            return all(same_up_to_rounding(self.outputs_of(batches[k]).detach(), rows[k], f) for k in (0, -1))
+
+        return self.looked(alike)
 
     def _keeps_apart(self, batch: data.Batch) -> bool:
         if self.called_apart(batch) is not None:

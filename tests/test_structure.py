@@ -20,6 +20,7 @@ FLOORS = [
     ["layercollection"],
     ["model.evaluator", "model.recording", "model.remedies"],
     ["linearisation"],
+    ["model.mixing"],
     ["generator"],
     ["estimation"],
     ["object"],
