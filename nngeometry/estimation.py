@@ -25,6 +25,8 @@ from .layercollection import Layer, LayerCollection
 from .model.data import require_repeatable
 from .model.evaluator import counted
 
+__all__ = ["Estimation", "Estimator", "ProductSource", "Source", "State", "merge"]
+
 #: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
 State = tuple[Any, ...]
 

@@ -519,11 +519,11 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "posix_fallocate", full)
+    monkeypatch.setattr(kernel_storage.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         GramMatrix(model, (x,), representation=at)
     assert [p.name for p in (tmp_path / "k").iterdir()] == ["tiles.json"]
-    monkeypatch.delattr(storage.os, "posix_fallocate")  # a system that has none
+    monkeypatch.delattr(kernel_storage.os, "posix_fallocate")  # a system that has none
     K = GramMatrix(model, (x,), representation=at)
     torch.testing.assert_close(K.to_torch(), GramMatrix(model, (x,)).to_torch())
     assert (tmp_path / "k" / "0.npy").stat().st_blocks > 0
