@@ -336,7 +336,7 @@ def keywords(name: str, function: Callable[..., Any], options: Iterable[str], gi
 
 
 #: Options in NNGeometry's words.
-_OLD_OPTIONS = {"map_layers_to", "default_representation", "strategy", "eigendecomposition"}
+_OLD_OPTIONS = {"strategy", "eigendecomposition"}
 
 
 def _accepts(f: Any, names: Iterable[str]) -> bool:

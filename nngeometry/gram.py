@@ -25,6 +25,7 @@ from .object.kernel_layouts import Diagonal, Full, Layout, Traced
 from .object.kernel_storage import in_memory
 from .object.map import PFMap, PFMapImplicit
 from .object.vector import check_same_space
+from .spelling import warn
 
 #: What ``output=`` accepts: which entries are kept.
 OUTPUTS: dict[str, type[Layout]] = {
@@ -58,7 +59,8 @@ def GramMatrix(
 
     model, loader, function, layer_collection: as in :func:`~nngeometry.Jacobian`. loader2, function2, model2: the other
     side, where it differs: other examples, another function of the model, the model at other parameters. Each loader
-    is read once, so that a shuffling or augmenting one is consistent.
+    is read once, so that a shuffling or augmenting one is consistent. A function in the place of loader2 is one of both
+    sides, followed by the representation and the layer collection, as in NNGeometry.
     output: "full" ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output with itself; "trace" and "mean_trace" ``(n,
     n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel of the sum of outputs.
     per_layer: a dict of the kernels of the layers, which sum to the whole; not with a metric that couples layers.
@@ -77,6 +79,14 @@ def GramMatrix(
 
     Source: Jacot, Gabriel and Hongler (2018), 1806.07572.
     """
+    if (
+        callable(loader2) and loader2 is not model
+    ):  # GramMatrix(model, loader, function, representation, layer_collection)
+        warn("GramMatrix(model, loader, function)", "function=; what follows the loader is loader2")
+        if not (function2 is None or isinstance(function2, LayerCollection)):
+            raise TypeError("GramMatrix: a function in the place of loader2 is one of both sides: name function2")
+        representation, layer_collection = function or representation, function2 or layer_collection
+        loader2, function, function2 = None, loader2, None
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
     arguments.call(
         model2 or model, loader if loader2 is None else loader2, function2, None, LayerCollection, None, "loader2"
@@ -220,3 +230,6 @@ def _products(
 def _diagonal(generator: Generator, examples: Any, names: tuple[str, ...], layout: Layout, scale: float) -> Tensor:
     """The diagonal of a tangent kernel, from the squared norms of the Jacobian."""
     return scale * layout.of_squares(diagonal_of_gram(generator, examples, names)).flatten()
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (GramMatrix,)}

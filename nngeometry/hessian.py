@@ -19,10 +19,12 @@ from .losses import Loss, OwnLoss, output_loss
 from .losses.targets import Targets, selected
 from .memory import work_array
 from .metrics import Representation
+from .minibatchloss import settle
 from .model import data
 from .model.evaluator import Evaluator, same_up_to_rounding
 from .object import PMat
 from .object.finite_difference import Differences
+from .spelling import positions
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def Hessian(
     loader: Any,
     representation: Representation,
     loss: Loss | None = None,
-    *,
+    *old: Any,
     targets: Targets = None,
     function: Callable[..., Any] | None = None,
     products: FiniteDifference | None = None,
@@ -143,8 +145,9 @@ def Hessian(
     loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``, or
     :class:`~nngeometry.OwnLoss`, the loss that the model computes itself. targets: as in GGN. representation:
     PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the eigenvalues of largest
-    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. The rest is as in
-    :func:`~nngeometry.FIM`.
+    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. function: also the
+    loss itself, as in NNGeometry. A loss that gives one number for a minibatch is the mean over its examples or their
+    sum, whichever it is. old: layer_collection and verbose, by position. The rest is as in :func:`~nngeometry.FIM`.
 
     Raises ``NotImplementedError`` where torch's second derivative is known to be wrong (weight_norm).
 
@@ -157,6 +160,9 @@ def Hessian(
 
     Source: Pearlmutter (1994), Neural Computation 6.
     """
+    if old:
+        given = {"layer_collection": layer_collection, "verbose": verbose}
+        layer_collection, verbose = positions("Hessian", tuple(given), old, given).values()
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
     arguments.representation(representation, PMat, options, Hessian, "project")
     arguments.loss(loss)
@@ -179,6 +185,7 @@ class LossCurvature(Evaluator):
 
     jacobians = centred = False
     seed = 0
+    function_is_loss = False  # whether that is known of ``function``
 
     def __init__(
         self,
@@ -242,6 +249,7 @@ class LossCurvature(Evaluator):
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""
+        settle(self, examples)
 
         def total(batch: data.Batch) -> tuple[Tensor, float]:
             f = self.outputs_of(batch)
@@ -310,3 +318,6 @@ def _operator(
     like = torch.empty(0, dtype=source.dtype, device=source.device)
     size = source.layer_collection.numel()
     return Operator(matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (GGN, Hessian)}

@@ -78,3 +78,6 @@ def of_outputs(
 
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     return Generator(model, lc, rowwise(cotangents), function=function, device=device, verbose=verbose)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (Jacobian,)}

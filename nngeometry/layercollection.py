@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -14,6 +14,20 @@ from torch.nn.parameter import UninitializedParameter
 from . import arguments
 from .changes import alone
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
+from .spelling import warn
+
+
+class Shape(tuple[int, ...]):
+    """A shape that answers as a parameter of NNGeometry did: ``layer.weight.size``, ``layer.weight.numel()``."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The plain tuple."""
+        return tuple(self)
+
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +37,9 @@ class Layer:
     name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors. kind_name: the
     type of the module. served_by: the function of its kind, or "generic".
     """
+
+    #: The class that the layers of a type of module have, where they have one of their own.
+    classes: ClassVar[dict[type[nn.Module], type[Layer]]] = {}
 
     name: str
     params: tuple[tuple[str, tuple[int, ...]], ...]
@@ -43,29 +60,36 @@ class Layer:
         return hash(self._coordinates)
 
     def __reduce__(self) -> Any:  # the type may be one that cannot be pickled
-        return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name, None, self.served_by)
+        return _layer_of, (type(self), {**vars(self), "module_type": None})
 
     def numel(self) -> int:
         """Number of scalar parameters."""
         return sum(prod(shape) for _, shape in self.params)
 
     @property
-    def weight(self) -> tuple[int, ...]:
+    def weight(self) -> Shape:
         """Shape of the first parameter."""
-        return self.params[0][1]
+        return Shape(self.params[0][1])
 
     @property
-    def bias(self) -> tuple[int, ...] | None:
+    def bias(self) -> Shape | None:
         """Shape of the parameter named ``bias``, None if the layer has none."""
-        return dict(self.params).get("bias")
+        shape = dict(self.params).get("bias")
+        return None if shape is None else Shape(shape)
 
     def matches(self, selector: Any) -> bool:
         """Whether a name (of the layer or of a module above it), a module type or a predicate selects this layer."""
         if isinstance(selector, str):
             return self.name == selector or self.name.startswith(selector + ".")
+        if isinstance(selector, type) and issubclass(selector, Layer):
+            return isinstance(self, selector)
         if isinstance(selector, type):
             return self.module_type is not None and issubclass(self.module_type, selector)
         return bool(selector(self))
+
+
+def _layer_of(cls: type[Layer], fields: dict[str, Any]) -> Layer:
+    return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -112,18 +136,26 @@ class LayerCollection:
     @classmethod
     @alone
     def from_model(
-        cls, model: nn.Module, *selectors: Any, frozen: bool = False, ignore_uncalled: bool = False
+        cls,
+        model: nn.Module,
+        *selectors: Any,
+        frozen: bool = False,
+        ignore_uncalled: bool = False,
+        ignore_unsupported_layers: bool | None = None,
     ) -> LayerCollection:
         """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
 
         selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect
         parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
         first of them. ignore_uncalled: a layer that the function does not call has derivative zero; by default that
-        is an error.
+        is an error. ignore_unsupported_layers: of NNGeometry, without effect, since every layer is supported.
 
         Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
         """
         arguments.model(model)
+        given, selectors = selectors, tuple(s for s in selectors if not isinstance(s, bool))
+        if ignore_unsupported_layers is not None or len(selectors) < len(given):
+            warn("from_model(model, ignore_unsupported_layers)", "from_model(model): every layer is supported")
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
         for name, _, _, params in _modules(model):
@@ -151,9 +183,12 @@ class LayerCollection:
         return collection
 
     def add_layer(self, name: str, layer: Layer) -> None:
-        """Append a layer, in place."""
+        """Append a layer, in place, under that name."""
         arguments.instance("name", name, str, "the name of the module in the model")
         arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
+        if "(" in name:  # in NNGeometry 0.2 and 0.3 names ended in str(module)
+            name = name[: name.index("(")].rpartition(".")[0]
+        layer = layer if layer.name == name else replace(layer, name=name)
         if name in self.layers:
             raise ValueError(f"layer {name!r} is in the collection already")
         self.layers[name] = layer
@@ -232,15 +267,25 @@ class LayerCollection:
             start += layer.numel()
         return out
 
-    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, model: Any = None, layerid_to_module: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """The collected parameters of a model, with their full names, in flat order.
 
-        Raises ``ValueError`` if the model does not have them.
+        layerid_to_module: of NNGeometry, the module of each layer in place of the model. Raises ``ValueError`` if the
+        model does not have them.
         """
-        return iter(self._named(model))
+        return iter(self._named(model if layerid_to_module is None else layerid_to_module))
 
     @alone
-    def _named(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    def _named(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+        if isinstance(model, Mapping):
+            warn("parameters(layerid_to_module)", "parameters(model)")
+            return [
+                (f"{name}.{k}" if name else k, model[name].get_parameter(k))
+                for name, layer in self.layers.items()
+                for k, _ in layer.params
+            ]
         arguments.model(model)
         parameters = []
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -257,9 +302,11 @@ class LayerCollection:
                 parameters.append((full, p))
         return parameters
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """The collected parameters of a model, in flat order."""
-        return [p for _, p in self.named_parameters(model)]
+    def parameters(
+        self, model: Any = None, layerid_to_module: Mapping[str, nn.Module] | None = None
+    ) -> list[nn.Parameter]:
+        """The collected parameters of a model, in flat order. Arguments as of :meth:`named_parameters`."""
+        return [p for _, p in self.named_parameters(model, layerid_to_module)]
 
     @alone
     def sites(self, model: nn.Module) -> list[Site]:
@@ -411,4 +458,13 @@ def _layer(
             full = kind.packing_of(module, known)
             if full.bias and full.without_bias().numel() == numel:
                 packing, kronecker = full.without_bias(), True
-    return Layer(name, shapes, packing, kronecker, type(module).__name__, type(module), kind.name)
+    cls = next((Layer.classes[base] for base in type(module).__mro__ if base in Layer.classes), Layer)
+    return cls(
+        name=name,
+        params=shapes,
+        packing=packing,
+        kronecker=kronecker,
+        kind_name=type(module).__name__,
+        module_type=type(module),
+        served_by=kind.name,
+    )

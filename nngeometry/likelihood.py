@@ -11,11 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .spelling import warn
 
 __all__ = [
     "VARIANTS",
@@ -264,10 +266,22 @@ class Categorical(Likelihood):
 #: The names of NNGeometry for the likelihoods.
 VARIANTS: dict[str, Likelihood] = {
     "classif_logits": Categorical(positions=False),
+    "classif_logsoftmax": Categorical(positions=False),  # log-probabilities are logits
     "classif_binary_logits": Bernoulli(),
     "regression": Gaussian(),
     "segmentation_logits": Categorical(),
 }
+
+
+def of_covariance(variant: str | Likelihood, covariance: Any) -> Gaussian:
+    """``FIM_MonteCarlo(variant="regression", covariance=c)``: c times the matrix, as of targets of variance 1 / c."""
+    warn("covariance=c", "variant=Gaussian(1 / c)")
+    if variant != "regression":
+        raise ValueError(f"covariance= is for variant='regression', got variant={variant!r}: leave it out")
+    values = torch.as_tensor(covariance)
+    if values.numel() != 1 or float(values) <= 0:
+        raise ValueError(f"covariance={covariance!r}: expected one positive number, the same for all outputs")
+    return Gaussian(1 / float(values))
 
 
 def likelihood_of(variant: str | Likelihood) -> Likelihood:

@@ -13,13 +13,14 @@ from . import arguments
 from .changes import trainable
 from .generator import CotangentFunction, Curvature, Generator, Observation, OfSeveral, Plan, rowwise
 from .layercollection import LayerCollection
-from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of
+from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of, of_covariance
 from .losses import Loss, OwnLoss, example_loss, loss_gradient
 from .losses.targets import Targets, selected
 from .model import data
 from .model.evaluator import State, check_mode
 from .object.kernel import dense_forms
 from .object.pmat import PMat
+from .spelling import ORDER, positions
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]
@@ -31,7 +32,7 @@ def FIM(
     loader: Any,
     representation: Representation,
     variant: str | Likelihood = "classif_logits",
-    *,
+    *old: Any,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -49,7 +50,7 @@ def FIM(
     ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
     ``function(minibatch)``, as of a named tuple or a list of examples if it takes one argument. layer_collection: by
     default all trainable parameters. device: where minibatches go, by default to the model. verbose: show a progress
-    bar.
+    bar. old: of the last five, by position in NNGeometry's order.
 
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
     output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
@@ -63,6 +64,10 @@ def FIM(
 
     Source: Pascanu and Bengio (2013), 1301.3584; Kunstner, Balles, Hennig (2019), 1905.12558.
     """
+    if old or isinstance(variant, int):
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection}
+        options |= {"device": device, "verbose": verbose}
+        return FIM(model, loader, representation, **positions("FIM", ("variant", *ORDER), (variant, *old), options))
     arguments.variant(variant, Likelihood, list(VARIANTS))
     likelihood = likelihood_of(variant)
 
@@ -90,9 +95,10 @@ def FIM_MonteCarlo(
     loader: Any,
     representation: Representation,
     variant: str | Likelihood = "classif_logits",
-    *,
+    *old: Any,
     trials: int = 1,
     generator: torch.Generator | None = None,
+    covariance: Any = None,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
@@ -104,12 +110,19 @@ def FIM_MonteCarlo(
 
     generator: the source of randomness, by default torch's global one, of which one number is drawn. The draws are
     a function of it and of the position of a minibatch in the loader, so every pass over the same data sees the
-    same ones. The rest is as in :func:`FIM`.
+    same ones. covariance: NNGeometry's c for ``variant=Gaussian(1 / c)``. The rest is as in :func:`FIM`.
 
     >>> from nngeometry import FIM_MonteCarlo, PMatDiag
     >>> model = nn.Linear(4, 3)
     >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=torch.Generator().manual_seed(0))
     """
+    if old or isinstance(variant, int):
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection, "trials": trials}
+        options |= {"device": device, "verbose": verbose, "generator": generator, "covariance": covariance}
+        options = positions("FIM_MonteCarlo", ("variant", "trials", *ORDER), (variant, *old), options)
+        return FIM_MonteCarlo(model, loader, representation, **options)
+    if covariance is not None:
+        variant = of_covariance(variant, covariance)
     arguments.integer("trials", trials, least=1)
     arguments.variant(variant, Likelihood, list(VARIANTS))
     arguments.generator(generator)
@@ -396,3 +409,6 @@ def _source(
 
 def _represented(source: Generator, loader: Any, representation: Representation, options: dict[str, Any]) -> PMat:
     return representation(layer_collection=source.layer_collection, generator=source, examples=loader, **options)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance)}
