@@ -608,7 +608,7 @@ class OfProducts(Estimation):
         operator = self.source.operator(examples)
         with no_grad():
             block = self.project(operator)
-        self._add(block, operator.weight())
+        self._add(block, 1.0 if last and operator.weight_of is None else operator.weight())
 
     def _add(self, block: Block, seen: float) -> None:
         if self._block is not None:
