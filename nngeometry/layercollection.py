@@ -34,8 +34,14 @@ class Shape(tuple[int, ...]):
 class Layer:
     """The parameters that one module owns: their names (relative to the module), shapes and packing.
 
-    name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors. kind_name: the
-    type of the module. served_by: the function of its kind, or "generic".
+    Args:
+        name: The module's name in ``model.named_modules()``.
+        params: The name and shape of each parameter, in flat order.
+        packing: How they are laid out in the module's Jacobian.
+        kronecker: Whether that Jacobian has Kronecker factors.
+        kind_name: The name of the type of the module.
+        module_type: The type of the module, None if it was read from a file.
+        served_by: The function of its kind, or "generic".
     """
 
     #: The class that the layers of a type of module have, where they have one of their own.
@@ -78,7 +84,11 @@ class Layer:
         return None if shape is None else Shape(shape)
 
     def matches(self, selector: Any) -> bool:
-        """Whether a name (of the layer or of a module above it), a module type or a predicate selects this layer."""
+        """Whether a selector selects this layer.
+
+        Args:
+            selector: A name (of the layer or of a module above it), a module type or a predicate ``Layer -> bool``.
+        """
         if isinstance(selector, str):
             return self.name == selector or self.name.startswith(selector + ".")
         if isinstance(selector, type) and issubclass(selector, Layer):
@@ -96,8 +106,13 @@ def _layer_of(cls: type[Layer], fields: dict[str, Any]) -> Layer:
 class Site:
     """A module of a model through which collected parameters act, and where each of them belongs.
 
-    params: all parameters that the module's Jacobian is with respect to, in its order. routes: for each layer that
-    takes part, which of the module's parameters (by name) are which of the layer's (by position).
+    Args:
+        name: The name of the module.
+        module: The module.
+        kind: What gives its Jacobian.
+        params: All parameters that the module's Jacobian is with respect to, in its order.
+        routes: For each layer that takes part, which of the module's parameters (by name) are which of the layer's (by
+            position).
     """
 
     name: str
@@ -116,13 +131,21 @@ class LayerCollection:
     """An ordered set of layers: the coordinates of parameter space, shared by vectors, maps and matrices.
 
     The flat order of parameters is the order of layers, and inside a layer that of its parameters (weight before bias).
+    ``len``, ``in``, iteration over names and ``[name]`` are those of a dictionary; ``|`` and ``&`` are :meth:`merge`
+    and :meth:`common_layers`.
 
-    >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
-    >>> lc = LayerCollection.from_model(model)
-    >>> list(lc), lc.numel()
-    (['0', '2'], 11)
-    >>> lc.select("2").numel()
-    3
+    Args:
+        layers: From names to layers, by default none; :meth:`from_model` makes them.
+        ignore_uncalled: Whether a layer that the function does not call has derivative zero, rather than being an
+            error.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> lc = LayerCollection.from_model(model)
+        >>> list(lc), lc.numel()
+        (['0', '2'], 11)
+        >>> lc.select("2").numel()
+        3
     """
 
     def __init__(self, layers: Mapping[str, Layer] | None = None, ignore_uncalled: bool = False) -> None:
@@ -145,12 +168,21 @@ class LayerCollection:
     ) -> LayerCollection:
         """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
 
-        selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect
-        parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
-        first of them. ignore_uncalled: a layer that the function does not call has derivative zero; by default that
-        is an error. ignore_unsupported_layers: of NNGeometry, without effect, since every layer is supported.
+        A parameter that several modules share is one parameter of the first of them.
 
-        Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
+        Args:
+            model: The model.
+            *selectors: Only the layers that one of them selects are kept (see :meth:`select`); all if there is none.
+            frozen: Whether parameters with ``requires_grad=False`` are collected too, by default not.
+            ignore_uncalled: Whether a layer that the function does not call has derivative zero; by default that is an
+                error.
+
+        Returns:
+            The collection.
+
+        Raises:
+            ValueError: If nothing is left, or for a module whose registered kind does not know its parameters.
+            KeyError: For a selector that selects nothing.
         """
         arguments.model(model)
         given, selectors = selectors, tuple(s for s in selectors if not isinstance(s, bool))
@@ -183,7 +215,15 @@ class LayerCollection:
         return collection
 
     def add_layer(self, name: str, layer: Layer) -> None:
-        """Append a layer, in place, under that name."""
+        """Append a layer, in place.
+
+        Args:
+            name: The name of its module in the model.
+            layer: The layer.
+
+        Raises:
+            ValueError: If there is one of that name.
+        """
         arguments.instance("name", name, str, "the name of the module in the model")
         arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
         if "(" in name:  # in NNGeometry 0.2 and 0.3 names ended in str(module)
@@ -194,7 +234,16 @@ class LayerCollection:
         self.layers[name] = layer
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module, frozen: bool = False) -> None:
-        """Append the layer of one module of the model, in place. frozen: its frozen parameters too."""
+        """Append the layer of one module of the model, in place.
+
+        Args:
+            model: The model.
+            module: One of its modules.
+            frozen: Whether its frozen parameters are collected too, by default not.
+
+        Raises:
+            ValueError: If it is not a module of the model.
+        """
         arguments.model(model)
         names = [name for name, m in model.named_modules() if m is module]
         if not names:
@@ -205,8 +254,11 @@ class LayerCollection:
     def select(self, *selectors: Any) -> LayerCollection:
         """The sub-collection of the layers that at least one selector matches.
 
-        selectors: names of layers or of modules above them, module types, or predicates ``Layer -> bool``.
-        Raises ``KeyError`` for a selector that matches nothing.
+        Args:
+            *selectors: Names of layers or of modules above them, module types, or predicates ``Layer -> bool``.
+
+        Raises:
+            KeyError: For a selector that matches nothing.
         """
         for selector in selectors:
             if not (isinstance(selector, str | type) or callable(selector)):
@@ -221,19 +273,40 @@ class LayerCollection:
         )
 
     def exclude(self, *selectors: Any) -> LayerCollection:
-        """The sub-collection of the layers that no selector matches."""
+        """The sub-collection of the layers that no selector matches.
+
+        Args:
+            *selectors: As of :meth:`select`.
+
+        Raises:
+            KeyError: For a selector that matches nothing.
+        """
         gone = self.select(*selectors)
         return self._with({name: layer for name, layer in self.layers.items() if name not in gone.layers})
 
     def merge(self, other: LayerCollection) -> LayerCollection:
-        """The layers of both, those of ``self`` first. Raises if a name stands for different layers."""
+        """The layers of both, those of ``self`` first.
+
+        Args:
+            other: Another collection.
+
+        Raises:
+            ValueError: If a name stands for different layers.
+        """
         self._check_common(other)
         return self._with({**self.layers, **other.layers})
 
     __or__ = merge
 
     def common_layers(self, other: LayerCollection) -> LayerCollection:
-        """The layers that are in both. Raises if a name stands for different layers."""
+        """The layers that are in both.
+
+        Args:
+            other: Another collection.
+
+        Raises:
+            ValueError: If a name stands for different layers.
+        """
         self._check_common(other)
         return self._with({name: layer for name, layer in self.layers.items() if name in other.layers})
 
@@ -272,8 +345,11 @@ class LayerCollection:
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The collected parameters of a model, with their full names, in flat order.
 
-        layerid_to_module: of NNGeometry, the module of each layer in place of the model. Raises ``ValueError`` if the
-        model does not have them.
+        Args:
+            model: The model that the collection is of, or one with the same layers.
+
+        Raises:
+            ValueError: If the model does not have them.
         """
         return iter(self._named(model if layerid_to_module is None else layerid_to_module))
 
@@ -305,12 +381,23 @@ class LayerCollection:
     def parameters(
         self, model: Any = None, layerid_to_module: Mapping[str, nn.Module] | None = None
     ) -> list[nn.Parameter]:
-        """The collected parameters of a model, in flat order. Arguments as of :meth:`named_parameters`."""
+        """The collected parameters of a model, in flat order.
+
+        Args:
+            model: As of :meth:`named_parameters`.
+        """
         return [p for _, p in self.named_parameters(model, layerid_to_module)]
 
     @alone
     def sites(self, model: nn.Module) -> list[Site]:
-        """The modules of a model through which the collected parameters act."""
+        """The modules of a model through which the collected parameters act.
+
+        Args:
+            model: As of :meth:`named_parameters`.
+
+        Raises:
+            ValueError: If a registered kind cannot serve one of them.
+        """
         params = iter(self.parameters(model))
         home = {id(next(params)): (layer, k) for layer in self.layers.values() for k in range(len(layer.params))}
         sites = []
@@ -328,9 +415,14 @@ class LayerCollection:
         return sites
 
     def layer(self, name: Any, operation: str) -> Layer:
-        """The layer of that name. Raises ``KeyError`` with the names that there are if there is none.
+        """The layer of that name.
 
-        operation: what asks for it.
+        Args:
+            name: The name.
+            operation: What asks for it, for the message.
+
+        Raises:
+            KeyError: If there is none, with the names that there are.
         """
         if not isinstance(name, str) or name not in self.layers:
             raise KeyError(f"{operation}: no layer {name!r}, the collection has {', '.join(self.layers)}")
@@ -370,7 +462,15 @@ class LayerCollection:
 
 
 def split(layer: Layer, flat: Tensor) -> list[Tensor]:
-    """Views of a layer's parameters in its flat ones: ``(..., p)`` to ``(..., *shape)`` each."""
+    """Views of a layer's parameters in its flat ones.
+
+    Args:
+        layer: The layer.
+        flat: Its flat parameters ``(..., p)``.
+
+    Returns:
+        For each parameter ``(..., *shape)``.
+    """
     sizes = [prod(shape) for _, shape in layer.params]
     return [
         piece.reshape(*flat.shape[:-1], *shape)

@@ -132,7 +132,7 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     return replace(exact, observe=observe)
 
 
-def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
+def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
     """KFAC: ``G (x) A``, the second moments of output gradients and of inputs.
 
     thin: A is held by the inputs themselves, where they are few.
@@ -172,7 +172,7 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
     return Estimator((layer,), layer.packing, observe, finish, centre)
 
 
-def ekfac(layer: Layer, reduce: bool) -> Estimator:
+def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
     """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
     first = kron(layer, reduce, thin=not reduce)  # the span of averaged inputs does not hold the inputs
 
