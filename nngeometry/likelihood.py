@@ -66,7 +66,7 @@ class Cotangents:
             several: The cotangents of each minibatch.
         """
         for one in several:
-            made(one)
+            as_cotangents(one)
         if len(several) == 1:
             return several[0]
         return cls(several[0].count, lambda start, stop: torch.cat([c.take(start, stop) for c in several], 1))
@@ -81,7 +81,7 @@ class Cotangents:
         return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
 
 
-def made(found: Any) -> Cotangents:
+def as_cotangents(found: Any) -> Cotangents:
     """What a likelihood or the user's function gives as cotangents, checked to be some."""
     if not isinstance(found, Cotangents):
         raise TypeError(
