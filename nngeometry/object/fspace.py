@@ -22,9 +22,12 @@ from .vector import FVector
 class FMat(VectorSpace):
     """A kernel between outputs of examples, ``K[c, x, d, y] = J[c, x] M J'[d, y]^T``, or what a layout keeps of it.
 
-    root: the block that holds it; layout: what its rows and columns are. ``output="full"`` is seen as
-    ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as ``(n, n')``, which acts on every
-    output of an FVector alike. Operations return new matrices.
+    ``output="full"`` is seen as ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as
+    ``(n, n')``, which acts on every output of an FVector alike. Operations return new matrices.
+
+    Args:
+        root: The block that holds it.
+        layout: What its rows and columns are.
     """
 
     _remedy = "a kernel goes (@) with an FVector or FMat, (+) with an FMat of the same shape and (*) with a number"
@@ -95,12 +98,22 @@ class FMat(VectorSpace):
     def solve(
         self, b: Any = None, regul: float | Relative = 1e-8, impl: Any = None, *, rtol: float | None = None, **old: Any
     ) -> Any:
-        """``(K + regul)^-1 b`` for an FVector, or on each column of an FMat.
+        """``(K + regul)^-1 b``.
 
-        regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. rtol: the relative residual to reach
-        by conjugate gradients (MINRES) for a kernel that is not in memory, by default 1e-6 (1e-5 in float32);
-        otherwise the solution is exact. Raises ``ValueError`` if K + regul is singular to working precision,
-        ``RuntimeError`` if rtol is not reached. impl, old: what NNGeometry took, see :doc:`/from-nngeometry`.
+        Args:
+            b: An FVector, or an FMat, for each of whose columns it is solved.
+            regul: A number or ``Relative(factor)``, in units of the mean eigenvalue; by default 1e-8.
+            impl: What NNGeometry took, see :doc:`/from-nngeometry`.
+            rtol: The relative residual to reach by conjugate gradients (MINRES) for a kernel that is not in memory, by
+                default 1e-6 (1e-5 in float32). Otherwise the solution is exact.
+            **old: What NNGeometry took, see :doc:`/from-nngeometry`.
+
+        Returns:
+            An object of the kind of b.
+
+        Raises:
+            ValueError: If K + regul is singular to working precision, or the kernel is rectangular.
+            RuntimeError: If rtol is not reached.
         """
         if impl is not None or old:
             return old_arguments.solve_kernel(self, b, regul, impl, rtol=rtol, **old)
@@ -535,8 +548,13 @@ class FMat(VectorSpace):
 class FMatDense(FMat):
     """All entries, in memory.
 
-    root, layout: as of :class:`FMat`. Or in NNGeometry's words generator and examples, or data, the entries
-    ``(C, n, C', n')``, with or without a layer collection before them.
+    Args:
+        root: As of :class:`FMat`; or a layer collection, in NNGeometry's words.
+        layout: As of :class:`FMat`; or a generator, in NNGeometry's words.
+        data: Instead, the entries ``(C, n, C', n')``.
+        examples: The loader of that generator.
+        generator: The generator, by name.
+        layer_collection: The layer collection, by name.
     """
 
     def __init__(

@@ -384,8 +384,12 @@ class PFMapDense(FlatArray, PFMap):
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
-    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer. Or a generator and
-    examples, as of :class:`PFMapDense`.
+    Args:
+        layer_collection: The columns.
+        pieces: The Jacobians of neighbouring examples, layer by layer; or a generator, as of :class:`PFMapDense`.
+        data: Leave it out.
+        examples: As of :class:`PFMapDense`.
+        generator: As of :class:`PFMapDense`.
     """
 
     def __init__(
@@ -529,8 +533,15 @@ def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
 class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 
-    layer_collection: the columns. outputs: ``(C, n)``. jvp_of: ``(k, P) -> (k, C, n)``; vjp_of: ``(k, C, n) -> (k,
-    P)``; like: an empty tensor of its dtype and device. Or a generator and examples, as of :class:`PFMapDense`.
+    Args:
+        layer_collection: The columns.
+        outputs: ``(C, n)``; or a generator, as of :class:`PFMapDense`.
+        jvp_of: The product, ``(k, P) -> (k, C, n)``.
+        vjp_of: That with its transpose, ``(k, C, n) -> (k, P)``.
+        like: An empty tensor of its dtype and device.
+        generator: As of :class:`PFMapDense`.
+        data: Leave it out.
+        examples: As of :class:`PFMapDense`.
     """
 
     def __init__(

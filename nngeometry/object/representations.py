@@ -110,7 +110,12 @@ class PMatKFAC(PMat):
         ]
 
     def inv(self, regul: RegulLike = 1e-8, use_pi: bool | None = None) -> PMat:
-        """``(M + regul)^-1``. use_pi: if given, with the factors damped one by one instead, as in NNGeometry."""
+        """``(M + regul)^-1`` as a matrix.
+
+        Args:
+            regul: As in :meth:`solve`.
+            use_pi: If given, the factors are damped one by one instead, as in NNGeometry.
+        """
         inverse: PMat = super().inv(regul) if use_pi is None else old_arguments.factored(self, regul, use_pi)
         return inverse
 
