@@ -199,7 +199,11 @@ class Generator(Evaluator):
         self._apart: set[tuple[int, tuple[int, ...]]] = set()
 
     def plan(self, batch: data.Batch) -> Plan:
-        """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
+        """What :meth:`stream` has to know of the model, which it takes if it has been found before.
+
+        Args:
+            batch: A minibatch.
+        """
         check_mode(self.model)
         return self._plan(self.layer_collection.sites(self.model), batch)
 
@@ -223,11 +227,18 @@ class Generator(Evaluator):
     ) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order.
 
-        by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
-        the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
-        minibatch. join: where a model and its minibatches are so small that most time would go into starting
-        operations, observe neighbouring minibatches as one; each has its own cotangents. first: the position of the
-        first minibatch, by default the seed.
+        Args:
+            examples: These.
+            plan: What is known of the model, by default what was found before.
+            by_example: Where a minibatch does not fit a work array with all of its cotangents, split its examples and
+                not the cotangents, where that can be done. The model runs once more on each part; cotangents are those
+                of the whole minibatch.
+            join: Where a model and its minibatches are so small that most time would go into starting operations,
+                observe neighbouring minibatches as one; each has its own cotangents.
+            first: The position of the first minibatch, by default the seed.
+
+        Yields:
+            The Jacobians, chunk by chunk.
         """
         start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
@@ -264,7 +275,11 @@ class Generator(Evaluator):
         return plan if then.same(Structure(self.model)) else None
 
     def operator(self, examples: Any) -> Operator:
-        """The matrix by its products, at the parameters as they are now; its trace and diagonal by the Jacobians."""
+        """The matrix by its products, at the parameters as they are now; its trace and diagonal come by the Jacobians.
+
+        Args:
+            examples: A loader, or one minibatch.
+        """
         products = gauss_newton(self, self, examples)
         layers = self.layer_collection.layers
         like = torch.empty(0, dtype=self.dtype, device=products.device)
@@ -316,7 +331,16 @@ class Generator(Evaluator):
         return found
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
-        """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
+        """The product of the cotangents with themselves, for minibatches laid end to end.
+
+        Args:
+            f: Their outputs.
+            batches: The minibatches.
+            position: That of the first.
+
+        Returns:
+            A function from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example.
+        """
         if self._closed is not None:
             batch, closed = data.join(batches), self._closed
             return lambda u: closed(f, u, batch, position)

@@ -238,7 +238,11 @@ class FMat(VectorSpace):
         return FMatDense(dense_root(layout.unview(entries), layout, symmetric), layout)
 
     def size(self, dim: int | None = None) -> Any:
-        """The shape of :meth:`to_torch`, or the length of one axis."""
+        """The shape of :meth:`to_torch`, or the length of one axis.
+
+        Args:
+            dim: The axis, None for all.
+        """
         shape = torch.Size(self.layout.seen)
         return shape if dim is None else shape[dim]
 
@@ -358,6 +362,14 @@ class FMat(VectorSpace):
 
         Returns:
             The outputs at the queries.
+
+        Example:
+            >>> from nngeometry import GramMatrix
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+            >>> K = GramMatrix(model, (torch.randn(4, 2).double(),))
+            >>> y = FVector(torch.ones(1, 4).double())
+            >>> torch.allclose(K.regress(y, regul=1e-9).to_torch(), y.to_torch(), atol=1e-4)
+            True
 
         Source:
             Jacot, Gabriel and Hongler (2018), 1806.07572; Lee et al. (2019), 1902.06720.

@@ -328,6 +328,15 @@ class PMat(VectorSpace):
         Raises:
             ValueError: If M + regul is singular to working precision.
             RuntimeError: If rtol is not reached.
+
+        Example:
+            >>> from nngeometry import FIM, PMatKFAC
+            >>> model = torch.nn.Linear(4, 3)
+            >>> F = FIM(model, (torch.randn(20, 4),), PMatKFAC)
+            >>> b = PVector.from_model(model).detach()
+            >>> x = F.solve(b, regul=0.1)
+            >>> torch.allclose((F.mv(x) + 0.1 * x).to_torch(), b.to_torch(), atol=1e-5)
+            True
         """
         if impl is not None or old:
             return old_arguments.solve(self, b, regul, impl, rtol=rtol, preconditioner=preconditioner, **old)
@@ -454,6 +463,12 @@ class PMat(VectorSpace):
 
         Raises:
             ValueError: If M has negative eigenvalues.
+
+        Example:
+            >>> from nngeometry import FIM, PMatKFAC
+            >>> F = FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatKFAC)
+            >>> F.inv(0.1).sample(generator=torch.Generator().manual_seed(0)).size()  # from a Laplace posterior
+            torch.Size([15])
         """
         arguments.generator(generator)
         (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)

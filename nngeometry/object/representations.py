@@ -24,7 +24,13 @@ from .vector import PVector
 
 
 class PMatDense(PMat):
-    """All P x P entries: exact, in memory for P**2 numbers."""
+    """All P x P entries: exact, in memory for P**2 numbers.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatDense).to_torch().shape
+        torch.Size([15, 15])
+    """
 
     _tensors = tensors.DENSE
 
@@ -38,7 +44,14 @@ class PMatDense(PMat):
 
 
 class PMatBlockDiag(PMat):
-    """One dense block for each layer: exact inside of layers, in memory for the sum of the squared sizes."""
+    """One dense block for each layer: exact inside of layers, in memory for the sum of the squared sizes.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> FIM(model, (torch.randn(20, 4),), PMatBlockDiag).block("2").size()
+        (18, 18)
+    """
 
     _tensors = tensors.BLOCKS
 
@@ -54,7 +67,13 @@ class PMatBlockDiag(PMat):
 
 
 class PMatDiag(PMat):
-    """The diagonal, in memory for P numbers."""
+    """The diagonal, in memory for P numbers.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatDiag).get_diag().shape
+        torch.Size([15])
+    """
 
     _tensors = tensors.DIAG
 
@@ -73,6 +92,12 @@ class PMatQuasiDiag(PMat):
 
     Since it has only a part of the entries of a positive matrix, it may be indefinite: sample, logdet and roots then
     raise.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> F = FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatQuasiDiag)
+        >>> F.inv(1e-2).size()
+        (15, 15)
 
     Source:
         Ollivier (2015), 1303.0818.
@@ -94,6 +119,15 @@ class PMatKFAC(PMat):
 
     Args:
         sharing: How positions (tokens, pixels) that share a weight are treated, "expand" (the default) or "reduce".
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+        >>> FIM(model, (torch.randn(20, 1, 4, 4),), PMatKFAC, sharing="reduce")
+        PMatKFAC of 47 parameters, torch.float32, 776 bytes
+          layer  block               parameters  bytes
+          0      Kron(Dense, Dense)  20          416
+          2      Kron(Dense, Dense)  27          360
 
     Source:
         Martens and Grosse (2015), 1503.05671; Eschenhagen et al. (2023), 2311.00636, for sharing.
@@ -125,6 +159,13 @@ class PMatEKFAC(PMat):
 
     Args:
         sharing: As in :class:`PMatKFAC`, for the basis.
+
+    Example:
+        >>> from nngeometry import FIM, PMatDense
+        >>> model, x = torch.nn.Linear(4, 3), torch.randn(20, 4)
+        >>> exact, F = FIM(model, (x,), PMatDense), FIM(model, (x,), PMatEKFAC)
+        >>> torch.allclose(F.trace(), exact.trace(), rtol=1e-4)
+        True
 
     Source:
         George et al. (2018), 1806.03884.
@@ -199,6 +240,12 @@ class PMatLowRank(PMat):
             many, they are replaced by the ``rows`` that are nearest to them in least squares (a truncated singular
             value decomposition): an approximation from below.
         rank: Of a Hessian, how many eigenpairs, by default 10.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> F = FIM(torch.nn.Linear(40, 3), (torch.randn(10, 40),), PMatLowRank)
+        >>> F.size(), F.eig()[0].shape
+        ((123, 123), torch.Size([20]))
     """
 
     _tensors = tensors.LOWRANK
