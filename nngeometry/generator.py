@@ -31,7 +31,6 @@ from .model.evaluator import (
     DryRun,
     Evaluator,
     State,
-    check_mode,
     check_same,
     counted,
     same_up_to_rounding,
@@ -142,6 +141,9 @@ class Generator(Evaluator):
         function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``.
         device: Where minibatches go, by default to the model.
         verbose: Whether to show a progress bar.
+        batch_statistics: Whether BatchNorm has the statistics of each minibatch, held constant, as in
+            :func:`~nngeometry.FIM`; by default not.
+        unit: What counts as an example, "example" (the default) or "minibatch", as in :func:`~nngeometry.FIM`.
         centred: Whether matrices are of ``J - mean J`` instead of J; by default not.
         curvature: From f, u, the minibatch and its position to ``sum_c s_c (s_c . u)``, if there is a faster way than
             by the s_c.
@@ -173,13 +175,23 @@ class Generator(Evaluator):
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         verbose: bool = False,
+        batch_statistics: bool = False,
+        unit: str = "example",
         centred: bool = False,
         curvature: Curvature | None = None,
         weigh: Callable[[Tensor, data.Batch], float] | None = None,
         mean: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
+        super().__init__(
+            model,
+            layer_collection,
+            function=function,
+            device=device,
+            verbose=verbose,
+            batch_statistics=batch_statistics,
+            unit=unit,
+        )
         if not callable(cotangents):
             raise TypeError(
                 f"cotangents: expected a function of outputs, the minibatch and its position, got "
@@ -204,7 +216,7 @@ class Generator(Evaluator):
         Args:
             batch: A minibatch.
         """
-        check_mode(self.model)
+        self.check_mode()
         return self._plan(self.layer_collection.sites(self.model), batch)
 
     def _plan(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
@@ -242,7 +254,7 @@ class Generator(Evaluator):
         """
         start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
-        check_mode(self.model)
+        self.check_mode()
 
         if plan is None:
             plan = self._remembered()
@@ -374,6 +386,7 @@ class Generator(Evaluator):
             changes.append(state)
         if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
+        self.within(batch)  # what is looked for there is none of the calls
         with self.running(*changes):
             f = self.outputs_of(batch)
             calls = list(recorder.calls)
@@ -406,7 +419,14 @@ class Generator(Evaluator):
             refused = error
 
         def look(at: LayerCollection) -> Plan:
-            other = Generator(self.model, at, self.cotangents, function=self.function, device=self.device)
+            other = Generator(
+                self.model,
+                at,
+                self.cotangents,
+                function=self.function,
+                device=self.device,
+                batch_statistics=self.batch_statistics,
+            )
             return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
 
         raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
@@ -418,7 +438,7 @@ class Generator(Evaluator):
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before = weights.norm()
-        with self.running(weights.in_place, state):
+        with self.running(weights.in_place, *self.within(batch), state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
@@ -464,7 +484,7 @@ class Generator(Evaluator):
         """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
         parameters = self.layer_collection.parameters(self.model)
         weights = Weights([self.model], parameters)
-        with self.running(weights.in_place, State(self.model)):
+        with self.running(weights.in_place, *self.within(batch), State(self.model)):
             f, calls = self._forward(sites, batch, plan)
             self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters))
         return replace(plan, one=True)
@@ -653,7 +673,7 @@ class Generator(Evaluator):
         if plan.looked and len(f) > _PROBED and calls and like not in self._apart:
             s, weights = _generic_cotangent(f), powers(f)
             edges = [e for c in calls for e in c.edges]
-            with self._back(calls), operations_named():
+            with self._back(calls, self.within(batch)), operations_named():
                 grads, others = (
                     torch.autograd.grad(f, edges, one, retain_graph=True, allow_unused=True)
                     for one in (s, weighted(s, weights))
@@ -684,19 +704,28 @@ class Generator(Evaluator):
             n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             # Not kept here, so that who receives it can let go of it.
             yield Observation(
-                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count), outputs, batch, begun
+                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count, batch), outputs, batch, begun
             )
 
-    def _pulled(self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool) -> dict[str, LayerJacobian]:
+    def _pulled(
+        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool, batch: data.Batch
+    ) -> dict[str, LayerJacobian]:
         edges = [e for c in calls for e in c.edges]
-        with self._back(calls), operations_named():
+        within = self.within(batch)
+        with self._back(calls, within), operations_named():
             grads = self._pull([f], edges, [s], last) if calls else []
-            return self._forms(calls, plan.layouts, grads, len(s), len(f))
+            found = self._forms(calls, plan.layouts, grads, len(s), len(f))
+        if not within:
+            return found
+        there = partial(Borrowed, *within)
+        return {k: form.within(there) if isinstance(form, forms.Lazy) else form for k, form in found.items()}
 
-    def _back(self, calls: Sequence[Call]) -> Borrowed:
+    def _back(self, calls: Sequence[Call], within: Sequence[Change]) -> Borrowed:
         """What is in force on the way back, where activation checkpoints run modules again."""
         frozen = [p for p in _collected([call.site for call in calls]) if not p.requires_grad]
-        return self.running(trainable(frozen), record=False) if frozen or self.device.type == "cuda" else Borrowed()
+        if frozen or self.device.type == "cuda":
+            return self.running(trainable(frozen), *within, record=False)
+        return Borrowed(*within)
 
     def _forms(
         self,

@@ -52,6 +52,8 @@ def GramMatrix(
     metric: PMat | None = None,
     centering: bool = False,
     *,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
 ) -> Any:
@@ -66,6 +68,7 @@ def GramMatrix(
     per_layer: a dict of the kernels of the layers, which sum to the whole; not with a metric that couples layers.
     metric: M, a PMat or an inverse of one (``F.inv(r)``). centering: Jacobians less their mean over the examples of
     their side.
+    batch_statistics, unit: as in :func:`~nngeometry.Jacobian`.
     representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on disk.
 
     Jacobians are kept in the form in which layers make them, in memory while they fit the memory budget, and made again
@@ -91,6 +94,7 @@ def GramMatrix(
     arguments.call(
         model2 or model, loader if loader2 is None else loader2, function2, None, LayerCollection, None, "loader2"
     )
+    arguments.of_training(batch_statistics, unit)
     arguments.one_of("GramMatrix: output", output, list(OUTPUTS))
     if isinstance(representation, type) and not issubclass(representation, FMatDense | FMatImplicit):
         raise TypeError(
@@ -110,8 +114,8 @@ def GramMatrix(
     same = loader2 is None and function2 is None and model2 is None
 
     def side(model: nn.Module, function: Callable[..., Any] | None) -> Generator:
-        wanted = summed(model, function) if output == "sum" else function
-        return of_outputs(model, wanted, lc, device=device)
+        wanted = summed(model, function, unit) if output == "sum" else function
+        return of_outputs(model, wanted, lc, batch_statistics=batch_statistics, unit=unit, device=device)
 
     left = side(model, function)
     right = left if same else side(model2 or model, function2 or function)
@@ -124,7 +128,7 @@ def GramMatrix(
     if per_layer and metric is not None:
         check_separate(metric)
     examples = data.Minibatches(left.minibatches(loader))
-    examples2 = examples if loader2 is None else data.Minibatches(right.minibatches(loader2))
+    examples2 = examples if same else data.Minibatches(right.minibatches(examples if loader2 is None else loader2))
     asked = _Asked(left, right, examples, examples2, same, OUTPUTS[output], groups, metric, output == "mean_trace")
     found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose)
     if centering:
@@ -132,12 +136,12 @@ def GramMatrix(
     return found if per_layer else found[""]
 
 
-def summed(model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
-    """The sum of the outputs of each example, as one output."""
+def summed(model: nn.Module, function: Callable[..., Any] | None, unit: str = "example") -> Callable[..., Tensor]:
+    """The sum of the outputs of each example, or of a minibatch, as one output."""
 
     def total(*minibatch: Any) -> Tensor:
         f = model(minibatch[0]) if function is None else function(*minibatch)
-        return f.reshape(len(f), -1).sum(1, keepdim=True)
+        return f.sum() if unit == "minibatch" else f.reshape(len(f), -1).sum(1, keepdim=True)
 
     return total
 

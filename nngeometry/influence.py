@@ -39,6 +39,8 @@ class Influence:
         refine: The same matrix by its products (PMatImplicit), for which solves are refined by conjugate gradients,
             matrix being the preconditioner; by default they are not.
         rtol: The relative residual to which they are, by default 1e-5.
+        batch_statistics: As in :func:`~nngeometry.EmpiricalFisher`, for queries and training examples.
+        unit: As there; with "minibatch" scores are between minibatches.
         device: Where minibatches go, by default to the model.
         verbose: Whether to show a progress bar.
 
@@ -72,6 +74,8 @@ class Influence:
         function: Callable[..., Any] | None = None,
         refine: PMat | None = None,
         rtol: float = 1e-5,
+        batch_statistics: bool = False,
+        unit: str = "example",
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
@@ -80,12 +84,21 @@ class Influence:
         if refine is not None:
             arguments.instance("refine", refine, PMat, "pass the same matrix as PMatImplicit")
         arguments.number("rtol", rtol, above=0.0)
+        arguments.of_training(batch_statistics, unit)
         for name, given in (("loss", loss), ("query_loss", query_loss)):
             arguments.loss(given, name)
 
         def generator(of: Loss | None, chosen: Targets) -> Generator:
             return gradient_source(
-                model, matrix.layer_collection, of, chosen, function=function, device=device, verbose=verbose
+                model,
+                matrix.layer_collection,
+                of,
+                chosen,
+                function=function,
+                device=device,
+                verbose=verbose,
+                batch_statistics=batch_statistics,
+                unit=unit,
             )
 
         self.matrix = matrix

@@ -23,13 +23,13 @@ def settle(source: Any, examples: Any) -> None:
     """
     if isinstance(examples, Iterator):
         return
-    if source.function is not None:
+    if source.function is not None and not source.batch_statistics:
         loss = _reduced(source, examples)
         if loss is not None and not source.function_is_loss:
             warn("Hessian(..., function=loss)", "Hessian(..., loss=loss); function= is the model to call")
         source.function = source.function if loss is None else None
     else:
-        loss = _of_a_minibatch(source, examples) if isinstance(source.loss, ByExample) else None
+        loss = _of_a_minibatch(source, examples) if isinstance(source.loss, ByExample) and not source.function else None
     if loss is not None:
         source.loss, source._total, source._weight = loss, loss.total, loss.weight
 

@@ -15,6 +15,7 @@ ROOT = Path(nngeometry.__file__).parent
 FLOORS = [
     ["spelling", "changes", "memory", "registry", "derivatives", "forms", "layers"],
     ["model.batch", "model.data", "model.independence", "model.structure", "model.recurrent", "model.weights"],
+    ["model.batch_statistics"],
     ["model.refused", "arguments", "linalg", "likelihood", "losses"],
     ["kinds", "blocks"],
     ["layercollection"],
@@ -25,6 +26,7 @@ FLOORS = [
     ["estimation"],
     ["object"],
     ["accumulator"],
+    ["undivided"],
     ["metrics"],
     ["hessian", "jacobian"],
     ["gram", "influence"],

@@ -108,9 +108,9 @@ class OwnLoss:
     apart.
 
     What can be had of it is the :func:`~nngeometry.Hessian` with any minibatches, and of matrices of gradients
-    (EmpiricalFisher, GradientCovariance) and :class:`~nngeometry.Influence` those of minibatches of one example, the
-    gradient of whose loss is taken as it is: a mean over tokens stays one. ``GGN`` needs the loss as a function of the
-    output.
+    (EmpiricalFisher, GradientCovariance) and :class:`~nngeometry.Influence` those of minibatches of one example, or
+    with ``unit="minibatch"`` of any, the gradient of whose loss is taken as it is: a mean over tokens stays one.
+    ``GGN`` needs the loss as a function of the output.
 
     Args:
         count: From a minibatch to what its loss counts in the mean over minibatches, e.g. its number of labelled
@@ -168,6 +168,13 @@ class OwnLoss:
         if not bool(torch.isfinite(found.detach())):
             raise ValueError("loss=OwnLoss(): the loss of a minibatch is NaN or infinite: check its labels")
         return found.reshape(())
+
+    def check_unit(self, unit: str) -> None:
+        """Raise if minibatches count as one each and otherwise at the same time."""
+        if unit == "minibatch" and self.count is not None:
+            raise ValueError(
+                'loss=OwnLoss(count=...): with unit="minibatch" every minibatch counts as one: leave count or unit out'
+            )
 
     def weight(self, batch: data.Batch) -> float:
         """What the loss of a minibatch counts in the mean.

@@ -136,7 +136,8 @@ class ByExample(OutputLoss):
         if values.ndim == 0 or values.shape[0] != f.shape[0]:
             raise ValueError(
                 f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
-                'return the unreduced loss (reduction="none")'
+                'return the unreduced loss (reduction="none"), or pass unit="minibatch" if it is one of the whole '
+                "minibatch"
             )
         if not values.is_floating_point() and values.requires_grad:
             raise TypeError(f"loss: expected real numbers, got {values.dtype}: return e.g. its absolute value")
