@@ -54,6 +54,8 @@ HELD = {
     "half-diagonal": PMatHalfDiagonal,
     "tridiagonal": PMatTridiagonal,
 }
+#: Those whose sums are of another structure: a sum of Kronecker products is none.
+OPEN = ["kfac", "ekfac", "mixed", "half-diagonal"]
 
 
 def quasidiag(M, lc):
