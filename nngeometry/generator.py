@@ -22,7 +22,7 @@ from .forms import Gather, LayerJacobian, Outer
 from .kinds import is_ours
 from .kinds.generic import generic
 from .layercollection import Layer, LayerCollection, Site
-from .likelihood import Cotangents
+from .likelihood import Cotangents, made
 from .linearisation import gauss_newton
 from .memory import BytesMade, chunk_length, slices, tuning
 from .model import data, remedies
@@ -58,7 +58,8 @@ class OfSeveral:
     function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
 
     def __call__(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
-        return self.function(f, batches, position)
+        found = self.function(f, batches, position)
+        return None if found is None else made(found)
 
 
 @dataclass(frozen=True)
@@ -857,7 +858,7 @@ def rowwise(cotangents: CotangentFunction) -> OfSeveral:
     Returns:
         What :class:`Generator` takes as cotangents.
     """
-    return OfSeveral(lambda f, batches, position: _made(cotangents(f, data.join(batches), position)))
+    return OfSeveral(lambda f, batches, position: made(cotangents(f, data.join(batches), position)))
 
 
 def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
@@ -872,7 +873,7 @@ def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
 
     def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         own = zip(data.split(f, batches), batches, strict=True)
-        each = [_made(cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
+        each = [made(cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
         return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
 
     return OfSeveral(several)
@@ -945,13 +946,3 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         return layer.packing.pack(torch.cat(pieces, -1))
 
     return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)
-
-
-def _made(found: Any) -> Cotangents:
-    """What a likelihood or the user's function gives as cotangents, checked to be some."""
-    if not isinstance(found, Cotangents):
-        raise TypeError(
-            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
-            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
-        )
-    return found

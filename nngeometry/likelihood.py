@@ -65,6 +65,8 @@ class Cotangents:
         Args:
             several: The cotangents of each minibatch.
         """
+        for one in several:
+            made(one)
         if len(several) == 1:
             return several[0]
         return cls(several[0].count, lambda start, stop: torch.cat([c.take(start, stop) for c in several], 1))
@@ -77,6 +79,16 @@ class Cotangents:
             last: The end of them, which is not included.
         """
         return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
+
+
+def made(found: Any) -> Cotangents:
+    """What a likelihood or the user's function gives as cotangents, checked to be some."""
+    if not isinstance(found, Cotangents):
+        raise TypeError(
+            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
+        )
+    return found
 
 
 def diagonal_cotangents(scale: Tensor) -> Cotangents:

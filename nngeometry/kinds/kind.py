@@ -283,7 +283,7 @@ def built_in(*types: type[nn.Module], **options: Any) -> Callable[[KindFunction]
 def _check_types(what: str, types: Sequence[Any], remedy: str) -> None:
     for t in types:
         if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"{what}: {t!r} is not a type of modules: {remedy}")
+            raise TypeError(f"{what}: {described(t)} is not a type of modules: {remedy}")
     if not types:
         raise TypeError(f"{what}: name the types of modules: {remedy}")
 
