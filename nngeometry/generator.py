@@ -52,13 +52,17 @@ class OfSeveral:
 
 @dataclass(frozen=True)
 class Observation:
-    """The Jacobians of one chunk of cotangents of one minibatch, or of some of its examples.
+    """The Jacobians of one chunk of cotangents of one minibatch, or of some of its examples. It should be let go of
+    before the next one is made.
 
-    n: how many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so that
-    sums of n count every example once, and statistics of the inputs alone are taken where n > 0. weight: what the
-    minibatch counts in the mean, in its first chunk, and zero afterwards. forms: one for each layer, by name. outputs:
-    of the model, for all examples of the chunk. batch: these examples. minibatches: how many begin with this chunk. It
-    should be let go of before the next one is made.
+    Args:
+        n: How many examples this chunk counts, which is those that it has in their first chunk and zero afterwards, so
+            that sums of n count every example once, and statistics of the inputs alone are taken where n > 0.
+        weight: What the minibatch counts in the mean, in its first chunk, and zero afterwards.
+        forms: One form for each layer, by name.
+        outputs: Those of the model, for all examples of the chunk.
+        batch: These examples.
+        minibatches: How many begin with this chunk.
     """
 
     n: int
@@ -72,23 +76,38 @@ class Observation:
 class Generator(Probed):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
-    model, layer_collection, function, device, verbose, batch_statistics, unit: as in :class:`Evaluator`. cotangents:
-    from the output f ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function,
-    where those of an example depend on its own output and targets alone, so that small minibatches can be taken
-    together. centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a
-    faster way than by the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of
-    examples. mean: whether matrices are divided by the sum of that. seed: the position of the first minibatch, from
-    which random cotangents are drawn.
+    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks and
+    the random state.
 
-    The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
-    and the random state.
+    Args:
+        model: The model, in eval mode.
+        layer_collection: The coordinates.
+        cotangents: From the output f ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of
+            such a function, where those of an example depend on its own output and targets alone, so that small
+            minibatches can be taken together.
+        function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether to show a progress bar.
+        batch_statistics: Whether BatchNorm has the statistics of each minibatch, held constant, as in
+            :func:`~nngeometry.FIM`; by default not.
+        unit: What counts as an example, "example" (the default) or "minibatch", as in :func:`~nngeometry.FIM`.
+        centred: Whether matrices are of ``J - mean J`` instead of J; by default not.
+        curvature: From f, u, the minibatch and its position to ``sum_c s_c (s_c . u)``, if there is a faster way than
+            by the s_c.
+        weigh: From f and the minibatch to what it counts in a mean, by default its number of examples.
+        mean: Whether matrices are divided by the sum of that, by default True.
+        seed: The position of the first minibatch, from which random cotangents are drawn, by default 0.
 
-    >>> from nngeometry.likelihood import Gaussian
-    >>> model = nn.Linear(3, 2)
-    >>> g = Generator(model, LayerCollection.from_model(model), rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
-    >>> [observation] = g.stream((torch.randn(5, 3),))
-    >>> observation.n, observation.forms[""].dense().shape
-    (5, torch.Size([2, 5, 1, 2, 4]))
+    Raises:
+        TypeError: For what is no function.
+
+    Example:
+        >>> from nngeometry.likelihood import Gaussian
+        >>> model = nn.Linear(3, 2)
+        >>> g = Generator(model, LayerCollection.from_model(model), rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
+        >>> [observation] = g.stream((torch.randn(5, 3),))
+        >>> observation.n, observation.forms[""].dense().shape
+        (5, torch.Size([2, 5, 1, 2, 4]))
     """
 
     jacobians = True
@@ -143,11 +162,18 @@ class Generator(Probed):
     ) -> Iterator[Observation]:
         """The observations of a loader or of one minibatch, in order.
 
-        by_example: where a minibatch does not fit a work array with all of its cotangents, split its examples and not
-        the cotangents, where that can be done. The model runs once more on each part; cotangents are those of the whole
-        minibatch. join: where a model and its minibatches are so small that most time would go into starting
-        operations, observe neighbouring minibatches as one; each has its own cotangents. first: the position of the
-        first minibatch, by default the seed.
+        Args:
+            examples: These.
+            plan: What is known of the model, by default what was found before.
+            by_example: Where a minibatch does not fit a work array with all of its cotangents, split its examples and
+                not the cotangents, where that can be done. The model runs once more on each part; cotangents are those
+                of the whole minibatch.
+            join: Where a model and its minibatches are so small that most time would go into starting operations,
+                observe neighbouring minibatches as one; each has its own cotangents.
+            first: The position of the first minibatch, by default the seed.
+
+        Yields:
+            The Jacobians, chunk by chunk.
         """
         start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
@@ -177,7 +203,11 @@ class Generator(Probed):
             yield from self._observe(sites, [found.read(b) for b in batches], start + position, found, by_example)
 
     def operator(self, examples: Any) -> Operator:
-        """The matrix by its products, at the parameters as they are now; its trace and diagonal by the Jacobians."""
+        """The matrix by its products, at the parameters as they are now; its trace and diagonal come by the Jacobians.
+
+        Args:
+            examples: A loader, or one minibatch.
+        """
         products = gauss_newton(self, self, examples)
         layers = self.layer_collection.layers
         like = torch.empty(0, dtype=self.dtype, device=products.device)
@@ -229,7 +259,16 @@ class Generator(Probed):
         return found
 
     def curvature(self, f: Tensor, batches: Sequence[data.Batch], position: int) -> Callable[[Tensor], Tensor]:
-        """For minibatches laid end to end: from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example."""
+        """The product of the cotangents with themselves, for minibatches laid end to end.
+
+        Args:
+            f: Their outputs.
+            batches: The minibatches.
+            position: That of the first.
+
+        Returns:
+            A function from u in the shape of f to ``sum_c s_c (s_c . u)`` of each example.
+        """
         if self._closed is not None:
             batch, closed = data.join(batches), self._closed
             return lambda u: closed(f, u, batch, position)
@@ -328,8 +367,15 @@ class Generator(Probed):
 
 
 def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> float:
-    """``step(observation)`` for every observation, outside of autograd, each let go of before the next one is made.
-    Returns what they weigh together. step: must keep nothing of an observation.
+    """Call ``step(observation)`` for every observation, outside of autograd; each is let go of before the next one is
+    made.
+
+    Args:
+        stream: The observations.
+        step: What is done with each. It must keep nothing of an observation.
+
+    Returns:
+        What they weigh together.
     """
     total = 0.0
     with no_grad():
@@ -341,12 +387,27 @@ def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> 
 
 
 def rowwise(cotangents: CotangentFunction) -> OfSeveral:
-    """Those of several minibatches as of one, where each depends on an example's own output and targets alone."""
+    """Cotangents that depend on an example's own output and targets alone, so that those of several minibatches can be
+    made as of one.
+
+    Args:
+        cotangents: From the output ``(B, *out)``, the minibatch and its position to the cotangents.
+
+    Returns:
+        What :class:`Generator` takes as cotangents.
+    """
     return OfSeveral(lambda f, batches, position: as_cotangents(cotangents(f, data.join(batches), position)))
 
 
 def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
-    """Those of several minibatches, each for itself: they may be drawn at random, or depend on each other."""
+    """Cotangents of each minibatch for itself: they may be drawn at random, or depend on each other.
+
+    Args:
+        cotangents: From the output ``(B, *out)``, the minibatch and its position to the cotangents.
+
+    Returns:
+        What :class:`Generator` takes as cotangents.
+    """
 
     def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
         own = zip(data.split(f, batches), batches, strict=True)

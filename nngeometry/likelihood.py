@@ -413,7 +413,14 @@ def of_covariance(variant: str | Likelihood, covariance: Any) -> Gaussian:
 
 
 def likelihood_of(variant: str | Likelihood) -> Likelihood:
-    """A :class:`Likelihood` as it is, or the one that a variant's name stands for."""
+    """A :class:`Likelihood` as it is, or the one that a variant's name stands for.
+
+    Args:
+        variant: A likelihood, or one of the names in ``VARIANTS``.
+
+    Raises:
+        ValueError: For a name that is none of these.
+    """
     if isinstance(variant, Likelihood):
         return variant
     if variant in VARIANTS:
