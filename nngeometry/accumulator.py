@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from . import arguments
 from .estimation import Estimation, Source
+from .identity import short, told
 from .layercollection import LayerCollection
 from .object.pmat import PMat
+from .passes import reduce, update
+from .reading import reading
+from .team import Team
 
 #: The version of what :meth:`Accumulator.state_dict` gives.
 FORMAT = 1
-#: Options that say where and how, not what is estimated.
-_NOT_WHAT = ("function", "layer_collection", "device", "verbose", "generator")
 
 
 class Accumulator:
@@ -42,6 +45,8 @@ class Accumulator:
             partial of one, or one of your own that hands its source to the representation.
         model: The model, which is used at the parameters that it has when an update comes.
         representation: A PMat class, a partial of one, or ``PMatMixed.of(...)``.
+        process_group: Of ``torch.distributed``: its ranks make an accumulator each and update them together, each with
+            its own minibatches, by which all have seen all. Without one, :meth:`reduce` adds up what ranks have seen.
         **options: The keywords of the matrix and of the representation.
 
     Raises:
@@ -57,7 +62,15 @@ class Accumulator:
         ((43, 43), 57.05)
     """
 
-    def __init__(self, matrix: Callable[..., Any], model: nn.Module, representation: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        matrix: Callable[..., Any],
+        model: nn.Module,
+        representation: Any,
+        *,
+        process_group: Any = None,
+        **options: Any,
+    ) -> None:
         if not callable(matrix) or isinstance(matrix, type | nn.Module):
             raise TypeError(
                 f"matrix: expected a constructor such as FIM or GGN, got {arguments.described(matrix)}: "
@@ -84,11 +97,12 @@ class Accumulator:
                 "representation(layer_collection=..., generator=source, examples=loader, **options) in it"
             )
         self.model = model
+        self.process_group = process_group
         self._kind = kind
         self._estimation = found
         self._what = (
-            _told(constructor, {**getattr(matrix, "keywords", {}), **options}),
-            _told(self._kind, getattr(representation, "keywords", {})),
+            told(constructor, {**getattr(matrix, "keywords", {}), **options}),
+            told(self._kind, getattr(representation, "keywords", {})),
         )
 
     @property
@@ -103,17 +117,52 @@ class Accumulator:
         """
         return self._estimation.seen
 
-    def update(self, examples: Any) -> Self:
+    def update(
+        self,
+        examples: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        every: int | None = None,
+        keep_checkpoint: bool = False,
+    ) -> Self:
         """Fold in a loader or one minibatch, at the parameters as they are now. After an exception nothing of it is
         kept.
 
         Args:
             examples: As ``loader`` of :func:`~nngeometry.FIM`. The first time PMatEKFAC reads it twice.
+            checkpoint: A file from which the same update goes on when the program was stopped, as in
+                :func:`~nngeometry.FIM`, of an accumulator that has seen the same before.
+            every: After how many minibatches of a rank it is written, by default 100.
+            keep_checkpoint: Whether it stays when the update is done.
 
         Returns:
             The accumulator.
         """
-        self._estimation.update(examples)
+        if self.process_group is not None or checkpoint is not None or every is not None or keep_checkpoint:
+            what = tuple(map(str, self._what))
+            examples = reading(examples, self.process_group, checkpoint, every, keep_checkpoint, what)
+        update(self._estimation, examples)
+        return self
+
+    def reduce(self, process_group: Any) -> Self:
+        """Have seen what the accumulators of all ranks have seen, each of which was updated alone: all ranks call this
+        together, and all have the same then. One collective for each block.
+
+        Args:
+            process_group: Of ``torch.distributed``.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: If the ranks have accumulators of different things; or of PMatEKFAC, in different bases.
+        """
+        team = Team(process_group)
+        identities = team.exchange(self._identity())
+        self._check("reduce", identities[0])
+        for other in identities:
+            self._check("reduce", other)
+        reduce(self._estimation, team)
         return self
 
     def decay(self, weight: float) -> Self:
@@ -252,7 +301,7 @@ class Accumulator:
     def _check(self, what: str, other: Mapping[str, Any]) -> None:
         mine = self._identity()
         differ = [
-            f"{name} ({_short(other.get(name))}, here {_short(mine[name])})"
+            f"{name} ({short(other.get(name))}, here {short(mine[name])})"
             for name in mine
             if other.get(name) != mine[name]
         ]
@@ -277,23 +326,3 @@ class Accumulator:
     def __repr__(self) -> str:
         p = self.layer_collection.numel()
         return f"Accumulator({self._what[0]}, {self._what[1]}) of {p} parameters, n = {self.n:g}"
-
-
-def _told(made: Any, options: Mapping[str, Any]) -> str:
-    """A call in words, with the options that say what is estimated."""
-    of = ", ".join(f"{name}={_value(value)}" for name, value in sorted(options.items()) if name not in _NOT_WHAT)
-    name = getattr(made, "__name__", type(made).__name__)
-    return f"{name}({of})" if of else name
-
-
-def _value(value: Any) -> str:
-    if callable(value) and not isinstance(value, nn.Module):
-        return str(getattr(value, "__qualname__", type(value).__qualname__))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
-    return repr(value)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

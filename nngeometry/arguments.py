@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .distributed import require_whole
 from .model import data
 
 _HERE = str(Path(__file__).parent)
@@ -235,6 +236,7 @@ def loader(value: Any, name: str = "loader") -> None:
     if isinstance(value, nn.Module):
         raise TypeError(f"{name}: expected data, got the model {type(value).__name__}: the model comes first")
     data.require_loader(value, name)
+    require_whole(value, name)
 
 
 def function(value: Any, name: str = "function") -> None:

@@ -418,46 +418,54 @@ class OfJacobians(Estimation):
                     f"layer {e.layers[0].name!r}: this representation does not say how its block is centred, which a "
                     "covariance is: use another one, or EmpiricalFisher, which is not centred"
                 )
-        self._sums = _Sums.nothing(len(self.estimators))
-        #: For the blocks that are refined.
-        self._refinements: dict[int, Refinement] = {}
-        self._position = source.seed
+        self.sums = Sums.nothing(len(self.estimators))
+        #: Of the blocks that are refined.
+        self.refinements: dict[int, Refinement] = {}
+        self.position = source.seed
 
     @property
     def seen(self) -> float:  # type: ignore[override]
-        return self._sums.seen
+        return self.sums.seen
 
     def update(self, examples: Any, last: bool = False) -> None:
-        first_time = self._sums.seen == 0 and not self._refinements
-        new = _Sums.nothing(len(self.estimators))
-        refinements = dict(self._refinements)
+        first_time = self.sums.seen == 0 and not self.refinements
+        new = Sums.nothing(len(self.estimators))
+        refinements = dict(self.refinements)
         if first_time and (again := [k for k, e in enumerate(self.estimators) if e.refine is not None]):
             require_repeatable(examples, "this representation")
-            moved = self._pass(examples, new, dict(enumerate(self.estimators)), {})
+            moved = self.observe(examples, new, dict(enumerate(self.estimators)), {})
             for k in again:
-                refinements[k] = self._refined(k, new, last)
+                refinements[k] = self.refined(k, new, last)
                 if last:
                     new.states[k] = None
-            self._pass(examples, new, {}, {k: r.first for k, r in refinements.items()}, count=False)
+            self.observe(examples, new, {}, {k: r.first for k, r in refinements.items()}, count=False)
         else:
             later = {k: r.later for k, r in refinements.items()}
-            moved = self._pass(examples, new, dict(enumerate(self.estimators)), later)
-        uninterrupted(self._take, new, refinements, moved)
+            moved = self.observe(examples, new, dict(enumerate(self.estimators)), later)
+        uninterrupted(self.take, new, refinements, self.position + moved)
 
-    def _take(self, new: _Sums, refinements: dict[int, Refinement], moved: int) -> None:
-        self._refinements = refinements
-        self._sums = new if self._sums.seen == 0 else self._joined(self._sums, new)
-        self._position += moved
+    def take(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
+        """Add what was seen. position: the one of what comes next."""
+        self.refinements = refinements
+        self.sums = new if self.sums.seen == 0 else self._joined(self.sums, new)
+        self.position = position
 
-    def _pass(
+    def replace(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
+        """Have seen that instead."""
+        self.refinements, self.sums, self.position = refinements, new, position
+
+    def observe(
         self,
         examples: Any,
-        sums: _Sums,
+        sums: Sums,
         estimators: Mapping[int, Estimator],
         refining: Mapping[int, Estimator],
         count: bool = True,
+        first: int | None = None,
     ) -> int:
-        """One pass over the examples, and how many minibatches they were. count: whether it is the first."""
+        """One pass over the examples, added to sums, and how many minibatches they were. count: whether it is the first
+        one over these. first: the position of the first minibatch, if not that of what comes next.
+        """
         by_example = all(e.by_example for e in [*estimators.values(), *refining.values()])
         seen, minibatches = 0, 0
 
@@ -475,13 +483,15 @@ class OfJacobians(Estimation):
                         j = layer.packing.unpack(observation.forms[layer.name].total())
                         sums.means[layer.name] = sums.means[layer.name] + j if layer.name in sums.means else j
 
-        stream = self.source.stream(examples, by_example=by_example, join=True, first=self._position)
+        stream = self.source.stream(
+            examples, by_example=by_example, join=True, first=self.position if first is None else first
+        )
         weight = fold(stream, step)
         if count:
-            sums.weight, sums.seen = weight, seen
+            sums.weight, sums.seen = sums.weight + weight, sums.seen + seen
         return minibatches
 
-    def _refined(self, k: int, sums: _Sums, last: bool = False) -> Refinement:
+    def refined(self, k: int, sums: Sums, last: bool = False) -> Refinement:
         """The refinement of a block in the eigenbasis of what was seen."""
         estimator, state = self.estimators[k], sums.states[k]
         assert state is not None
@@ -490,18 +500,18 @@ class OfJacobians(Estimation):
             block = estimator.finish(state if last else mapped(state, Tensor.clone), self._count(sums))
             return estimator.refine(block.eig().basis)  # type: ignore[attr-defined]
 
-    def _count(self, sums: _Sums) -> float:
+    def _count(self, sums: Sums) -> float:
         return counted(sums.weight) if self.source.mean else 1.0
 
     def root(self, last: bool = False) -> Block:
-        sums, n = self._sums, self._count(self._sums)
+        sums, n = self.sums, self._count(self.sums)
         slices = self.source.layer_collection.slices()
         parts = []
         with no_grad():
             for k, e in enumerate(self.estimators):
-                state = sums.refined[k] if k in self._refinements else sums.states[k]
+                state = sums.refined[k] if k in self.refinements else sums.states[k]
                 assert state is not None
-                final = self._refinements[k].later if k in self._refinements else e
+                final = self.refinements[k].later if k in self.refinements else e
                 block = final.finish(state if last else mapped(state, Tensor.clone), n)
                 if last:
                     sums.states[k] = None
@@ -513,19 +523,19 @@ class OfJacobians(Estimation):
         return DirectSum(tuple(parts))
 
     def decay(self, weight: float) -> None:
-        uninterrupted(self._sums.decay, weight)
+        uninterrupted(self.sums.decay, weight)
 
     def absorb(self, other: OfJacobians) -> None:
-        if other._sums.seen == 0:
+        if other.sums.seen == 0:
             return
-        for k, mine in self._refinements.items():
-            if not _same_block(mine.basis, other._refinements[k].basis):
+        for k, mine in self.refinements.items():
+            if not _same_block(mine.basis, other.refinements[k].basis):
                 raise ValueError(
                     f"layer {self.estimators[k].layers[0].name!r}: the two have second moments in different bases, so "
                     "they have no exact sum: call b.rebase(a) first, which carries those of b over to the basis of a, "
                     "approximately, or begin b from a state of a"
                 )
-        uninterrupted(self._take, other._sums.mapped(Tensor.clone), self._refinements or other._refinements, 0)
+        uninterrupted(self.take, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position)
 
     def rebase(self, other: OfJacobians | None = None) -> None:
         """Refine in the eigenbasis of all that was seen from now on, or in the basis of another one. The second moments
@@ -533,38 +543,38 @@ class OfJacobians(Estimation):
         """
         if not any(e.refine for e in self.estimators):
             raise ValueError("rebase: this representation has no basis of its own: only PMatEKFAC and mixtures with it")
-        refinements, refined = dict(self._refinements), dict(self._sums.refined)
-        for k, old in self._refinements.items():
-            refinements[k] = self._refined(k, self._sums) if other is None else other._refinements[k]
+        refinements, refined = dict(self.refinements), dict(self.sums.refined)
+        for k, old in self.refinements.items():
+            refinements[k] = self.refined(k, self.sums) if other is None else other.refinements[k]
             with no_grad():
                 refined[k] = refinements[k].carried(old.basis, refined[k])
         uninterrupted(self._rebased, refinements, refined)
 
     def _rebased(self, refinements: dict[int, Refinement], refined: dict[int, State]) -> None:
-        self._refinements, self._sums.refined = refinements, refined
+        self.refinements, self.sums.refined = refinements, refined
 
-    def _joined(self, a: _Sums, b: _Sums) -> _Sums:
+    def _joined(self, a: Sums, b: Sums) -> Sums:
         """What two have seen; a is written into."""
         b = b.mapped(lambda t: t.to(a.like.device, a.like.dtype) if t.is_floating_point() else t)
         states = [
             e.merged(x, y) if x is not None and y is not None else x
             for e, x, y in zip(self.estimators, a.states, b.states, strict=True)
         ]
-        refined = {k: self._refinements[k].later.merged(x, b.refined[k]) for k, x in a.refined.items()}
+        refined = {k: self.refinements[k].later.merged(x, b.refined[k]) for k, x in a.refined.items()}
         means = {name: mean + b.means[name] for name, mean in a.means.items()}
-        return _Sums(states, refined, means, a.weight + b.weight, a.seen + b.seen)
+        return Sums(states, refined, means, a.weight + b.weight, a.seen + b.seen)
 
     def fresh(self) -> OfJacobians:
         return OfJacobians(self.source, self.estimators)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> OfJacobians:
         made = self.fresh()
-        made._sums, made._refinements, made._position = self._sums.mapped(fn), dict(self._refinements), self._position
+        made.sums, made.refinements, made.position = self.sums.mapped(fn), dict(self.refinements), self.position
         return made
 
     def plain(self) -> dict[str, Any]:
-        bases = {k: refinement.basis.state() for k, refinement in self._refinements.items()}
-        return {"position": self._position, "bases": bases, **self._sums.mapped(Tensor.clone).plain()}
+        bases = {k: refinement.basis.state() for k, refinement in self.refinements.items()}
+        return {"position": self.position, "bases": bases, **self.sums.mapped(Tensor.clone).plain()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         refinements = {}
@@ -572,12 +582,12 @@ class OfJacobians(Estimation):
             refine = self.estimators[k].refine
             assert refine is not None
             refinements[k] = refine(Block.from_state(basis).map(lambda t: t.to(self.source.device)))
-        sums = _Sums.of_plain(saved).mapped(lambda t: t.to(self.source.device, copy=True))
-        self._refinements, self._sums, self._position = refinements, sums, saved["position"]
+        sums = Sums.of_plain(saved).mapped(lambda t: t.to(self.source.device, copy=True))
+        self.replace(sums, refinements, saved["position"])
 
 
 @dataclass
-class _Sums:
+class Sums:
     """What was seen: the statistics of the blocks, those in a basis, the sum of the Jacobians of each layer where the
     matrix is centred, what divides them and the number of examples.
     """
@@ -589,7 +599,7 @@ class _Sums:
     seen: float
 
     @classmethod
-    def nothing(cls, blocks: int) -> _Sums:
+    def nothing(cls, blocks: int) -> Sums:
         return cls([None] * blocks, {}, {}, 0.0, 0.0)
 
     @property
@@ -599,8 +609,8 @@ class _Sums:
         self.mapped(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
         return next(t for t in found if t.is_floating_point())
 
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> _Sums:
-        return _Sums(
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Sums:
+        return Sums(
             [None if state is None else mapped(state, fn) for state in self.states],
             {k: mapped(state, fn) for k, state in self.refined.items()},
             {name: fn(mean) for name, mean in self.means.items()},
@@ -625,7 +635,7 @@ class _Sums:
         }
 
     @classmethod
-    def of_plain(cls, saved: Mapping[str, Any]) -> _Sums:
+    def of_plain(cls, saved: Mapping[str, Any]) -> Sums:
         refined = {k: _of_plain(state) for k, state in saved["refined"].items()}
         states = [_of_plain(state) for state in saved["states"]]
         return cls(states, refined, saved["means"], saved["weight"], saved["seen"])  # type: ignore[arg-type]

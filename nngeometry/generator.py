@@ -197,7 +197,7 @@ class Generator(Probed):
             trial = planned(batch, measure=True).trial or self.dry_run(batch)
             return trial.made * (1 + self._of_one(trial.output, trial.pair, start).count)
 
-        one_by_one = ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
+        one_by_one = ((data.position_of(batch, k), [batch]) for k, batch in enumerate(self.minibatches(examples)))
         for position, batches in self.joined(examples, made_of_two) if join else one_by_one:
             found = planned(batches[0])
             yield from self._observe(sites, [found.read(b) for b in batches], start + position, found, by_example)
@@ -212,29 +212,38 @@ class Generator(Probed):
         layers = self.layer_collection.layers
         like = torch.empty(0, dtype=self.dtype, device=products.device)
 
-        def summed(of: Callable[[Layer, LayerJacobian], Tensor]) -> Tensor:
-            """``sum of(layer, Jacobian)`` over all observations, divided as the matrix is: one for each layer."""
-            sums = [torch.zeros((), dtype=self.dtype, device=products.device) for _ in layers]
+        def summed(of: Callable[[Layer, LayerJacobian], Tensor], length: int) -> Tensor:
+            """``sum of(layer, Jacobian)`` over all observations, divided as the matrix is: one for each layer, which
+            are so many numbers together.
+            """
+            sums: dict[str, Tensor] = {}
 
             def step(observation: Observation) -> None:
-                for k, (name, layer) in enumerate(layers.items()):
-                    sums[k] = sums[k] + of(layer, observation.forms[name])
+                for name, layer in layers.items():
+                    one = of(layer, observation.forms[name])
+                    sums[name] = sums[name] + one if name in sums else one
 
-            with Borrowed(products.weights.in_place):
-                total = fold(self.stream(examples, by_example=True, join=True), step)
-            found = torch.cat([s.flatten() for s in sums])
+            def add(out: Tensor) -> float:
+                with Borrowed(products.weights.in_place):
+                    total = fold(self.stream(examples, by_example=True, join=True), step)
+                if sums:  # this process may have no minibatch
+                    out += torch.cat([sums[name].flatten() for name in layers])
+                return total
+
+            found = torch.zeros(length, dtype=self.dtype, device=products.device)
+            total = products.team.summed(found, add)
             return found / counted(total) if self.mean else found
 
         def trace() -> Tensor:
-            return summed(lambda layer, j: j.sqnorm().sum()).sum()
+            return summed(lambda layer, j: j.sqnorm().sum(), len(layers)).sum()
 
         def diagonal() -> Tensor:
-            return summed(lambda layer, j: layer.packing.unpack(j.square()))
+            return summed(lambda layer, j: layer.packing.unpack(j.square()), size)
 
         size = self.layer_collection.numel()
         if not self.centred:
-            return Operator(products, size, trace, diagonal, like, psd=True, single=products.once)
-        mean = summed(lambda layer, j: layer.packing.unpack(j.total()))
+            return Operator(products, size, trace, diagonal, like, psd=True, single=products.once, team=products.team)
+        mean = summed(lambda layer, j: layer.packing.unpack(j.total()), size)
 
         def centred(product: Callable[[Tensor], Tensor], V: Tensor) -> Tensor:
             return product(V) - torch.outer(V @ mean, mean)
@@ -250,6 +259,7 @@ class Generator(Probed):
             like,
             psd=True,
             single=partial(centred, products.once),
+            team=products.team,
         )
 
     def _of_one(self, f: Tensor, batch: data.Batch, position: int) -> Cotangents:
@@ -277,8 +287,8 @@ class Generator(Probed):
             cotangents = self.cotangents(f, batches, position)
             if cotangents is not None:
                 return self._curvature(f, u, cotangents)
-            own = zip(data.split(f, batches), data.split(u, batches), batches, strict=True)
-            each = [(g, v, self._of_one(g, batch, position + k)) for k, (g, v, batch) in enumerate(own)]
+            own = zip(data.split(f, batches), data.split(u, batches), batches, data.offsets(batches), strict=True)
+            each = [(g, v, self._of_one(g, batch, position + k)) for g, v, batch, k in own]
             return torch.cat([self._curvature(g, v, c) for g, v, c in each])
 
         return product
@@ -300,7 +310,7 @@ class Generator(Probed):
         fixed = f.detach()
         cotangents = self.cotangents(fixed, batches, position)
         if cotangents is None:
-            for k, b in enumerate(batches):
+            for k, b in zip(data.offsets(batches), batches, strict=True):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
             return
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
@@ -410,8 +420,8 @@ def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
     """
 
     def several(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
-        own = zip(data.split(f, batches), batches, strict=True)
-        each = [as_cotangents(cotangents(rows, batch, position + k)) for k, (rows, batch) in enumerate(own)]
+        own = zip(data.split(f, batches), batches, data.offsets(batches), strict=True)
+        each = [as_cotangents(cotangents(rows, batch, position + k)) for rows, batch, k in own]
         return Cotangents.joined(each) if len({c.count for c in each}) == 1 else None
 
     return OfSeveral(several)

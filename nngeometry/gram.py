@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Block
+from .distributed import everything, require_same
 from .generator import Generator
+from .identity import checksum, of_model
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget
@@ -25,7 +27,9 @@ from .object.kernel_layouts import Diagonal, Full, Layout, Traced
 from .object.kernel_storage import in_memory
 from .object.map import PFMap, PFMapImplicit
 from .object.vector import check_same_space
+from .reading import differences
 from .spelling import warn
+from .team import Team
 
 #: What ``output=`` accepts: which entries are kept.
 OUTPUTS: dict[str, type[Layout]] = {
@@ -56,6 +60,7 @@ def GramMatrix(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """The kernel ``K[c, x, d, y] = J[c, x] M J'[d, y]^T`` of Jacobians of outputs; with M the identity, the NTK.
 
@@ -70,6 +75,8 @@ def GramMatrix(
     their side.
     batch_statistics, unit: as in :func:`~nngeometry.Jacobian`.
     representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on disk.
+    process_group: of ``torch.distributed``, among whose ranks the tiles of the kernel are shared out. All call this
+    with the same loaders, and all get the whole kernel; a folder of FMatMemmap is on a disk that they share.
 
     Jacobians are kept in the form in which layers make them, in memory while they fit the memory budget, and made again
     for pairs of minibatches where they do not.
@@ -90,6 +97,10 @@ def GramMatrix(
             raise TypeError("GramMatrix: a function in the place of loader2 is one of both sides: name function2")
         representation, layer_collection = function or representation, function2 or layer_collection
         loader2, function, function2 = None, loader2, None
+    team = Team(process_group)
+    if process_group is not None:
+        loader = everything(loader, team, "GramMatrix")
+        loader2 = None if loader2 is None else everything(loader2, team, "GramMatrix")
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
     arguments.call(
         model2 or model, loader if loader2 is None else loader2, function2, None, LayerCollection, None, "loader2"
@@ -129,8 +140,11 @@ def GramMatrix(
         check_separate(metric)
     examples = data.Minibatches(left.minibatches(loader))
     examples2 = examples if same else data.Minibatches(right.minibatches(examples if loader2 is None else loader2))
+    if process_group is not None:
+        _check_team(team, [model, model2 or model], lc, metric, representation, (output, per_layer, centering))
+        require_same(team, [*examples, *examples2], "GramMatrix")
     asked = _Asked(left, right, examples, examples2, same, OUTPUTS[output], groups, metric, output == "mean_trace")
-    found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose)
+    found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose, team)
     if centering:
         found = {name: K.centred() for name, K in found.items()}
     return found if per_layer else found[""]
@@ -177,14 +191,50 @@ class _Asked:
         return layout, 1 / outputs[0] if self.mean else 1.0
 
 
-def _entries(asked: _Asked, representation: Any, verbose: bool) -> dict[str, FMat]:
+def _check_team(
+    team: Team,
+    models: Sequence[nn.Module],
+    lc: LayerCollection,
+    metric: PMat | None,
+    representation: Any,
+    options: tuple[Any, ...],
+) -> None:
+    """Raise unless all ranks are about to make the same kernel, in tiles."""
+    if representation is FMatImplicit:
+        raise NotImplementedError(
+            "process_group: FMatImplicit has no tiles that could be shared out: use FMatDense or "
+            "FMatMemmap.at(folder), or leave process_group out, and every rank has the kernel by its own products"
+        )
+    if metric is not None and metric.root.matrix_free:
+        raise NotImplementedError(
+            "process_group: the metric is known by its products alone, for which the ranks would ask at different "
+            "times: use a representation that holds entries"
+        )
+    metric_of = None if metric is None else checksum(metric.root.tensors())
+    told = {
+        "parameters and buffers of the model": list(map(of_model, models)),
+        "layers": [[layer.name, [list(shape) for _, shape in layer.params]] for layer in lc.layers.values()],
+        "metric": metric_of,
+        "representation and options": [str(options), getattr(representation, "__name__", "FMatMemmap")],
+    }
+    for rank, other in enumerate(team.exchange(told)):
+        if differ := differences(told, other):
+            raise ValueError(
+                f"process_group: rank {rank} is about to make another kernel than this one, and they must be the same: "
+                f"{differ}"
+            )
+
+
+def _entries(asked: _Asked, representation: Any, verbose: bool, team: Team) -> dict[str, FMat]:
     n, m = (sum(map(data.count, batches)) for batches in (asked.examples, asked.examples2))
     limit = budget(asked.left.device) // 5  # for each side, and the rest for what it takes to make them
+    limit = min(team.exchange(limit))
     one = KernelSide(asked.left, asked.examples, asked.metric, m, limit)
     two = None if asked.symmetric else KernelSide(asked.right, asked.examples2, asked.metric, n, limit)
     layout, scale = asked.arranged((one.outputs, one.outputs if two is None else two.outputs), (n, m))
     fill: Callable[..., Any] = in_memory if representation is FMatDense else representation
-    found: dict[str, FMat] = fill(Kernel(one, two, layout, asked.groups, scale), verbose=verbose)
+    shared = {"team": team} if team.size > 1 else {}
+    found: dict[str, FMat] = fill(Kernel(one, two, layout, asked.groups, scale), verbose=verbose, **shared)
     return found
 
 

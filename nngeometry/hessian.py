@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .model import data
 from .model.evaluator import Evaluator, same_up_to_rounding
 from .object import PMat
 from .object.finite_difference import Differences
+from .reading import together
 from .spelling import positions
 from .undivided import Undivided, UndividedLoss
 
@@ -65,6 +67,7 @@ class FiniteDifference:
                 arguments.number(f"FiniteDifference: {name}", value, above=0.0)
 
 
+@together
 @arguments.called_as
 def GGN(
     model: nn.Module,
@@ -79,6 +82,10 @@ def GGN(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """The generalised Gauss-Newton matrix of a loss, ``sum_x J^T H J`` with H the Hessian of the loss in the output.
@@ -133,6 +140,7 @@ def GGN(
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 
 
+@together
 @arguments.called_as
 def Hessian(
     model: nn.Module,
@@ -148,6 +156,10 @@ def Hessian(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """The Hessian of a loss with respect to the parameters, by products: exact, indefinite in general.
@@ -340,7 +352,9 @@ def _operator(
         matvec = Differences(source, examples, total, others, mean, products.step, products.rtol)
     like = torch.empty(0, dtype=source.dtype, device=source.device)
     size = source.layer_collection.numel()
-    return Operator(matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight)
+    return Operator(
+        matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight, team=matvec.team
+    )
 
 
 __test__ = {f.__name__: f.__doc__ or "" for f in (GGN, Hessian)}

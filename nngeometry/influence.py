@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from . import arguments
 from .changes import unrecorded
 from .generator import Generator
+from .identity import checksum
 from .losses import Loss
 from .losses.targets import Targets
 from .metrics import gradient_source
 from .object import PFMapFactored, PMat, Relative
 from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, left_of, through, tile
 from .object.kernel_layouts import Traced
+from .reading import Placing, Reading, positions_of
+from .team import Team
 
 
 class Influence:
@@ -43,6 +46,8 @@ class Influence:
         unit: As there; with "minibatch" scores are between minibatches.
         device: Where minibatches go, by default to the model.
         verbose: Whether to show a progress bar.
+        process_group: Of ``torch.distributed``, whose ranks ask together, each with its own training examples
+            (:func:`nngeometry.distributed.shard`) and all with the same queries, and get the scores of all.
 
     Raises:
         ValueError: If the matrix is of another dtype or on another device than the gradients.
@@ -78,6 +83,7 @@ class Influence:
         unit: str = "example",
         device: torch.device | str | None = None,
         verbose: bool = False,
+        process_group: Any = None,
     ) -> None:
         arguments.call(model, [], function, None, PMat, device)
         arguments.instance("matrix", matrix, PMat, "pass e.g. GGN(model, loader, PMatEKFAC, loss)")
@@ -101,6 +107,7 @@ class Influence:
                 unit=unit,
             )
 
+        self.team = Team(process_group)
         self.matrix = matrix
         self.regul = regul
         self.refine = refine
@@ -130,10 +137,17 @@ class Influence:
         Returns:
             ``(q, t)``.
         """
-        columns = [tiles for _, tiles in self._columns(queries, train)]
+        train = self._begun(train)
         names = list(self.matrix.layer_collection)
-        shares = {name: torch.cat([tiles[name] for tiles in columns], 1) for name in names}
-        return shares if per_layer else _sum(shares)
+
+        def own() -> list[Tensor]:
+            found = [tiles for _, tiles in self._columns(queries, train)]
+            if per_layer:
+                return [torch.stack([tiles[name] for name in names]) for tiles in found]
+            return [_sum(tiles).unsqueeze(0) for tiles in found]
+
+        found = self._gathered(train, own)
+        return dict(zip(names, found, strict=True)) if per_layer else found[0]
 
     @unrecorded
     def self_scores(self, train: Any, per_layer: bool = False) -> Any:
@@ -146,17 +160,28 @@ class Influence:
         Returns:
             ``(t,)``.
         """
-        arguments.loader(train, "train")
-        shares: list[dict[str, Tensor]] = []
-        for slab in batch_jacobians(self._train, train):
-            if self._inverse is None:
-                left, right = slab, self._solved([slab])
-            else:
-                pair = through(self._inverse, slab.forms)
-                left, right = (BatchJacobian(slab.examples, slab.outputs, found) for found in pair)
-            shares.append({name: form.paired(right.forms[name])[0] for name, form in left.forms.items()})
-        joined = {name: torch.cat([one[name] for one in shares]) for name in self.matrix.layer_collection}
-        return joined if per_layer else _sum(joined)
+        names = list(self.matrix.layer_collection)
+        if self.team.size > 1 and (self._inverse is None or self._inverse.root.matrix_free):
+            raise NotImplementedError(
+                "process_group: self_scores by products (refine=, PMatImplicit) are solves for every minibatch of a "
+                "rank, for which the others would not wait: use a matrix that holds entries, without refine"
+            )
+        train = self._begun(train)
+
+        def own() -> list[Tensor]:
+            shares: list[Tensor] = []
+            for slab in batch_jacobians(self._train, train):
+                if self._inverse is None:
+                    left, right = slab, self._solved([slab])
+                else:
+                    pair = through(self._inverse, slab.forms)
+                    left, right = (BatchJacobian(slab.examples, slab.outputs, found) for found in pair)
+                one = {name: form.paired(right.forms[name])[0] for name, form in left.forms.items()}
+                shares.append(torch.stack([one[name] for name in names]) if per_layer else _sum(one).unsqueeze(0))
+            return shares
+
+        found = self._gathered(train, own)
+        return dict(zip(names, found, strict=True)) if per_layer else found[0]
 
     @unrecorded
     def top(self, queries: Any, train: Any, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -175,21 +200,35 @@ class Influence:
         """
         arguments.integer("top: k", k, least=1)
         arguments.flag("top: largest", largest)
-        best: tuple[Tensor, Tensor] | None = None
-        for start, tiles in self._columns(queries, train):
-            values = _sum(tiles)
-            index = torch.arange(start, start + values.shape[1], device=values.device).expand_as(values)
-            if best is not None:
-                values, index = torch.cat([best[0], values], 1), torch.cat([best[1], index], 1)
-            values, order = values.topk(min(k, values.shape[1]), 1, largest=largest)
-            best = values, index.gather(1, order)
-        assert best is not None
-        return best
+        train = self._begun(train)
+        sizes: list[int] = []
+
+        def best() -> tuple[Tensor, Tensor] | None:
+            found: tuple[Tensor, Tensor] | None = None
+            for start, tiles in self._columns(queries, train):
+                values = _sum(tiles)
+                sizes.append(values.shape[1])
+                index = torch.arange(start, start + values.shape[1], device=values.device).expand_as(values)
+                found = _best([(values, index)] if found is None else [found, (values, index)], k, largest)
+            return found
+
+        mine, told = self.team.attempt(best, lambda found: (positions_of(train), sizes, _on_cpu(found)))
+        if self.team.size == 1:
+            assert mine is not None
+            return mine
+        where = _starts(told)
+        several = []
+        for positions, counts, theirs in told:
+            if theirs is not None:
+                starts = torch.tensor([where[p] for p in positions])
+                own = torch.repeat_interleave(starts - _before(counts), torch.tensor(counts))
+                several.append((theirs[0], theirs[1] + own[theirs[1]]))
+        values, index = _best(several, k, largest)
+        return values.to(self._train.device), index.to(self._train.device)
 
     def _columns(self, queries: Any, train: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """For each minibatch of training examples its first and its scores ``(q, b)``, layer by layer."""
-        for name, examples in (("queries", queries), ("train", train)):
-            arguments.loader(examples, name)
+        arguments.loader(queries, "queries")
         lc = self.matrix.layer_collection
         found = list(batch_jacobians(self._query, queries))
         if self._inverse is None:
@@ -204,6 +243,32 @@ class Influence:
             yield start, {name: torch.cat([tile(q, one, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples
 
+    def _begun(self, train: Any) -> Any:
+        """The training examples of this rank, or the loader as it is."""
+        if self.team.group is None:
+            arguments.loader(train, "train")
+            return train
+        what = ("Influence", self.matrix.__class__.__name__, f"matrix {checksum(self.matrix.root.tensors())}")
+        return Placing(Reading(train, self.team, None, what).begin(self._train))
+
+    def _gathered(self, train: Any, own: Callable[[], list[Tensor]]) -> Tensor:
+        """Columns of all training examples ``(..., t)``: those of this rank, one tensor for each minibatch, at their
+        places among those of the others.
+        """
+        mine, told = self.team.attempt(
+            own,
+            lambda found: (positions_of(train), [t.shape[-1] for t in found], found[0].shape[:-1] if found else None),
+        )
+        if self.team.size == 1:
+            return torch.cat(mine, -1)
+        where = _starts([(positions, counts, None) for positions, counts, _ in told])
+        lead = next(shape for *_, shape in told if shape is not None)
+        total = sum(sum(counts) for _, counts, _ in told)
+        out = torch.zeros(*lead, total, dtype=self._train.dtype, device=self._train.device)
+        for position, piece in zip(positions_of(train), mine, strict=True):
+            out[..., where[position] : where[position] + piece.shape[-1]] = piece
+        return self.team.add(out)
+
     def _solved(self, found: list[BatchJacobian]) -> BatchJacobian:
         """``(F + regul)^-1`` of the gradients by refinement, dense."""
         assert self.refine is not None
@@ -216,3 +281,28 @@ class Influence:
 
 def _sum(shares: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(shares.values())).sum(0)
+
+
+def _best(several: Sequence[tuple[Tensor, Tensor]], k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of several scores with their indices."""
+    values, index = (torch.cat([pair[at] for pair in several], 1) for at in (0, 1))
+    values, order = values.topk(min(k, values.shape[1]), 1, largest=largest)
+    return values, index.gather(1, order)
+
+
+def _on_cpu(found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if found is None else (found[0].cpu(), found[1].cpu())
+
+
+def _before(counts: Sequence[int]) -> Tensor:
+    """How many examples are before each minibatch."""
+    sizes = torch.tensor(counts, dtype=torch.int64)
+    return sizes.cumsum(0) - sizes
+
+
+def _starts(told: Sequence[tuple[Sequence[int], Sequence[int], Any]]) -> dict[int, int]:
+    """From the position of each minibatch of all ranks to that of its first example."""
+    sizes = sorted((p, n) for positions, counts, _ in told for p, n in zip(positions, counts, strict=True))
+    if not sizes:
+        raise ValueError("train: the loader yielded no minibatch on any rank: it is empty")
+    return dict(zip([p for p, _ in sizes], _before([n for _, n in sizes]).tolist(), strict=True))

@@ -14,6 +14,8 @@ from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
 from .model import data
 from .object.map import PFMap, PFMapDense
+from .reading import Reading
+from .team import Team
 from .undivided import Undivided
 
 MapRepresentation = type[PFMapDense] | Any
@@ -33,6 +35,7 @@ def Jacobian(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """The derivative of every output of every example with respect to every parameter, ``J[c, x, p]``.
 
@@ -42,6 +45,8 @@ def Jacobian(
     PFMapImplicit, products by automatic differentiation. centering: less the mean over examples, output by output.
     batch_statistics, unit: as in :func:`~nngeometry.FIM`; with unit="minibatch" all entries of what ``function``
     returns for a minibatch, of any shape, are outputs of one example.
+    process_group: of ``torch.distributed``, whose ranks call this together, each with its own minibatches
+    (:func:`nngeometry.distributed.shard`): the rows of a rank are those of its own examples, in their order.
 
     >>> from nngeometry import Jacobian, PFMapFactored, PVector
     >>> model = nn.Linear(4, 3)
@@ -49,7 +54,9 @@ def Jacobian(
     >>> J.shape, (J @ PVector.from_model(model).detach()).size()
     ((3, 20, 15), torch.Size([3, 20]))
     """
-    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.call(
+        model, [] if process_group is not None else loader, function, layer_collection, LayerCollection, device
+    )
     arguments.of_training(batch_statistics, unit)
     if not (isinstance(representation, type) and issubclass(representation, PFMap)):
         raise TypeError(
@@ -66,6 +73,18 @@ def Jacobian(
         device=device,
         verbose=verbose,
     )
+    if process_group is not None:
+        if centering:
+            raise NotImplementedError(
+                "process_group: rows stay on their rank, so none has the mean over all examples: leave centering out"
+            )
+        reading = Reading(loader, Team(process_group), None, ("Jacobian", representation.__name__))
+        loader = list(reading.begin(generator).read(0))
+        loader = data.Minibatches(batch for _, batch in loader)
+        if not loader:
+            raise ValueError(
+                "Jacobian: this rank has no minibatch, so it has no rows: use smaller minibatches, or fewer ranks"
+            )
     found: PFMap = representation.of(generator, loader)  # type: ignore[attr-defined]
     return found.centred() if centering else found
 

@@ -15,6 +15,7 @@ from . import arguments
 from .changes import alone
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 from .spelling import warn
+from .wrappers import BareNames, require_whole_parameters, unwrapped
 
 
 class Shape(tuple[int, ...]):
@@ -35,7 +36,8 @@ class Layer:
     """The parameters that one module owns: their names (relative to the module), shapes and packing.
 
     Args:
-        name: The module's name in ``model.named_modules()``.
+        name: The module's name in ``model.named_modules()``, without the names of wrappers (DistributedDataParallel,
+            torch.compile).
         params: The name and shape of each parameter, in flat order.
         packing: How they are laid out in the module's Jacobian.
         kronecker: Whether that Jacobian has Kronecker factors.
@@ -188,6 +190,7 @@ class LayerCollection:
         given, selectors = selectors, tuple(s for s in selectors if not isinstance(s, bool))
         if ignore_unsupported_layers is not None or len(selectors) < len(given):
             warn("from_model(model, ignore_unsupported_layers)", "from_model(model): every layer is supported")
+        require_whole_parameters(model)
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
         for name, _, _, params in _modules(model):
@@ -245,7 +248,7 @@ class LayerCollection:
             ValueError: If it is not a module of the model.
         """
         arguments.model(model)
-        names = [name for name, m in model.named_modules() if m is module]
+        names = [BareNames(model)(name) for name, m in model.named_modules() if m is unwrapped(module)]
         if not names:
             raise ValueError(f"the given {type(module).__name__} is not a module of the model")
         found = LayerCollection.from_model(model, lambda layer: layer.name == names[0], frozen=frozen)
@@ -370,10 +373,15 @@ class LayerCollection:
         arguments.model(model)
         parameters = []
         named = dict(model.named_parameters(remove_duplicate=False))
+        require_whole_parameters(model)
+        bare: dict[str, nn.Parameter] | None = None
         for layer in self.layers.values():
             for pname, shape in layer.params:
                 full = f"{layer.name}.{pname}" if layer.name else pname
                 p = named.get(full)
+                if p is None:
+                    bare = {BareNames(model)(k): p for k, p in named.items()} if bare is None else bare
+                    p = bare.get(full)
                 if p is None or tuple(p.shape) != shape:
                     found = "no such parameter" if p is None else f"shape {tuple(p.shape)}"
                     raise ValueError(
@@ -489,6 +497,7 @@ _LISTS = (nn.ParameterList, nn.ParameterDict)
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str, nn.Parameter]]]:
     """Every module that owns parameters, each once, with its kind and those parameters."""
     inside: tuple[str, ...] = ()
+    bare = BareNames(model)
     for name, module in model.named_modules():
         if (inside and name.startswith(inside)) or isinstance(module, _LISTS):
             continue
@@ -506,7 +515,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
                 _check_owned(name, module, kind, params)
             kind = serving(kind, params)
         if params:
-            yield name, module, kind, params
+            yield bare(name), module, kind, params
 
 
 def _check_owned(name: str, module: nn.Module, kind: Kind, own: dict[str, nn.Parameter]) -> None:

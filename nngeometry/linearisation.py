@@ -9,7 +9,7 @@ gradient on padding).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from .memory import budget, chunk_length
 from .model import data
 from .model.evaluator import MIXES, Evaluator, State, check_same, counted
 from .model.weights import Weights
+from .reading import team_of
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
 Product = Callable[[Tensor, Tensor], None]
@@ -52,6 +53,7 @@ class Linearisations:
         data.require_repeatable(examples, "a matrix or map known by its products")
         self.evaluator = evaluator
         self.examples = examples
+        self.team = team_of(examples)
         self.linearise = linearise
         named = evaluator.layer_collection.named_parameters(evaluator.model)
         self._names, self._theirs = zip(*named, strict=True)
@@ -220,15 +222,19 @@ class Products(Linearisations):
     def _product(self, V: Tensor, maps: Iterable[tuple[Any, float, int]]) -> Tensor:
         V = V.detach().to(self.dtype)
         out = torch.zeros_like(V, dtype=self.evaluator.dtype)
+        #: What was seen counts together.
+        self.weight = self.team.summed(out, partial(self._add, V, maps), V)
+        return out.div_(counted(self.weight)) if self.mean else out
+
+    def _add(self, V: Tensor, maps: Iterable[tuple[Any, float, int]], out: Tensor) -> float:
+        """Add the sum over the minibatches of this process to out. Returns what they count."""
         total = 0.0
         for product, weight, held in maps:
             for rows, into in zip(V.split(step := chunk_length(held, len(V), V.device)), out.split(step), strict=True):
                 product(rows, into)
             total += weight
             del product  # the graph of a minibatch that is not kept, before the next one is made
-        #: What was seen counts together.
-        self.weight = total
-        return out.div_(counted(total)) if self.mean else out
+        return total
 
 
 class LinearisedBatch:

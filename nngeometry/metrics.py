@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from .losses import Loss, OwnLoss, example_loss, loss_gradient
 from .losses.targets import Targets, selected
 from .model import data
 from .object.pmat import PMat
+from .reading import together
 from .spelling import ORDER, positions
+from .team import common
 from .undivided import Undivided, UndividedLoss, all_rows, curvature_of_rows, each_row, of_rows
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]
 
 
+@together
 @arguments.called_as
 def FIM(
     model: nn.Module,
@@ -38,6 +42,10 @@ def FIM(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the
@@ -53,8 +61,12 @@ def FIM(
     held constant, dropout is off, and running statistics are left alone; the model may be in train mode. unit: what
     counts as an example, "example" (a row of the output) or "minibatch": then nothing is taken apart or looked at, the
     likelihood of a minibatch is the product of those of the rows of its output, and n counts minibatches. device: where
-    minibatches go, by default to the model. verbose: show a progress bar. old:
-    of the last five, by position in NNGeometry's order.
+    minibatches go, by default to the model. verbose: show a progress bar.
+    process_group: of ``torch.distributed``, whose ranks call this together, each with its own minibatches
+    (:func:`nngeometry.distributed.shard`), and all get the matrix of all. checkpoint: a file in which what was seen is
+    written after ``every`` minibatches (100) of a rank, so that the same call goes on from there when the program was
+    stopped, on any number of ranks; it goes when the matrix is done, unless keep_checkpoint says that it stays. old:
+    of device, function, layer_collection and verbose, by position in NNGeometry's order.
 
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
     output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
@@ -92,6 +104,7 @@ def FIM(
     )
 
 
+@together
 @arguments.called_as
 def FIM_MonteCarlo(
     model: nn.Module,
@@ -109,6 +122,10 @@ def FIM_MonteCarlo(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """An unbiased estimate of the Fisher information matrix from ``trials`` draws of y from p(y|x) for each example.
@@ -132,10 +149,11 @@ def FIM_MonteCarlo(
     arguments.variant(variant, Likelihood, list(VARIANTS))
     arguments.generator(generator)
     likelihood = likelihood_of(variant)
-    seed = int(torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device))
+    drawn = torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device)
+    seed = common(int(drawn), process_group)
 
     def cotangents(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
-        draws = [torch.Generator(f.device).manual_seed(position + k) for k in range(len(batches))]
+        draws = [torch.Generator(f.device).manual_seed(position + k) for k in data.offsets(batches)]
         return likelihood.samples(data.split(f, batches), trials, draws)
 
     return _matrix(
@@ -152,6 +170,7 @@ def FIM_MonteCarlo(
     )
 
 
+@together
 @arguments.called_as
 def EmpiricalFisher(
     model: nn.Module,
@@ -167,6 +186,10 @@ def EmpiricalFisher(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_x g_x g_x^T`` (often called empirical Fisher).
@@ -191,6 +214,7 @@ def EmpiricalFisher(
     return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
 
 
+@together
 @arguments.called_as
 def GradientCovariance(
     model: nn.Module,
@@ -206,6 +230,10 @@ def GradientCovariance(
     unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
     """The covariance of per-example loss gradients, ``1/n sum_x (g_x - g)(g_x - g)^T`` with g their mean.

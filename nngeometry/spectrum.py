@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .blocks.operator import drawn_alike
 from .changes import no_grad
 from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
 from .linalg.base import Matvec
@@ -276,7 +277,7 @@ def spectral_density(
         rows = rows - (rows @ basis.mT) @ basis
         return rows * (free**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    with no_grad(), _progress(F.matvec, verbose) as matvec:
+    with no_grad(), drawn_alike(F.root), _progress(F.matvec, verbose) as matvec:
         if outliers:
             exact, basis, _, spent = eigsh(matvec, size, outliers, which="magnitude", like=like)
         bulk = slq(
@@ -366,7 +367,7 @@ def extreme_eigenpairs(
     arguments.one_of("extreme_eigenpairs: which", which, get_args(Which))
     arguments.keywords("extreme_eigenpairs", eigsh, options, given=("matvec", "size", "like"))
     arguments.generator(options.get("generator"))
-    with no_grad(), _progress(F.matvec, verbose) as matvec:
+    with no_grad(), drawn_alike(F.root), _progress(F.matvec, verbose) as matvec:
         pairs = eigsh(matvec, F.size(0), k, which=which, like=F.like, **options)
     vectors = [PVector(F.layer_collection, row) for row in pairs.vectors]
     return ExtremePairs(pairs.values, vectors, pairs.residuals, pairs.products)

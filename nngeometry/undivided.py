@@ -70,7 +70,7 @@ class Undivided(Generator):
                 self._looked = Structure(self.model), self.plan(batch)
             f = self._recorded(parameters, batch)
             outputs = f.detach()
-            cotangents = self._of_one(outputs, batch, start + position)
+            cotangents = self._of_one(outputs, batch, start + data.position_of(batch, position))
             weight = self.weigh(outputs, batch)
             row = self.layer_collection.numel() * f.element_size()
             held = row + f.nbytes + (saved_bytes([f]) if cotangents.count > 1 else 0)

@@ -13,10 +13,11 @@ ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it. A folder is named as a whole,
 #: or file by file where its files are on several floors.
 FLOORS = [
-    ["spelling", "changes", "memory", "registry", "derivatives", "forms", "layers"],
+    ["spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
     ["model.batch", "model.data", "model.independence", "model.structure", "model.recurrent", "model.weights"],
     ["model.batch_statistics"],
-    ["model.refused", "arguments", "linalg", "likelihood", "losses"],
+    ["identity", "team", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
+    ["linalg", "likelihood", "losses"],
     ["kinds", "blocks"],
     ["layercollection"],
     ["model.evaluator", "model.recording", "model.remedies"],
@@ -26,6 +27,7 @@ FLOORS = [
     ["model.probing"],
     ["generator", "minibatchloss"],
     ["estimation"],
+    ["merging", "passes"],
     ["object"],
     ["accumulator"],
     ["undivided"],

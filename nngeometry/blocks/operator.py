@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from typing import Any, Self
 
 from torch import Tensor
 
+from ..team import Team, in_common
 from .base import Block, Map
 from .composite import Adjointed
 
@@ -40,6 +42,7 @@ class Operator(Functions, Block):
         single: The same products, each as if it were the only one; None, the default, if there is no difference.
         weight_of: What the data that it is of count in a mean, which is known after a first product; None, the default,
             if it is not averaged.
+        team: The processes that add up every product together; None, the default, for this one alone.
 
     Example:
         >>> import torch
@@ -56,6 +59,7 @@ class Operator(Functions, Block):
     psd: bool
     single: Map | None = None
     weight_of: Callable[[], float] | None = None
+    team: Team | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,6 +110,7 @@ class Operator(Functions, Block):
             self.like,
             self.psd,
             None if single is None else lambda V: s * single(s * V),
+            team=self.team,
         )
 
     def map(self, fn: Map) -> Block:
@@ -159,3 +164,21 @@ class Rectangular(Functions, Block):
 
     def scale(self, c: float) -> Rectangular:
         return Rectangular(lambda V: c * self.matvec(V), lambda V: c * self.rmatvec(V), self.out, self.into, self.like)
+
+
+def team_of(value: Any) -> Team | None:
+    """The processes that add up products together in a matrix, or in one that it is made of."""
+    if isinstance(value, Operator):
+        return value.team
+    if isinstance(value, tuple | list):
+        parts: Any = value
+    elif is_dataclass(value):
+        parts = (getattr(value, f.name) for f in fields(value))
+    else:
+        return None
+    return next((team for part in parts if (team := team_of(part)) is not None and team.size > 1), None)
+
+
+def drawn_alike(block: Block) -> AbstractContextManager[None]:
+    """Inside, random vectors that are multiplied with a matrix of several processes are the same on all of them."""
+    return in_common(team_of(block))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory import chunk_length, tuning
+from ..team import SENT
 
 #: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
 Matvec = Callable[[Tensor], Tensor]
@@ -41,7 +42,7 @@ def rademacher(count: int, size: int, *, like: Tensor, generator: torch.Generato
     """
     device = like.device if generator is None else generator.device
     signs = torch.randint(0, 2, (count, size), dtype=torch.int8, device=device, generator=generator)
-    return (2 * signs - 1).to(like)
+    return _drawn((2 * signs - 1).to(like))
 
 
 def gaussian(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -61,7 +62,7 @@ def gaussian(count: int, size: int, *, like: Tensor, generator: torch.Generator 
         torch.Size([3, 2])
     """
     device = like.device if generator is None else generator.device
-    return torch.randn(count, size, dtype=like.dtype, device=device, generator=generator).to(like)
+    return _drawn(torch.randn(count, size, dtype=like.dtype, device=device, generator=generator).to(like))
 
 
 def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -82,6 +83,11 @@ def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | 
     """
     rows = gaussian(count, size, like=like, generator=generator)
     return rows * (size**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def _drawn(rows: Tensor) -> Tensor:
+    send = SENT.get()
+    return rows if send is None else send(rows)
 
 
 # Rows of a basis

@@ -31,7 +31,8 @@ class Minibatch:
     content: the minibatch as it is. n: how many examples it has. one: whether functions receive it as one argument
     rather than by its elements. whole: where there are tensors as long as it that are none of examples. listed: whether
     it is a list of examples. undivided: whether it counts as one example, and is never taken apart. statistics: what
-    was found of all of its examples together, if anything, also of those that were taken out of it.
+    was found of all of its examples together, if anything, also of those that were taken out of it. position: where
+    it is among those of all processes, if it is of one of several.
     """
 
     content: Any
@@ -41,6 +42,7 @@ class Minibatch:
     listed: bool = False
     undivided: bool = False
     statistics: parts.Opaque | None = None
+    position: int | None = None
 
 
 class Minibatches(list[Batch]):
@@ -89,11 +91,9 @@ def minibatches(
     loader: Iterable[Batch] = [examples] if is_minibatch(examples) else examples
     require_loader(loader)
     empty = True
-    for batch in progress(_drawn(loader), verbose, what):
+    for batch in progress(drawn(loader), verbose, what):
         empty = False
-        if isinstance(batch, str | bytes | int | float | type(None)):
-            raise TypeError(f"loader: a minibatch is a tensor, tuple, dict or object, and this one is {batch!r:.50}")
-        yield move(batch, device)
+        yield checked(batch, device)
     if empty:
         raise ValueError(
             "the loader yielded no minibatch: it is empty, or it is an iterator that was consumed before "
@@ -101,7 +101,14 @@ def minibatches(
         )
 
 
-def _drawn(loader: Iterable[Batch]) -> Iterable[Batch]:
+def checked(batch: Batch, device: torch.device | None) -> Batch:
+    """A minibatch on a device. Raises ``TypeError`` if it is none."""
+    if isinstance(batch, str | bytes | int | float | type(None)):
+        raise TypeError(f"loader: a minibatch is a tensor, tuple, dict or object, and this one is {batch!r:.50}")
+    return move(batch, device)
+
+
+def drawn(loader: Iterable[Batch]) -> Iterable[Batch]:
     """What a loader yields, without a trace in the random state: what it draws from the global generators of torch,
     numpy and Python (the order of a shuffling one, augmentations) comes after their states, which are put back.
     """
@@ -177,15 +184,17 @@ def require_loader(examples: Any, name: str = "loader") -> None:
         )
 
 
-def progress(items: Iterable[Any], verbose: bool, what: str = "", total: int | None = None) -> Iterable[Any]:
-    """The items, with a progress bar when asked."""
+def progress(
+    items: Iterable[Any], verbose: bool, what: str = "", total: int | None = None, initial: int = 0
+) -> Iterable[Any]:
+    """The items, with a progress bar when asked. initial: how many went before."""
     if not verbose:
         return items
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("verbose=True shows a progress bar with tqdm: pip install tqdm") from error
-    return tqdm(items, desc=what or None, total=total)
+    return tqdm(items, desc=what or None, total=total, initial=initial)
 
 
 def require_repeatable(examples: Any, why: str) -> None:
@@ -478,9 +487,29 @@ def grouped(
                 yield position, group
                 position += len(group)
                 group, held = [], 0
+        if not group and isinstance(batch, Minibatch) and batch.position is not None:
+            position = batch.position
         group.append(batch)
         held += n
-    yield position, group
+    if group:
+        yield position, group
+
+
+def placed(batch: Batch, position: int) -> Minibatch:
+    """A minibatch with its position among those of all processes."""
+    return replace(known(batch), position=position)
+
+
+def position_of(batch: Batch, otherwise: int) -> int:
+    """The position of a minibatch among those of all processes, if it has one."""
+    known = batch.position if isinstance(batch, Minibatch) else None
+    return otherwise if known is None else known
+
+
+def offsets(batches: Sequence[Batch]) -> Sequence[int]:
+    """How far the positions of minibatches of one group are behind that of the first."""
+    first = position_of(batches[0], -1)
+    return range(len(batches)) if first < 0 else [position_of(batch, first) - first for batch in batches]
 
 
 def join(batches: Sequence[Batch]) -> Batch:

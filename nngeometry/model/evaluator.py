@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import arguments
 from ..changes import Borrowed, Change, entered, modes_kept, no_grad, not_compiled, recording, require_recording
+from ..distributed import require_whole
 from ..layercollection import LayerCollection
 from ..memory import BytesMade, keep_freed, nbytes_of, work_array
+from ..reading import Assigned
+from ..wrappers import unwrapped
 from . import data
 from .batch_statistics import (
     Norm,
@@ -84,7 +87,7 @@ class Evaluator:
             )
         _check_one_of("device", {p.device for p in parameters}, "move the model to one device")
         _check_one_of("dtype", {p.dtype for p in parameters}, "cast the model, or use a LayerCollection for each dtype")
-        self.model = model
+        self.model = unwrapped(model)
         self.layer_collection = layer_collection
         self.function = function
         self.device = parameters[0].device if device is None else torch.device(device)
@@ -110,7 +113,11 @@ class Evaluator:
         verbose.
         """
         read = self._read.undivided if self.undivided else self._read
-        return map(read, data.minibatches(examples, self.device, self.verbose, type(self.model).__name__))
+        name = type(self.model).__name__
+        if isinstance(examples, Assigned):
+            return examples.read(read, self.device, self.verbose, name)
+        require_whole(examples)
+        return map(read, data.minibatches(examples, self.device, self.verbose, name))
 
     def _asked(self, batch: data.Batch) -> Any:
         """What the model returns for a minibatch, of which it is given a copy."""
@@ -273,7 +280,7 @@ class Evaluator:
         """
 
         if self.undivided or self.batch_statistics:
-            return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
+            return ((data.position_of(batch, k), [batch]) for k, batch in enumerate(self.minibatches(examples)))
 
         def most(batch: data.Batch) -> int:
             room = work_array(self.device) // 2

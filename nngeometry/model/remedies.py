@@ -10,6 +10,7 @@ from ..changes import Borrowed, Change, warnings_ignored
 from ..kinds import declared_whole
 from ..layercollection import LayerCollection
 from ..memory import nbytes_of
+from ..wrappers import BareNames
 from .refused import EXCLUDE, Refused
 
 #: Raises unless Jacobians of the layers of a collection can be had.
@@ -64,7 +65,8 @@ def _whole(model: nn.Module, collection: LayerCollection, refused: Refused, look
 
 def _above(model: nn.Module, name: str) -> Iterator[type[nn.Module]]:
     """The types of the modules that a layer is in, the nearest first, of those that may be one layer."""
-    modules = dict(model.named_modules())
+    bare = BareNames(model)
+    modules = {bare(k): module for k, module in model.named_modules()}
     while True:
         module = modules[name]
         if next(module.children(), None) is not None and type(module) not in _CONTAINERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,15 +79,9 @@ class Differences(Linearisations):
         V = V.detach() / sizes
         finite = torch.isfinite(sizes)
         V = V.where(finite, 0.0)
-        out = torch.zeros_like(V, dtype=self.evaluator.dtype)
-        errors = [0.0] * len(V)
-        total = 0.0
-        for gradient, weight, _ in self:
-            for k, v in enumerate(V):
-                found = gradient.along(v)
-                out[k] += found.product
-                errors[k] += found.error
-            total += weight
+        both = V.new_zeros(len(V), V.shape[1] + 1, dtype=self.evaluator.dtype)
+        total = self.team.summed(both, partial(self._add, V), V)
+        out, errors = both[:, :-1], both[:, -1].tolist()
         for v, product, error in zip(V, out, errors, strict=True):
             if not error <= self.rtol * float(vector_norm(product)):
                 scale = max(float(vector_norm(product)), self._typical * float(vector_norm(v)))
@@ -98,6 +92,19 @@ class Differences(Linearisations):
         out = (out / counted(total) if self.mean else out) * sizes
         return out.where(finite, math.nan)
 
+    def _add(self, V: Tensor, both: Tensor) -> float:
+        """Add the products over the minibatches of this process, and their errors behind them. Returns what they
+        count.
+        """
+        total = 0.0
+        for gradient, weight, _ in self:
+            for k, v in enumerate(V):
+                found = gradient.along(v)
+                both[k, :-1] += found.product
+                both[k, -1] += found.error
+            total += weight
+        return total
+
     def at_origin(self, dtype: torch.dtype) -> bool:
         """Whether the parameters that the model holds now are those that products are taken at."""
         return all(same_entries(p.detach(), v.to(dtype)) for p, v in zip(self._theirs, self.values, strict=True))
@@ -105,7 +112,15 @@ class Differences(Linearisations):
     @cached_property
     def _typical(self) -> float:
         """How much longer the Hessian of the sum makes a vector without structure."""
-        return float(vector_norm(sum(gradient.image for gradient, *_ in self)))
+        image = torch.zeros(sum(p.numel() for p in self.values), dtype=self.evaluator.dtype, device=self.device)
+
+        def add(out: Tensor) -> float:
+            for gradient, *_ in self:
+                out += gradient.image
+            return 0.0
+
+        self.team.summed(image, add)
+        return float(vector_norm(image))
 
     def _refusal(self, error: float) -> str:
         return (

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..blocks import Block
 from ..estimation import Estimation, Source
 from ..generator import Generator, Observation, fold
+from ..passes import assigned
 from .pmat import PMat
 
 
@@ -34,7 +35,7 @@ class PMatImplicit(PMat):
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
         if options:
             raise TypeError(f"{cls.__name__} has no option {', '.join(options)}")
-        return generator.operator(examples)
+        return generator.operator(assigned(examples, generator))
 
     @classmethod
     def estimation(cls, source: Source, **options: Any) -> Estimation:

@@ -19,6 +19,7 @@ from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..memory import budget, require, slices
 from ..model import data
+from ..team import Team
 from .kernel_layouts import Layout
 
 Forms = dict[str, LayerJacobian]
@@ -54,9 +55,10 @@ def batch_jacobians(generator: Generator, examples: Any, plan: Plan | None = Non
             pending = []
         n = observation.n or n
         pending.append(observation.forms)
-    slab = _slab(n, pending)
-    _same_outputs(slab, outputs)
-    yield slab
+    if pending:
+        slab = _slab(n, pending)
+        _same_outputs(slab, outputs)
+        yield slab
 
 
 def _same_outputs(slab: BatchJacobian, outputs: int | None) -> int:
@@ -406,6 +408,31 @@ class Kernel:
                             if self.scale != 1:
                                 out *= self.scale
                     yield Tile(b, e, outs)
+
+    def of_others(self, team: Team, done: Callable[[slice, slice], bool]) -> Callable[[slice, slice], bool]:
+        """Which tiles a rank leaves out: those that are done, and those of the other ranks, by turns.
+
+        Raises:
+            ValueError: If the ranks have other tiles.
+        """
+        if team.size == 1:
+            return done
+        other = self.left if self.right is None else self.right
+        every = [
+            (b, e)
+            for i in range(len(self.left.runs))
+            for j in range(len(other.runs) if self.right is not None else i + 1)
+            for b in self.left.where(i)
+            for e in other.where(j)
+            if (self.right is not None or e.start <= b.start) and not done(b, e)
+        ]
+        places = [(b.start, b.stop, e.start, e.stop) for b, e in every]
+        if any(there != places for there in team.exchange(places)):
+            raise ValueError(
+                "process_group: the ranks cut the kernel into different tiles: give them the same memory_budget"
+            )
+        mine = {(b.start, e.start) for b, e in every[team.rank :: team.size]}
+        return lambda b, e: (b.start, e.start) not in mine
 
     def count(self) -> int:
         """How many tiles there are."""

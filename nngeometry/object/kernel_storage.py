@@ -21,14 +21,16 @@ from .. import arguments
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
 from ..model import data
+from ..reading import ALONE
+from ..team import Team
 from .fingerprint import differences, fingerprint, is_fingerprint
 from .fspace import FMat, FMatDense, dense_root, root_of_products
 from .kernel import Kernel
 from .kernel_layouts import Layout
 
 
-def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
-    """Every matrix of a kernel with all entries."""
+def in_memory(kernel: Kernel, verbose: bool = False, team: Team = ALONE) -> dict[str, FMatDense]:
+    """Every matrix of a kernel with all entries. team: who shares its tiles out, and has all of them in the end."""
     layout = kernel.layout
     groups, r, c = layout.shape
     require(
@@ -38,13 +40,23 @@ def in_memory(kernel: Kernel, verbose: bool = False) -> dict[str, FMatDense]:
         kernel.left.device,
     )
     entries = {name: layout.empty(kernel.left) for name in kernel.groups}
-    tiles = kernel.tiles(lambda name, rows, cols: entries[name][layout.where(rows, cols)])
+    if team.size > 1:
+        for values in entries.values():
+            values.zero_()
+    others = kernel.of_others(team, lambda b, e: False)
+    tiles = kernel.tiles(lambda name, rows, cols: entries[name][layout.where(rows, cols)], others)
     symmetric = kernel.right is None
-    for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
-        if symmetric and tile.rows != tile.cols:
-            g, rows, cols = layout.where(tile.rows, tile.cols)
-            for name, value in tile.values.items():
-                copy_transposed(value, entries[name][g, cols, rows])
+
+    def make() -> None:
+        for tile in data.progress(tiles, verbose, "GramMatrix", -(-kernel.count() // team.size)):
+            if symmetric and tile.rows != tile.cols:
+                g, rows, cols = layout.where(tile.rows, tile.cols)
+                for name, value in tile.values.items():
+                    copy_transposed(value, entries[name][g, cols, rows])
+
+    team.attempt(make)
+    for values in entries.values():
+        team.add(values)
     return {name: FMatDense(dense_root(values, layout, symmetric), layout) for name, values in entries.items()}
 
 
@@ -72,20 +84,33 @@ class FMatMemmap(FMat):
         return partial(cls.fill, Path(path))
 
     @classmethod
-    def fill(cls, path: Path, kernel: Kernel, verbose: bool = False) -> dict[str, FMatMemmap]:
-        """Write every matrix of a kernel."""
+    def fill(cls, path: Path, kernel: Kernel, verbose: bool = False, team: Team = ALONE) -> dict[str, FMatMemmap]:
+        """Write every matrix of a kernel. team: who shares its tiles out."""
         files = [File(path / f"{k}.npy", kernel.layout.shape, kernel.left.dtype) for k in range(len(kernel.groups))]
         by_name = dict(zip(kernel.groups, files, strict=True))
-        log = _Log(path, kernel)
-        _allocate(files, log)
-        tiles = kernel.tiles(partial(_new, kernel), log.done)
-        for tile in data.progress(tiles, verbose, "GramMatrix", kernel.count()):
-            where = kernel.layout.where(tile.rows, tile.cols)
-            for name, value in tile.values.items():
-                by_name[name].write(where, value)
-                if kernel.right is None and tile.rows != tile.cols:
-                    by_name[name].write((where[0], where[2], where[1]), value.mT)
-            log.note(tile.rows, tile.cols)
+
+        def begun() -> tuple[Any, set[tuple[int, ...]]] | None:
+            if team.rank > 0:
+                return None
+            log = _Log(path, kernel)
+            _allocate(files, log)
+            return log.mark, log.tiles
+
+        known = team.attempt(begun, lambda found: found)[1][0]
+        assert known is not None
+        log = _Noted(path, team.rank, *known)
+        tiles = kernel.tiles(partial(_new, kernel), kernel.of_others(team, log.done))
+
+        def write() -> None:
+            for tile in data.progress(tiles, verbose, "GramMatrix", -(-kernel.count() // team.size)):
+                where = kernel.layout.where(tile.rows, tile.cols)
+                for name, value in tile.values.items():
+                    by_name[name].write(where, value)
+                    if kernel.right is None and tile.rows != tile.cols:
+                        by_name[name].write((where[0], where[2], where[1]), value.mT)
+                log.note(tile.rows, tile.cols)
+
+        team.attempt(write)
         metric = kernel.left.metric
         definite = metric is None or metric.definite
         return {name: cls(file, kernel.layout, kernel.right is None, definite) for name, file in by_name.items()}
@@ -277,11 +302,25 @@ class _Log:
             if written != complete:
                 os.truncate(self.file, len(complete.encode()))
         self.tiles = {_place(self.file, line, kernel.layout) for line in lines[1:]}
+        for file in sorted(path.glob("tiles.*.json")) if lines else []:  # of other processes
+            their_lines = file.read_text(errors="replace").split("\n")[:-1]
+            if their_lines and not differences(_parsed(file, their_lines[0]), self.mark):
+                self.tiles |= {_place(file, line, kernel.layout) for line in their_lines[1:]}
 
     def begin(self) -> None:
         """Say what the tiles will be of."""
         if not self.tiles:
             self.file.write_text(json.dumps(self.mark) + "\n")
+
+
+class _Noted:
+    """The log of one process, which notes its tiles. mark: what they are of. tiles: those that were on disk before."""
+
+    def __init__(self, path: Path, rank: int, mark: Any, tiles: set[tuple[int, ...]]) -> None:
+        self.file = path / (f"tiles.{rank}.json" if rank else "tiles.json")
+        self.tiles = tiles
+        if rank and not (tiles and self.file.exists() and self.file.read_text(errors="replace").endswith("\n")):
+            self.file.write_text(json.dumps(mark) + "\n")
 
     def done(self, rows: slice, cols: slice) -> bool:
         return (rows.start, rows.stop, cols.start, cols.stop) in self.tiles

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from .. import arguments
 from ..blocks import Block, DirectSum, Regul, Uniform, Varying, add, matmul
+from ..blocks.operator import drawn_alike
 from ..estimation import Estimation, OfJacobians, OfProducts, Source
 from ..estimation import Estimator as BlockEstimator
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
+from ..passes import update
+from ..reading import Reading
 from ..registry import Registry, Unknown
 from . import old_arguments, tensors
 from .arithmetic import VectorSpace
@@ -137,8 +140,9 @@ class PMat(VectorSpace):
 
     @classmethod
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
-        estimation = cls._begun(generator, **options)
-        estimation.update(examples, last=True)
+        kept = isinstance(examples, Reading) and examples.checkpoint is not None and not generator.jacobians
+        estimation = (cls.estimation if kept else cls._begun)(generator, **options)  # in pieces, or at once
+        update(estimation, examples, last=True)
         return estimation.root(last=True)
 
     @classmethod
@@ -423,7 +427,8 @@ class PMat(VectorSpace):
         Returns:
             Eigenvalues ``(k,)``, and eigenvectors of norm one.
         """
-        l, vectors = self.root.top(arguments.how_many("eig: k", k, self.size(0)))
+        with drawn_alike(self.root):
+            l, vectors = self.root.top(arguments.how_many("eig: k", k, self.size(0)))
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
     def eigenvalues(self) -> Tensor:
@@ -436,7 +441,8 @@ class PMat(VectorSpace):
         Args:
             ord: Frobenius (None, the default, or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc").
         """
-        return self.root.norm(ord)
+        with drawn_alike(self.root):
+            return self.root.norm(ord)
 
     def trace(self, per_layer: bool = False, estimator: Estimator | None = None) -> Any:
         """The trace, exact unless it is estimated.
@@ -471,7 +477,8 @@ class PMat(VectorSpace):
             torch.Size([15])
         """
         arguments.generator(generator)
-        (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
+        with drawn_alike(self.root):
+            (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
 
     # Entries
@@ -661,7 +668,8 @@ class PMat(VectorSpace):
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
                 f"products=60), got {arguments.described(estimator)}"
             )
-        return estimator(self.matvec, self.size(0), like=self.like)
+        with drawn_alike(self.root):
+            return estimator(self.matvec, self.size(0), like=self.like)
 
     def _of(self, v: Any) -> Tensor:
         """The flat values of a vector or map, checked to be of this space."""

@@ -11,11 +11,14 @@ import torch
 
 from .. import arguments, blocks
 from ..blocks import Block
+from ..blocks.operator import drawn_alike
 from ..changes import no_grad
 from ..estimation import Estimation, Estimator, OfJacobians, Source
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
+from ..passes import update
+from ..reading import reading
 from . import estimators, old_arguments, tensors
 from .map import PFMap, PFMapDense
 from .mixture import Mixture, joined
@@ -190,14 +193,15 @@ class PMatEKFAC(PMat):
         """
         return layer.kronecker
 
-    def update_diag(self, examples: Any = None) -> PMatEKFAC:
+    def update_diag(self, examples: Any = None, process_group: Any = None) -> PMatEKFAC:
         """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved.
 
         A basis of fewer inputs than the layer has columns does not span them: what is outside has one eigenvalue, its
         mean second moment.
 
         Args:
-            examples: A loader, or one minibatch.
+            examples: A loader, or one minibatch, by default that of the estimation if it was a DataLoader.
+            process_group: Of ``torch.distributed``, if they are one rank's part; by default this process has all.
 
         Returns:
             The matrix itself.
@@ -208,6 +212,7 @@ class PMatEKFAC(PMat):
         if not hasattr(self.generator, "jacobians"):  # a source
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
         examples = old_arguments.loader_of(self.generator, "update_diag") if examples is None else examples
+        examples = reading(examples, process_group, what=("update_diag",))
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
         again = OfJacobians(
@@ -219,7 +224,7 @@ class PMatEKFAC(PMat):
                 for layer, part in zip(layers, old, strict=True)
             ],
         )
-        again.update(examples, last=True)
+        update(again, examples, last=True)
         self.root = again.root(last=True)
         return self
 
@@ -276,7 +281,8 @@ class PMatLowRank(PMat):
         """
         arguments.integer("PMatLowRank: rank", rank, least=1)
         like = torch.empty(0, dtype=operator.dtype, device=operator.device)
-        pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
+        with drawn_alike(operator):
+            pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
         return _direct([blocks.LowRank(pairs.vectors, pairs.values)])
 
     @classmethod
@@ -360,7 +366,7 @@ class PMatLowRank(PMat):
     ) -> PMatLowRank:
         if not matrix.symmetric:
             raise ValueError(f"{cls.__name__}: the matrix is not symmetric, as a product of two matrices need not be")
-        with no_grad():
+        with no_grad(), drawn_alike(matrix.root):
             near = algorithm(
                 matrix.matvec,
                 matrix.size(0),

@@ -1,0 +1,463 @@
+"""Several processes have the matrix, the kernel and the scores that one has."""
+
+from functools import partial
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from ranks import convnet, relative, transformer, wide
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from nngeometry import (
+    FIM,
+    GGN,
+    Accumulator,
+    EmpiricalFisher,
+    FIM_MonteCarlo,
+    FiniteDifference,
+    FMatImplicit,
+    FMatMemmap,
+    GradientCovariance,
+    GramMatrix,
+    Hessian,
+    Influence,
+    Jacobian,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatEye,
+    PMatImplicit,
+    PMatKFAC,
+    PMatLowRank,
+    PMatMixed,
+    PMatQuasiDiag,
+    PVector,
+    linalg,
+)
+from nngeometry.distributed import shard
+from nngeometry.spectrum import extreme_eigenpairs, spectral_density
+
+TOLERANCE = 1e-12
+EXACT = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatLowRank, PMatEye, PMatEKFAC]
+MATRICES = [FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance, GGN]
+PAIRS = [(M, R) for M in MATRICES for R in [*EXACT, PMatImplicit] if (GradientCovariance, PMatKFAC) != (M, R)]
+PAIRS += [(Hessian, R) for R in (PMatBlockDiag, PMatDiag, PMatImplicit)]
+PAIRS += [(GGN, PMatMixed.of(PMatDiag, {"head": PMatEKFAC}))]
+#: Of models whose layers are looked at for themselves.
+FEW = [(FIM_MonteCarlo, R) for R in EXACT] + [(GGN, R) for R in (PMatImplicit, PMatKFAC, PMatEKFAC, PMatBlockDiag)]
+
+
+def options(matrix, seed=5):
+    return {"generator": torch.Generator().manual_seed(seed)} if matrix is FIM_MonteCarlo else {}
+
+
+def seen(F):
+    """What is compared of a matrix."""
+    if not isinstance(F, PMatImplicit):
+        return F.to_torch()
+    return F.matvec(torch.randn(2, F.size(0), generator=torch.Generator().manual_seed(3)))
+
+
+def same_on_all(group, t):
+    first = t.clone()
+    dist.broadcast(first, 0, group=group)
+    return torch.equal(first, t)
+
+
+def raises(kind, words, call):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+# Matrices
+
+
+def all_matrices(group, make):
+    model, data = make()
+    rank = dist.get_rank(group)
+    for matrix, representation in PAIRS if make is convnet else FEW:
+        what = f"{matrix.__name__} {representation}"
+        expected = matrix(model, data, representation, **options(matrix))
+        mine = options(matrix, 5 if rank == 0 else 99)  # the draws are those of rank 0
+        F = matrix(model, shard(data, group), representation, process_group=group, **mine)
+        assert relative(seen(F), seen(expected)) < TOLERANCE, what
+        assert same_on_all(group, seen(F)), what
+        assert type(F) is type(expected), what
+        if isinstance(F, PMatImplicit) and matrix is not Hessian:
+            assert relative(F.trace(), expected.trace()) < TOLERANCE, what
+            assert relative(F.get_diag(), expected.get_diag()) < TOLERANCE, what
+
+
+def loaders(group):
+    """Whatever a loader may be, and that one process would be given instead."""
+    model, data = transformer()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    whole, short = TensorDataset(x, y), data[:1]
+    expected = FIM(model, data, PMatKFAC)
+
+    def near(loader, other=expected):
+        F = FIM(model, loader, PMatKFAC, process_group=group)
+        assert relative(F.to_torch(), other.to_torch()) < TOLERANCE
+
+    near(shard(DataLoader(whole, batch_size=4), group))
+    torch.manual_seed(rank)  # every rank would shuffle otherwise
+    near(shard(DataLoader(whole, batch_size=4, shuffle=True), group))
+    near(shard(DataLoader(whole, batch_sampler=[[0, 1], list(range(2, 31))]), group))
+    near(data[rank::size])
+    near(DataLoader(whole, batch_size=4, sampler=DistributedSampler(whole, size, rank, shuffle=True, seed=3)))
+    near(DataLoader(whole, batch_size=4, sampler=DistributedSampler(whole, size, rank)))
+    near(shard(short, group), FIM(model, short, PMatKFAC))  # ranks without data
+    near(shard(data[0], group), FIM(model, data[0], PMatKFAC))
+    near(data[:1] if rank == 1 else [], FIM(model, short, PMatKFAC))
+    for matrix, representation in ((Hessian, PMatDiag), (GGN, PMatImplicit), (FIM_MonteCarlo, PMatEKFAC)):
+        one = matrix(model, shard(short, group), representation, process_group=group, **options(matrix))
+        assert relative(seen(one), seen(matrix(model, short, representation, **options(matrix)))) < TOLERANCE
+    draws = DataLoader(whole, batch_size=4)
+    one = FIM_MonteCarlo(model, shard(draws, group), PMatDiag, process_group=group, **options(FIM_MonteCarlo))
+    assert relative(seen(one), seen(FIM_MonteCarlo(model, draws, PMatDiag, **options(FIM_MonteCarlo)))) < TOLERANCE
+    for matrix, representation in ((FIM_MonteCarlo, PMatDiag), (GGN, PMatImplicit), (EmpiricalFisher, PMatDense)):
+        one = matrix(model, shard(data, group), representation, unit="minibatch", process_group=group, **options(matrix))
+        other = matrix(model, data, representation, unit="minibatch", **options(matrix))
+        assert relative(seen(one), seen(other)) < TOLERANCE
+    seen_by_all = [None] * size
+    dist.all_gather_object(seen_by_all, [len(b[0]) for b in shard(DataLoader(whole, batch_size=4), group)], group=group)
+    assert sorted(n for one in seen_by_all for n in one) == [3, 4, 4, 4, 4, 4, 4, 4]
+
+
+def accumulators(group):
+    model, data = convnet()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for matrix, representation in ((FIM, PMatDense), (GGN, PMatKFAC), (GradientCovariance, PMatDiag)):
+        expected = Accumulator(matrix, model, representation).update(data[:4]).decay(0.5).update(data[4:])
+        one = Accumulator(matrix, model, representation, process_group=group)
+        one.update(shard(data[:4], group)).decay(0.5).update(shard(data[4:], group))
+        assert relative(one.matrix().to_torch(), expected.matrix().to_torch()) < TOLERANCE
+        assert one.n == expected.n
+        two = Accumulator(matrix, model, representation)
+        if rank > 0 or size == 2:
+            two.update(data[:4][max(rank - 1, 0) :: max(size - 1, 1)] if size > 2 else data[:4][rank::2])
+        two.reduce(group)
+        once = Accumulator(matrix, model, representation).update(data[:4])
+        assert relative(two.matrix().to_torch(), once.matrix().to_torch()) < TOLERANCE
+        assert same_on_all(group, two.matrix().to_torch())
+    mc = Accumulator(FIM_MonteCarlo, model, PMatDiag, process_group=group, **options(FIM_MonteCarlo, rank))
+    mc.update(shard(data[:3], group)).update(shard(data[3:], group))
+    expected = Accumulator(FIM_MonteCarlo, model, PMatDiag, **options(FIM_MonteCarlo, 0)).update(data)
+    assert relative(mc.matrix().to_torch(), expected.matrix().to_torch()) < TOLERANCE
+    ekfac = Accumulator(FIM, model, PMatEKFAC, process_group=group).update(shard(data[:4], group))
+    ekfac.update(shard(data[4:], group))
+    expected = Accumulator(FIM, model, PMatEKFAC).update(data[:4]).update(data[4:])
+    assert relative(ekfac.matrix().to_torch(), expected.matrix().to_torch()) < TOLERANCE
+    hessian = Accumulator(Hessian, model, PMatDiag).update(data[rank::size]).reduce(group)
+    assert relative(hessian.matrix().to_torch(), Hessian(model, data, PMatDiag).to_torch()) < TOLERANCE
+    own = Accumulator(FIM, model, PMatEKFAC).update(data[rank::size])
+    raises(ValueError, "different bases", lambda: own.reduce(group))
+    F = FIM(model, shard(data, group), PMatEKFAC, process_group=group).update_diag(
+        shard(data, group), process_group=group
+    )
+    assert relative(F.to_torch(), FIM(model, data, PMatEKFAC).update_diag(data).to_torch()) < TOLERANCE
+
+
+# What is done with them
+
+
+def kernels_and_scores(group):
+    model, data = transformer()
+    rank = dist.get_rank(group)
+    folder = ranks.folder() / "kernel"
+    lc = LayerCollection.from_model(model)
+    F = FIM(model, shard(data, group), PMatKFAC, process_group=group)
+    cases = [{}, {"output": "trace"}, {"per_layer": True, "output": "trace"}, {"loader2": data[:2], "output": "diag"}]
+    cases += [{"metric": F.inv(0.1), "output": "mean_trace"}, {"centering": True, "output": "trace"}]
+    for case in cases:
+        one, other = GramMatrix(model, data, **case), GramMatrix(model, shard(data, group), process_group=group, **case)
+        for name in one if case.get("per_layer") else [None]:
+            a, b = (K[name] if name is not None else K for K in (one, other))
+            assert relative(b.to_torch(), a.to_torch()) < TOLERANCE, case
+    disk = partial(GramMatrix, model, data, output="trace", representation=FMatMemmap.at(folder))
+    assert (
+        relative(disk(process_group=group).to_torch(), GramMatrix(model, data, output="trace").to_torch()) < TOLERANCE
+    )
+    dist.barrier(group)
+    if rank == 0:  # some of the tiles are lost, and are made again by another number of processes
+        lines = (folder / "tiles.1.json").read_text().splitlines(keepends=True)
+        assert len(lines) > 2
+        (folder / "tiles.1.json").write_text("".join(lines[:-1]))
+        assert relative(disk().to_torch(), GramMatrix(model, data, output="trace").to_torch()) < TOLERANCE
+    dist.barrier(group)
+    raises(
+        NotImplementedError,
+        "no tiles",
+        lambda: GramMatrix(model, data, representation=FMatImplicit, process_group=group),
+    )
+    other = data if rank == 0 else data[::-1]
+    raises(ValueError, "other minibatches", lambda: GramMatrix(model, other, process_group=group))
+
+    G = GGN(model, data, PMatEKFAC)
+    one, several = (Influence(model, G, regul=0.1, process_group=g) for g in (None, group))
+    queries, mine = data[1], shard(data, group)
+    assert relative(several.scores(queries, mine), one.scores(queries, data)) < TOLERANCE
+    for a, b in zip(
+        several.scores(queries, mine, True).values(), one.scores(queries, data, True).values(), strict=True
+    ):
+        assert relative(a, b) < 1e-11
+    assert relative(several.self_scores(mine), one.self_scores(data)) < TOLERANCE
+    for largest in (True, False):
+        (v, i), (w, j) = several.top(queries, mine, 4, largest), one.top(queries, data, 4, largest)
+        assert relative(v, w) < TOLERANCE
+        assert torch.equal(i, j)
+    refined = Influence(
+        model, G, regul=0.1, refine=GGN(model, mine, PMatImplicit, process_group=group), process_group=group
+    )
+    expected = Influence(model, G, regul=0.1, refine=GGN(model, data, PMatImplicit)).scores(queries, data)
+    assert relative(refined.scores(queries, mine), expected) < 1e-4
+    raises(NotImplementedError, "self_scores by products", lambda: refined.self_scores(mine))
+
+    J = Jacobian(model, mine, process_group=group)
+    own = torch.cat([x for x, _ in data[rank :: dist.get_world_size(group)]])
+    assert relative(J.to_torch(), Jacobian(model, (own,)).to_torch()) < TOLERANCE
+    assert J.layer_collection == lc
+
+
+def products(group):
+    """Lanczos, conjugate gradients and traces run the same on all ranks, from whatever random state."""
+    model, data = convnet()
+    rank = dist.get_rank(group)
+    H, one = (Hessian(model, d, PMatImplicit, process_group=g) for d, g in ((shard(data, group), group), (data, None)))
+    G = GGN(model, shard(data, group), PMatImplicit, process_group=group)
+    v = PVector.from_model(model).detach()
+    torch.manual_seed(rank)
+    pairs = extreme_eigenpairs(H, 2, "both", tol=1e-10)
+    assert relative(pairs.values, extreme_eigenpairs(one, 2, "both", tol=1e-10).values) < 1e-9
+    assert same_on_all(group, pairs.vectors[0].to_torch())
+    assert same_on_all(group, spectral_density(H, steps=10, probes=2, outliers=1).nodes)
+    assert same_on_all(group, G.trace(estimator=partial(linalg.hutchpp, products=12)).value)
+    assert same_on_all(group, G.eig(1)[0])
+    assert same_on_all(group, PMatLowRank.nystrom(G, 5).to_torch())
+    assert same_on_all(group, Hessian(model, shard(data, group), PMatLowRank, process_group=group, rank=2).to_torch())
+    x = G.solve(v, 0.1, rtol=1e-12)
+    assert relative(x.to_torch(), GGN(model, data, PMatImplicit).solve(v, 0.1, rtol=1e-12).to_torch()) < 1e-10
+    raises(RuntimeError, "different vectors", lambda: H.matvec(torch.randn(1, H.size(0))))
+    assert relative(H.mv(v).to_torch(), one.mv(v).to_torch()) < TOLERANCE, "and goes on"
+    smooth = transformer()
+    D, one = (
+        Hessian(smooth[0], d, PMatImplicit, process_group=g, products=FiniteDifference())
+        for d, g in ((shard(smooth[1], group), group), (smooth[1], None))
+    )
+    v = PVector.from_model(smooth[0]).detach()
+    assert relative(D.mv(v).to_torch(), one.mv(v).to_torch()) < 1e-8
+
+
+# What is communicated
+
+
+class Counted:
+    """How often sums over all ranks are made, and of how many bytes."""
+
+    def __enter__(self):
+        self.calls, self.bytes, self.original = 0, 0, dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.calls += 1
+            self.bytes += tensor.nbytes
+            return self.original(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        return self
+
+    def __exit__(self, *exc):
+        dist.all_reduce = self.original
+
+
+def counted(group):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (7, 30, 20, 9)]
+    sizes = {PMatDense: 43**2, PMatBlockDiag: 25**2 + 18**2, PMatDiag: 43, PMatQuasiDiag: 43 + 20 + 15, PMatEye: 1}
+    sizes |= {PMatKFAC: 25 + 25 + 9 + 36, PMatEKFAC: 25 + 25 + 9 + 36 + 43 + 2, PMatLowRank: 66 * 3 * 43}
+    blocks = {PMatDense: 1, PMatLowRank: 1, PMatEye: 1, PMatEKFAC: 4}
+    for representation, numbers in sizes.items():
+        with Counted() as of:
+            FIM(model, shard(data, group), representation, process_group=group)
+        assert of.calls == blocks.get(representation, 2), representation
+        assert of.bytes <= 8 * numbers, representation  # a dense block of layers without positions takes less
+    F = FIM(model, shard(data, group), PMatImplicit, process_group=group)
+    with Counted() as of:
+        F.matvec(torch.ones(3, 43))
+    assert (of.calls, of.bytes) == (1, 8 * (3 * 43 + 4))
+    with Counted() as of:
+        GradientCovariance(model, shard(data, group), PMatDense, process_group=group)
+    assert of.calls == 2
+
+
+# What is refused
+
+
+class Split(IterableDataset):
+    """A data set that shares itself out, as those for several processes do."""
+
+    def __init__(self, data, rank):
+        self.data, self.rank = data, rank
+
+    def __iter__(self):
+        return iter(self.data[self.rank :: 2])
+
+
+class Fails(nn.Module):
+    """A model that fails for some inputs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        if (x > 90).any():
+            raise ZeroDivisionError("a bad example")
+        return self.model(x)
+
+
+def refused(group):
+    rank = dist.get_rank(group)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (7, 3, 2, 9)]
+    whole = TensorDataset(*(torch.cat(parts) for parts in zip(*data, strict=True)))
+    sampled = DataLoader(whole, batch_size=4, sampler=DistributedSampler(whole, 2, rank))
+
+    def call(loader, model=model, representation=PMatKFAC, **kwargs):
+        return partial(FIM, model, loader, representation, process_group=group, **kwargs)
+
+    for alone in (sampled, shard(data, group)):  # the part would pass for the whole
+        raises(ValueError, "process_group=", partial(FIM, model, alone, PMatKFAC))
+        raises(ValueError, "process_group=", partial(FIM, model, alone, PMatImplicit))
+        raises(ValueError, "process_group=", partial(GramMatrix, model, alone))
+        raises(ValueError, "process_group=", partial(Jacobian, model, alone))
+        raises(ValueError, "process_group=", lambda alone=alone: Accumulator(FIM, model, PMatKFAC).update(alone))
+        raises(
+            ValueError,
+            "process_group=",
+            lambda alone=alone: Influence(model, GGN(model, data, PMatKFAC)).scores(data, alone),
+        )
+    raises(ValueError, "without it", partial(GramMatrix, model, sampled, process_group=group))
+    raises(ValueError, "part of the data|already", lambda: shard(sampled, group))
+    raises(ValueError, "already", lambda: shard(shard(data, group), group))
+    raises(ValueError, "one-pass", lambda: shard(iter(data), group))
+    raises(ValueError, "group", lambda: shard(data, None))
+    raises(ValueError, "same minibatches", call(data))
+    raises(ValueError, "same minibatches", call(DataLoader(whole, batch_size=4)))
+    raises(ValueError, "same minibatches", call(data[0]))
+    other = DataLoader(whole, batch_size=4, sampler=DistributedSampler(whole, 3, rank))
+    raises(ValueError, "num_replicas=2", call(other))
+    own = type("Own", (DistributedSampler,), {})(whole, 2, rank)
+    raises(ValueError, "drop_last=True", call(DataLoader(whole, batch_size=4, sampler=own)))
+    raises(
+        ValueError, "same minibatches on all ranks", call(shard(DataLoader(Split(data, rank), batch_size=None), group))
+    )
+    raises(ValueError, "same minibatches on all ranks", call(shard(data if rank else data[:2], group)))
+    raises(
+        ValueError, "matrix and options", call(shard(data, group), variant="classif_logits" if rank else "regression")
+    )
+    raises(ValueError, "matrix and options", call(shard(data, group), representation=PMatKFAC if rank else PMatDiag))
+    other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3 + rank))
+    raises(ValueError, "layers", call(shard(data, group), other))
+    other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if rank == 1:
+        nn.init.zeros_(other[0].bias)
+    raises(ValueError, "parameters and buffers", call(shard(data, group), other))
+    bad = [(x + 100 * (k == 1), y) for k, (x, y) in enumerate(data)]  # that of rank 1
+    for representation in (PMatKFAC, PMatEKFAC):
+        kind, words = (ZeroDivisionError, "bad example") if rank == 1 else (RuntimeError, "rank 1 .*bad example")
+        raises(kind, words, call(shard(bad, group), Fails(model), representation))
+    F = FIM(Fails(model), shard(bad, group), PMatImplicit, process_group=group)
+    raises(kind, words, lambda: F.matvec(torch.ones(1, 43)))
+    raises(TypeError, "ProcessGroup", partial(FIM, model, data, PMatKFAC, process_group="world"))
+    lone = dist.new_group([0])
+    if rank == 0:
+        F = FIM(model, shard(data, lone), PMatEKFAC, process_group=lone)
+        assert relative(F.to_torch(), FIM(model, data, PMatEKFAC).to_torch()) < TOLERANCE
+        assert (
+            relative(FIM(model, data, PMatDiag, process_group=lone).to_torch(), FIM(model, data, PMatDiag).to_torch())
+            < TOLERANCE
+        )
+    else:
+        raises(ValueError, "not in the group", partial(FIM, model, data, PMatKFAC, process_group=lone))
+    F = FIM(model, shard(data, group), PMatKFAC, process_group=group)
+    assert relative(F.to_torch(), FIM(model, data, PMatKFAC).to_torch()) < TOLERANCE, "after all of that"
+
+
+def test_a_group_needs_processes():
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="not initialised"):
+        FIM(net, (torch.randn(3, 2),), PMatDiag, variant="regression", process_group=object())
+    with pytest.raises(ValueError, match="not initialised"):
+        shard([(torch.randn(3, 2),)], object())
+
+
+# Wrapped models
+
+
+def wrapped(group):
+    model, data = convnet()
+    names = list(LayerCollection.from_model(model))
+    parallel = nn.parallel.DistributedDataParallel(model, process_group=group)
+    parts = ranks.ConvNet().eval()
+    parts.load_state_dict(model.state_dict())
+    parts.body[3] = torch.compile(parts.body[3])
+    F = FIM(model, data, PMatKFAC)
+    for one in (parallel, torch.compile(model), parts, torch.compile(parallel)):
+        G = FIM(one, shard(data, group), PMatKFAC, process_group=group)
+        assert list(G.layer_collection) == names
+        assert float((F - G).norm()) < TOLERANCE * float(F.norm())
+        assert F.mv(PVector.from_model(one).detach()).size()
+        K = FIM(one, data, PMatKFAC, layer_collection=LayerCollection.from_model(model))
+        assert float((F - K).norm()) < TOLERANCE * float(F.norm())
+    parallel.train()  # training goes on as before
+    parallel(data[0][0]).sum().backward()
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    fully_shard(net, mesh=DeviceMesh.from_group(group, "cpu"))
+    raises(NotImplementedError, "in pieces", partial(FIM, net, (torch.randn(3, 4),), PMatDiag))
+
+
+#: Looked at by two processes, and by three.
+BY_TWO = {
+    "a convnet": partial(all_matrices, make=convnet),
+    "a transformer": partial(all_matrices, make=transformer),
+    "factors of few inputs": partial(all_matrices, make=wide),
+    "loaders": loaders,
+    "accumulators": accumulators,
+    "kernels and scores": kernels_and_scores,
+    "products": products,
+    "collectives": counted,
+    "refused": refused,
+    "wrapped": wrapped,
+}
+BY_THREE = {name: BY_TWO[name] for name in [*BY_TWO][:7]}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return ranks.run(BY_TWO, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return ranks.run(BY_THREE, 3, tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.parametrize("name", BY_TWO)
+def test_two_processes(name, two):
+    assert not two[name], two[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_THREE)
+def test_three_processes(name, three):
+    assert not three[name], three[name]
