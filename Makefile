@@ -33,6 +33,7 @@ examples: $(READY)
 	$(BIN)/python examples/mislabelled.py --small
 	$(BIN)/python examples/influence.py --small
 	$(BIN)/python examples/huggingface.py --small
+	$(BIN)/torchrun --nproc-per-node 2 examples/distributed.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
