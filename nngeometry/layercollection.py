@@ -373,7 +373,6 @@ class LayerCollection:
         arguments.model(model)
         parameters = []
         named = dict(model.named_parameters(remove_duplicate=False))
-        require_whole_parameters(model)
         bare: dict[str, nn.Parameter] | None = None
         for layer in self.layers.values():
             for pname, shape in layer.params:

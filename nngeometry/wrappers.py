@@ -34,6 +34,7 @@ def _inside(module: nn.Module) -> str | None:
 class BareNames:
     """From names of modules and parameters to those that they have without wrappers.
 
+    >>> import torch
     >>> BareNames(torch.compile(nn.Sequential(nn.Linear(2, 3))))("_orig_mod.0.weight")
     '0.weight'
     """
@@ -56,9 +57,8 @@ def require_whole_parameters(model: nn.Module) -> None:
     """Raise ``NotImplementedError`` for a model whose parameters are in pieces on several processes."""
     tensor: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    if tensor == () and sharded == ():
-        return
-    if any(isinstance(p, tensor) for p in model.parameters()) or any(isinstance(m, sharded) for m in model.modules()):
+    in_pieces = tensor != () and any(type(p) is not nn.Parameter and isinstance(p, tensor) for p in model.parameters())
+    if in_pieces or (sharded != () and any(isinstance(m, sharded) for m in model.modules())):
         raise NotImplementedError(
             "model: its parameters are in pieces on several processes (FSDP, tensor parallelism), of which each has "
             "its own alone: use the model before fully_shard, with the whole parameters (a full state_dict), or in "

@@ -18,7 +18,7 @@ from ..distributed import require_whole
 from ..layercollection import LayerCollection
 from ..memory import BytesMade, keep_freed, nbytes_of, work_array
 from ..reading import Assigned
-from ..wrappers import unwrapped
+from ..wrappers import require_whole_parameters, unwrapped
 from . import data
 from .batch_statistics import (
     Norm,
@@ -76,6 +76,7 @@ class Evaluator:
         arguments.function(function)
         arguments.device(device)
         arguments.of_training(batch_statistics, unit)
+        require_whole_parameters(model)
         parameters = layer_collection.parameters(model)
         if not parameters:
             raise ValueError("the layer collection is empty: build it with LayerCollection.from_model(model)")
