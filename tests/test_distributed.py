@@ -121,8 +121,9 @@ def loaders(group):
     one = FIM_MonteCarlo(model, shard(draws, group), PMatDiag, process_group=group, **options(FIM_MonteCarlo))
     assert relative(seen(one), seen(FIM_MonteCarlo(model, draws, PMatDiag, **options(FIM_MonteCarlo)))) < TOLERANCE
     for matrix, representation in ((FIM_MonteCarlo, PMatDiag), (GGN, PMatImplicit), (EmpiricalFisher, PMatDense)):
-        one = matrix(model, shard(data, group), representation, unit="minibatch", process_group=group, **options(matrix))
-        other = matrix(model, data, representation, unit="minibatch", **options(matrix))
+        made = partial(matrix, model, unit="minibatch")
+        one = made(shard(data, group), representation, process_group=group, **options(matrix))
+        other = made(data, representation, **options(matrix))
         assert relative(seen(one), seen(other)) < TOLERANCE
     seen_by_all = [None] * size
     dist.all_gather_object(seen_by_all, [len(b[0]) for b in shard(DataLoader(whole, batch_size=4), group)], group=group)
