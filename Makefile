@@ -33,6 +33,9 @@ examples: $(READY)
 	$(BIN)/python examples/mislabelled.py --small
 	$(BIN)/python examples/influence.py --small
 	$(BIN)/python examples/huggingface.py --small
+	$(BIN)/python examples/optimisers_table.py --small
+	$(BIN)/python examples/autoencoder.py --small
+	$(BIN)/python examples/pinn.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -364,6 +364,35 @@ class Estimation(ABC):
             last: Whether it is not asked for again, and may take over what is held.
         """
 
+    @property
+    @abstractmethod
+    def groups(self) -> list[tuple[str, ...]]:
+        """The names of the layers of each block."""
+
+    @abstractmethod
+    def part(self, k: int) -> Part:
+        """One block of the matrix of what was seen, and the coordinates it acts on."""
+
+    def statistic(self, k: int) -> Block:
+        """What a decomposition of one block is of: the block itself, or the one in whose eigenbasis it is refined."""
+        return self.part(k).block
+
+    def refines(self, k: int) -> bool:
+        """Whether one block is refined in an eigenbasis, which :meth:`refine` changes."""
+        return False
+
+    def refine(self, k: int, basis: Block) -> None:
+        """Refine one block in another basis from now on; what was seen is carried over, approximately."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def ahead(self) -> Estimation:
+        """Another one that has seen nothing and goes on where this one is: with its bases and random draws."""
+
+    @abstractmethod
+    def take(self, ahead: Any) -> None:
+        """Add what one that went ahead has seen, which is given up."""
+
     @abstractmethod
     def decay(self, weight: float) -> None:
         """What was seen counts less from now on.
@@ -483,34 +512,69 @@ class OfJacobians(Estimation):
 
     def _refined(self, k: int, sums: _Sums, last: bool = False) -> Refinement:
         """The refinement of a block in the eigenbasis of what was seen."""
-        estimator, state = self.estimators[k], sums.states[k]
-        assert state is not None
+        estimator = self.estimators[k]
         assert estimator.refine is not None
         with no_grad():
-            block = estimator.finish(state if last else mapped(state, Tensor.clone), self._count(sums))
-            return estimator.refine(block.eig().basis)  # type: ignore[attr-defined]
+            return estimator.refine(self._unrefined(k, sums, last).eig().basis)  # type: ignore[attr-defined]
+
+    def _unrefined(self, k: int, sums: _Sums, last: bool = False) -> Block:
+        """The first estimate of a block that is refined."""
+        state = sums.states[k]
+        assert state is not None
+        return self.estimators[k].finish(state if last else mapped(state, Tensor.clone), self._count(sums))
 
     def _count(self, sums: _Sums) -> float:
         return counted(sums.weight) if self.source.mean else 1.0
 
     def root(self, last: bool = False) -> Block:
-        sums, n = self._sums, self._count(self._sums)
+        return DirectSum(tuple(self.part(k, last) for k in range(len(self.estimators))))
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        return [tuple(layer.name for layer in e.layers) for e in self.estimators]
+
+    def part(self, k: int, last: bool = False) -> Part:
+        sums, n, e = self._sums, self._count(self._sums), self.estimators[k]
         slices = self.source.layer_collection.slices()
-        parts = []
+        state = sums.refined[k] if k in self._refinements else sums.states[k]
+        assert state is not None
+        final = self._refinements[k].later if k in self._refinements else e
         with no_grad():
-            for k, e in enumerate(self.estimators):
-                state = sums.refined[k] if k in self._refinements else sums.states[k]
-                assert state is not None
-                final = self._refinements[k].later if k in self._refinements else e
-                block = final.finish(state if last else mapped(state, Tensor.clone), n)
-                if last:
-                    sums.states[k] = None
-                if self.source.centred:
-                    assert final.centre is not None
-                    mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
-                    block = final.centre(block, mean.to(block.device, block.dtype))
-                parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
-        return DirectSum(tuple(parts))
+            block = final.finish(state if last else mapped(state, Tensor.clone), n)
+            if last:
+                sums.states[k] = None
+            if self.source.centred:
+                assert final.centre is not None
+                mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
+                block = final.centre(block, mean.to(block.device, block.dtype))
+        return Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block)
+
+    def statistic(self, k: int) -> Block:
+        if k not in self._refinements:
+            return self.part(k).block
+        with no_grad():
+            return self._unrefined(k, self._sums)
+
+    def refines(self, k: int) -> bool:
+        return k in self._refinements
+
+    def refine(self, k: int, basis: Block) -> None:
+        old, refine = self._refinements[k], self.estimators[k].refine
+        assert refine is not None
+        with no_grad():
+            new = refine(basis)
+            carried = new.carried(old.basis, self._sums.refined[k])
+        uninterrupted(self._rebased, {**self._refinements, k: new}, {**self._sums.refined, k: carried})
+
+    def ahead(self) -> OfJacobians:
+        made = self.fresh()
+        made._refinements, made._position = dict(self._refinements), self._position
+        return made
+
+    def take(self, ahead: OfJacobians) -> None:
+        if ahead._sums.seen:
+            moved = ahead._position - self._position
+            uninterrupted(self._take, ahead._sums, self._refinements or ahead._refinements, moved)
 
     def decay(self, weight: float) -> None:
         uninterrupted(self._sums.decay, weight)
@@ -665,6 +729,25 @@ class OfProducts(Estimation):
     def root(self, last: bool = False) -> Block:
         assert self._block is not None
         return self._block
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        names: list[tuple[str, ...]] = []
+        slices = self.source.layer_collection.slices()
+        for part in self.root().parts:  # type: ignore[attr-defined]
+            inside = [any(a <= s.start and s.stop <= b for a, b in part.slices) for s in slices.values()]
+            names.append(tuple(name for name, own in zip(slices, inside, strict=True) if own))
+        return names
+
+    def part(self, k: int) -> Part:
+        part: Part = self.root().parts[k]  # type: ignore[attr-defined]
+        return part
+
+    def ahead(self) -> OfProducts:
+        return self.fresh()
+
+    def take(self, ahead: OfProducts) -> None:
+        self.absorb(ahead)
 
     def decay(self, weight: float) -> None:
         if self._block is not None and not self.source.mean:
