@@ -32,7 +32,7 @@ from nngeometry.optim import Rotated, SecondOrderOptimizer, Stale, Turned
 PICTURE = Path(__file__).parent / "output" / "optimisers_table.png"
 GOAL, MOST = 0.05, 150
 
-#: Tuned on seed 0, and the same for all but the last.
+#: Tuned on seed 0, and the same for all but the last. (The rate of Adam is the best of 0.01, 0.02, 0.05, 0.1, 0.2.)
 TUNED: dict[str, Any] = {"lr": 0.2, "damping": 0.005, "momentum": 0.5, "decay": 0.5, "refresh": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Dense": {"representation": PMatDense},
@@ -102,7 +102,7 @@ def second_order(name: str, **options: Any) -> Callable[[nn.Module], torch.optim
 def columns(seeds: list[int], names: list[str]) -> dict[str, list[Run]]:
     """Print steps to the goal in each representation, and of Adam."""
     makers = {name: second_order(name) for name in names}
-    makers["Adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=0.03)
+    makers["Adam"] = lambda model: torch.optim.Adam(model.parameters(), lr=0.1)
     print(f"Steps to a cross-entropy of {GOAL}, 64-10-10-10, minibatches of 500\n")
     print(f"{'':12}" + "".join(f"{f'seed {seed}':>9}" for seed in seeds))
     found = {}

@@ -93,7 +93,7 @@ def training(steps: int, data: tuple[Tensor, Tensor], method: str) -> tuple[nn.M
 
     optimizer: torch.optim.Optimizer
     if method == "Adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     else:
         optimizer = SecondOrderOptimizer(
@@ -138,7 +138,7 @@ def draw(models: dict[str, nn.Module], curves: dict[str, Curve]) -> None:
         by_second.loglog(times, errors, label=name)
     by_step.set(xlabel="steps", ylabel="relative L2 error")
     by_second.set(xlabel="seconds")
-    by_step.legend()
+    by_step.legend(loc="lower left")
     axis = torch.linspace(0, 1, 101)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
