@@ -832,7 +832,7 @@ def test_the_exact_matrix_and_the_quadratic_step_are_newton():
         loss.backward()
         opt.observe((x, y))
         opt.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     design = torch.cat([x, torch.ones(20, 1)], 1)
     best = mse_loss(design @ torch.linalg.lstsq(design, y).solution, y)
     assert losses[12] - float(best) < 1e-12
