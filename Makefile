@@ -34,6 +34,9 @@ examples: $(READY)
 	$(BIN)/python examples/influence.py --small
 	$(BIN)/python examples/huggingface.py --small
 	$(BIN)/torchrun --nproc-per-node 2 examples/distributed.py --small
+	$(BIN)/python examples/optimisers_table.py --small
+	$(BIN)/python examples/autoencoder.py --small
+	$(BIN)/python examples/pinn.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

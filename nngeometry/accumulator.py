@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .blocks import Block
 from .estimation import Estimation, Source
 from .identity import short, told
 from .layercollection import LayerCollection
@@ -193,9 +194,48 @@ class Accumulator:
         """
         if self.n == 0:
             raise ValueError("matrix: nothing was seen yet: call update(loader) first")
-        made: PMat = self._kind._of_blocks(self.layer_collection, self._estimation.root())
+        return self.made_of(self._estimation.root())
+
+    def made_of(self, root: Block) -> PMat:
+        """A matrix of the same representation and layers with other blocks."""
+        made: PMat = self._kind._of_blocks(self.layer_collection, root)
         made.generator = self._estimation.source
         return made
+
+    @property
+    def estimation(self) -> Estimation:
+        """What was seen, block by block."""
+        return self._estimation
+
+    def ahead(self) -> Accumulator:
+        """One that has seen nothing and goes on where this one is, with its bases and its place in the random draws.
+        What it sees can be added by :meth:`take`, or dropped, and then nothing has happened.
+
+        Example:
+            >>> from nngeometry import FIM, Accumulator, PMatDiag
+            >>> running = Accumulator(FIM, nn.Linear(4, 3), PMatDiag).update((torch.randn(20, 4),))
+            >>> ahead = running.ahead().update((torch.randn(10, 4),))
+            >>> running.n, running.decay(0.5).take(ahead).n
+            (20, 20.0)
+        """
+        made = object.__new__(Accumulator)
+        made.__dict__.update(vars(self))
+        made._estimation = self._estimation.ahead()
+        return made
+
+    def take(self, ahead: Accumulator) -> Self:
+        """Add what one that went :meth:`ahead` of this one has seen. It is used up.
+
+        Returns:
+            The accumulator.
+
+        Raises:
+            ValueError: If it is of another accumulator.
+        """
+        if ahead._estimation.source is not self._estimation.source:
+            raise ValueError("take: the other accumulator did not go ahead of this one: use merge")
+        self._estimation.take(ahead._estimation)
+        return self
 
     def merge(self, other: Accumulator) -> Self:
         """Add what another accumulator of the same matrix has seen, which is left as it is.

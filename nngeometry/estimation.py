@@ -364,6 +364,35 @@ class Estimation(ABC):
             last: Whether it is not asked for again, and may take over what is held.
         """
 
+    @property
+    @abstractmethod
+    def groups(self) -> list[tuple[str, ...]]:
+        """The names of the layers of each block."""
+
+    @abstractmethod
+    def part(self, k: int) -> Part:
+        """One block of the matrix of what was seen, and the coordinates it acts on."""
+
+    def statistic(self, k: int) -> Block:
+        """What a decomposition of one block is of: the block itself, or the one in whose eigenbasis it is refined."""
+        return self.part(k).block
+
+    def refines(self, k: int) -> bool:
+        """Whether one block is refined in an eigenbasis, which :meth:`refine` changes."""
+        return False
+
+    def refine(self, k: int, basis: Block) -> None:
+        """Refine one block in another basis from now on; what was seen is carried over, approximately."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def ahead(self) -> Estimation:
+        """Another one that has seen nothing and goes on where this one is: with its bases and random draws."""
+
+    @abstractmethod
+    def take(self, ahead: Any) -> None:
+        """Add what one that went ahead has seen, which is given up."""
+
     @abstractmethod
     def decay(self, weight: float) -> None:
         """What was seen counts less from now on.
@@ -442,9 +471,9 @@ class OfJacobians(Estimation):
         else:
             later = {k: r.later for k, r in refinements.items()}
             moved = self.observe(examples, new, dict(enumerate(self.estimators)), later)
-        uninterrupted(self.take, new, refinements, self.position + moved)
+        uninterrupted(self.include, new, refinements, self.position + moved)
 
-    def take(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
+    def include(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
         """Add what was seen. position: the one of what comes next."""
         self.refinements = refinements
         self.sums = new if self.sums.seen == 0 else self._joined(self.sums, new)
@@ -493,34 +522,68 @@ class OfJacobians(Estimation):
 
     def refined(self, k: int, sums: Sums, last: bool = False) -> Refinement:
         """The refinement of a block in the eigenbasis of what was seen."""
-        estimator, state = self.estimators[k], sums.states[k]
-        assert state is not None
+        estimator = self.estimators[k]
         assert estimator.refine is not None
         with no_grad():
-            block = estimator.finish(state if last else mapped(state, Tensor.clone), self._count(sums))
-            return estimator.refine(block.eig().basis)  # type: ignore[attr-defined]
+            return estimator.refine(self._unrefined(k, sums, last).eig().basis)  # type: ignore[attr-defined]
+
+    def _unrefined(self, k: int, sums: Sums, last: bool = False) -> Block:
+        """The first estimate of a block that is refined."""
+        state = sums.states[k]
+        assert state is not None
+        return self.estimators[k].finish(state if last else mapped(state, Tensor.clone), self._count(sums))
 
     def _count(self, sums: Sums) -> float:
         return counted(sums.weight) if self.source.mean else 1.0
 
     def root(self, last: bool = False) -> Block:
-        sums, n = self.sums, self._count(self.sums)
+        return DirectSum(tuple(self.part(k, last) for k in range(len(self.estimators))))
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        return [tuple(layer.name for layer in e.layers) for e in self.estimators]
+
+    def part(self, k: int, last: bool = False) -> Part:
+        sums, n, e = self.sums, self._count(self.sums), self.estimators[k]
         slices = self.source.layer_collection.slices()
-        parts = []
+        state = sums.refined[k] if k in self.refinements else sums.states[k]
+        assert state is not None
+        final = self.refinements[k].later if k in self.refinements else e
         with no_grad():
-            for k, e in enumerate(self.estimators):
-                state = sums.refined[k] if k in self.refinements else sums.states[k]
-                assert state is not None
-                final = self.refinements[k].later if k in self.refinements else e
-                block = final.finish(state if last else mapped(state, Tensor.clone), n)
-                if last:
-                    sums.states[k] = None
-                if self.source.centred:
-                    assert final.centre is not None
-                    mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
-                    block = final.centre(block, mean.to(block.device, block.dtype))
-                parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
-        return DirectSum(tuple(parts))
+            block = final.finish(state if last else mapped(state, Tensor.clone), n)
+            if last:
+                sums.states[k] = None
+            if self.source.centred:
+                assert final.centre is not None
+                mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
+                block = final.centre(block, mean.to(block.device, block.dtype))
+        return Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block)
+
+    def statistic(self, k: int) -> Block:
+        if k not in self.refinements:
+            return self.part(k).block
+        with no_grad():
+            return self._unrefined(k, self.sums)
+
+    def refines(self, k: int) -> bool:
+        return k in self.refinements
+
+    def refine(self, k: int, basis: Block) -> None:
+        old, refine = self.refinements[k], self.estimators[k].refine
+        assert refine is not None
+        with no_grad():
+            new = refine(basis)
+            carried = new.carried(old.basis, self.sums.refined[k])
+        uninterrupted(self._rebased, {**self.refinements, k: new}, {**self.sums.refined, k: carried})
+
+    def ahead(self) -> OfJacobians:
+        made = self.fresh()
+        made.refinements, made.position = dict(self.refinements), self.position
+        return made
+
+    def take(self, ahead: OfJacobians) -> None:
+        if ahead.sums.seen:
+            uninterrupted(self.include, ahead.sums, self.refinements or ahead.refinements, ahead.position)
 
     def decay(self, weight: float) -> None:
         uninterrupted(self.sums.decay, weight)
@@ -535,7 +598,9 @@ class OfJacobians(Estimation):
                     "they have no exact sum: call b.rebase(a) first, which carries those of b over to the basis of a, "
                     "approximately, or begin b from a state of a"
                 )
-        uninterrupted(self.take, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position)
+        uninterrupted(
+            self.include, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position
+        )
 
     def rebase(self, other: OfJacobians | None = None) -> None:
         """Refine in the eigenbasis of all that was seen from now on, or in the basis of another one. The second moments
@@ -675,6 +740,25 @@ class OfProducts(Estimation):
     def root(self, last: bool = False) -> Block:
         assert self._block is not None
         return self._block
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        names: list[tuple[str, ...]] = []
+        slices = self.source.layer_collection.slices()
+        for part in self.root().parts:  # type: ignore[attr-defined]
+            inside = [any(a <= s.start and s.stop <= b for a, b in part.slices) for s in slices.values()]
+            names.append(tuple(name for name, own in zip(slices, inside, strict=True) if own))
+        return names
+
+    def part(self, k: int) -> Part:
+        part: Part = self.root().parts[k]  # type: ignore[attr-defined]
+        return part
+
+    def ahead(self) -> OfProducts:
+        return self.fresh()
+
+    def take(self, ahead: OfProducts) -> None:
+        self.absorb(ahead)
 
     def decay(self, weight: float) -> None:
         if self._block is not None and not self.source.mean:

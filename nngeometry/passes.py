@@ -279,7 +279,7 @@ class _Passes(_Work):
         if self.stage == 1:
             self._pass({}, {k: self.refinements[k].first for k in self.again}, count=False)
             self.stage = 2
-        uninterrupted(self.estimation.take, self.sums, self.refinements, self.first + self.end)
+        uninterrupted(self.estimation.include, self.sums, self.refinements, self.first + self.end)
         self.finish()
 
     def _pass(self, estimators: Estimators, refining: Estimators, count: bool = True) -> None:

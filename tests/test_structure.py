@@ -33,6 +33,7 @@ FLOORS = [
     ["undivided"],
     ["metrics"],
     ["hessian", "jacobian"],
+    ["optim"],
     ["gram", "influence"],
     ["spectrum", "hierarchy"],
     ["plot"],

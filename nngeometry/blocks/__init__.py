@@ -9,6 +9,7 @@ from .lowrank import LowRank
 from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
 from .regul import Regul, Uniform, Varying
+from .solver import Solver
 from .spectral import Diag, Eye, Spectral
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "QuasiDiag",
     "Rectangular",
     "Regul",
+    "Solver",
     "Spectral",
     "Sum",
     "Uniform",

@@ -8,7 +8,7 @@ Everything else is here: matrix functions are spectral, f(M) = Q f(l) Q^T.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, ClassVar
@@ -202,6 +202,10 @@ class Block(ABC):
         solved: Tensor = self.iterate(V, regul) if self.matrix_free else self._as_dense("solve").solve(V, regul)
         return solved
 
+    def solver(self, regul: float = 0.0) -> Map:
+        """The map ``V -> (M + regul)^-1 V`` of :meth:`solve`, with all of the work done that takes no V."""
+        return lambda V: self.solve(V, regul)
+
     def iterate(
         self, V: Tensor, shift: float | Tensor, rtol: float | None = None, precondition: Map | None = None
     ) -> Tensor:
@@ -272,6 +276,63 @@ class Block(ABC):
                 "too small"
             )
         return (l + regul).log().sum()
+
+    def check_positive(self, regul: float = 0.0) -> None:
+        """Raise ``ValueError`` if ``M + regul`` has an eigenvalue that is negative by more than rounding, as far as
+        entries are known.
+        """
+        if self.definite or self.matrix_free:
+            return
+        l = self.eigenvalues()
+        least, noise = float(l.min()), l.numel() * torch.finfo(l.dtype).eps * float(l.abs().max())
+        if least + regul < -noise:
+            raise ValueError(f"its smallest eigenvalue is {least:.3g}, which plus {regul:.3g} is negative")
+
+    def lifted(self) -> Block:
+        """The matrix with the eigenvalues that are lost in rounding raised to its size, so that any multiple of the
+        identity can be added to it: of a matrix that is positive but for rounding.
+        """
+        spectral = self.eig()
+        floor = 8 * torch.finfo(self.dtype).eps * spectral.eigenvalues().abs().max()
+        return spectral.apply(lambda l: l.clamp(min=floor))
+
+    # A matrix that changes little by little, and is decomposed again and again.
+
+    def decomposed(self) -> Block:
+        """The same matrix in the form in which it is solved with, whatever is added to the diagonal."""
+        return self
+
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
+        """The matrix by its diagonal in an orthonormal basis, as a :class:`Spectral`, if what is off that diagonal is
+        at most ``tolerance`` times its Frobenius norm, otherwise by its eigendecomposition; and the share of it that
+        was decomposed, since each of several factors is looked at by itself. What needs no decomposition is as it is.
+        """
+        return self.decomposed(), 1.0
+
+    def turned(self, basis: Block | None) -> Block:
+        """The matrix by its diagonal in ``qr(M basis)``, one turn of orthogonal iteration, which tends to the
+        eigendecomposition. Where there is no such basis, or no need of one, it is exact.
+        """
+        return self.decomposed()
+
+    def absolute(self) -> Block:
+        """The matrix with the absolute values of its eigenvalues."""
+        return self.apply(torch.abs) if self.matrix_free else self.eig().apply(torch.abs)
+
+    def solver_by_factors(self, regul: float) -> Map:
+        """As :meth:`solver`, but regul is shared among factors where there are some, which then are inverted one by
+        one: an approximation (Martens and Grosse 2015, 1503.05671, section 6.3).
+        """
+        return self.solver(regul)
+
+    def statistics(self) -> tuple[Block, ...]:
+        """The matrices that it consists of: itself, or its factors."""
+        return (self,)
+
+    def with_statistics(self, statistics: Sequence[Block]) -> Block:
+        """The same of other matrices."""
+        (block,) = statistics
+        return block
 
     def pinv(self, rtol: float | None = None) -> Block:
         """The pseudo-inverse.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..changes import no_grad
 from ..linalg import funm
 from .base import Block, Derived, Map
 from .spectral import Eye
@@ -89,6 +90,15 @@ class Function(Iterated):
 
     def _rows(self, V: Tensor) -> Tensor:
         return funm(self.inner._product, V, self.f)
+
+    def iterate(
+        self, V: Tensor, shift: float | Tensor, rtol: float | None = None, precondition: Map | None = None
+    ) -> Tensor:
+        if isinstance(shift, Tensor) or precondition is not None:
+            return super().iterate(V, shift, rtol, precondition)
+        with no_grad():  # one iteration, rather than one inside of another
+            x = funm(self.inner._product, V.reshape(-1, self.numel), lambda l: 1 / (self.f(l) + shift), tol=rtol)
+        return x.view(V.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,17 +118,47 @@ class Dense(Block):
         return shifted
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
         factor = None if "_eig" in vars(self) else self._cholesky(regul)
         if factor is None and self.symmetric:
-            return self.eig().solve(V, regul)
-        batch, p = self.data.shape[:-2], self.data.shape[-1]
-        lead = V.shape[: V.ndim - len(self.shape)]
-        columns = V.reshape(-1, *batch, p).movedim(0, -1)
-        if factor is not None:
-            x = torch.cholesky_solve(columns, factor)
-        else:
-            x = torch.linalg.solve(self._shifted(regul), columns)
-        return x.movedim(-1, 0).reshape(*lead, *self.shape)
+            return self.eig().solver(regul)
+        shifted = self._shifted(regul) if factor is None else None
+
+        def solved(V: Tensor) -> Tensor:
+            lead = V.shape[: V.ndim - len(self.shape)]
+            columns = V.reshape(-1, *self.data.shape[:-1]).movedim(0, -1)
+            x = torch.linalg.solve(shifted, columns) if factor is None else torch.cholesky_solve(columns, factor)
+            return x.movedim(-1, 0).reshape(*lead, *self.shape)
+
+        return solved
+
+    def check_positive(self, regul: float = 0.0) -> None:
+        if self._cholesky(regul) is None:
+            super().check_positive(regul)
+
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Spectral, float]:
+        if not self._spans(basis):
+            return self.eig(), 1.0
+        q = basis.data  # type: ignore[union-attr]
+        rotated = q.mT @ self.data @ q
+        l = rotated.diagonal(dim1=-2, dim2=-1).clone()
+        rotated.diagonal(dim1=-2, dim2=-1).zero_()
+        if torch.linalg.vector_norm(rotated) > tolerance * torch.linalg.vector_norm(self.data):
+            return self.eig(), 1.0
+        return Spectral(basis, l, l.new_zeros(())), 0.0  # type: ignore[arg-type]
+
+    def turned(self, basis: Block | None) -> Block:
+        if not self._spans(basis):
+            return self.decomposed()
+        q = torch.linalg.qr(self.data @ basis.data).Q  # type: ignore[union-attr]
+        l = (q * (self.data @ q)).sum(-2)
+        return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
+
+    def _spans(self, basis: Block | None) -> bool:
+        """Whether it is a whole basis of the space."""
+        return isinstance(basis, Dense) and basis.data.shape == self.data.shape
 
     def inv(self, regul: float = 0.0) -> Block:
         if not self.symmetric:

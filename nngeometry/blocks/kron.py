@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .base import Block
+from .base import Block, Map
+from .composite import add
 from .dense import Dense
 from .lowrank import LowRank
-from .spectral import Eye, Spectral
+from .spectral import Diag, Eye, Spectral
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,38 @@ class Kron(Block):
         return self._eig
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
-        return self._eig.solve(V, regul)
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
+        return self._eig.solver(regul)
+
+    def decomposed(self) -> Spectral:
+        return self._eig
+
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
+        of_left, of_right = _factors(basis)
+        left, one = self.left.in_basis(of_left, tolerance)
+        right, other = self.right.in_basis(of_right, tolerance)
+        found, share = Kron(left, right).eig(), (one + other) / 2
+        return (found, share) if share or basis is None else (Spectral(basis, found.l, found.rest), 0.0)
+
+    def turned(self, basis: Block | None) -> Block:
+        of_left, of_right = _factors(basis)
+        return Kron(self.left.turned(of_left), self.right.turned(of_right)).eig()
+
+    def solver_by_factors(self, regul: float) -> Map:
+        groups = self.shape[0]
+        left, right = (f.diag().reshape(groups, -1).mean(1) for f in (self.left, self.right))
+        pi = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
+        shifted = Kron(_shifted(self.left, regul**0.5 / pi), _shifted(self.right, regul**0.5 * pi))
+        return shifted.inv().mv
+
+    def statistics(self) -> tuple[Block, ...]:
+        return (*self.left.statistics(), *self.right.statistics())
+
+    def with_statistics(self, statistics: Sequence[Block]) -> Kron:
+        k = len(self.left.statistics())
+        return Kron(self.left.with_statistics(statistics[:k]), self.right.with_statistics(statistics[k:]))
 
     def eigenvalues(self) -> Tensor:
         groups = self.shape[0]
@@ -114,6 +147,18 @@ def _times(one: Block, other: Block) -> Block | None:
     if found is None and (isinstance(one, LowRank) or isinstance(other, LowRank)):
         return Dense(one.to_dense().unsqueeze(0)).times(Dense(other.to_dense().unsqueeze(0)))
     return found
+
+
+def _factors(basis: Block | None) -> tuple[Block | None, Block | None]:
+    """The factors of a basis, if it is a product."""
+    return (basis.left, basis.right) if isinstance(basis, Kron) else (None, None)
+
+
+def _shifted(factor: Block, shift: Tensor) -> Block:
+    """A factor on ``(G, p)`` plus a multiple of the identity for each group."""
+    if len(shift) == 1:
+        return add(factor, Eye(shift[0], factor.shape))
+    return add(factor, Diag(shift.unsqueeze(1).expand(factor.shape)))
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import Block
+from .base import Block, Map
 from .dense import Dense
 from .spectral import Spectral
 
@@ -60,7 +60,13 @@ class LowRank(Block):
         return self._eig
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
-        return self._eig.solve(V, regul)
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
+        return self._eig.solver(regul)
+
+    def decomposed(self) -> Spectral:
+        return self._eig
 
     def inv(self, regul: float = 0.0) -> Block:
         return self._eig.inv(regul)

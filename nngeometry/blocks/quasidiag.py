@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import require
-from .base import Block, check_invertible
+from .base import Block, Map, check_invertible
 from .dense import Dense
 from .spectral import Diag, Eye, Spectral
 
@@ -75,15 +75,25 @@ class QuasiDiag(Block):
         return body, tip
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
         body, schur = self._eliminated(regul)
-        tip = (V[..., -1:] - (self.cross / body * V[..., :-1]).sum(-1, keepdim=True)) / schur
-        return torch.cat([(V[..., :-1] - self.cross * tip) / body, tip], -1)
+
+        def solved(V: Tensor) -> Tensor:
+            tip = (V[..., -1:] - (self.cross / body * V[..., :-1]).sum(-1, keepdim=True)) / schur
+            return torch.cat([(V[..., :-1] - self.cross * tip) / body, tip], -1)
+
+        return solved
 
     def logdet(self, regul: float = 0.0) -> Tensor:
         body, schur = self._eliminated(regul)
         if bool((body < 0).any()) or bool((schur < 0).any()):
             raise ValueError(f"logdet: the matrix plus regul={regul} has negative eigenvalues: use a larger regul")
         return body.log().sum() + schur.log().sum()
+
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
+        return self, 0.0
 
     def inv(self, regul: float = 0.0) -> Block:
         return self.eig().inv(regul)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Block
+from .base import Block, Map
 from .direct import DirectSum, Part
 
 
@@ -21,6 +21,10 @@ class Uniform:
 
     number: float
 
+    def on(self, part: Part) -> Uniform:
+        """What it is for a part of a direct sum."""
+        return self
+
     @property
     def shift(self) -> float:
         """What products with the identity are multiplied by."""
@@ -29,6 +33,18 @@ class Uniform:
     def solve(self, M: Block, V: Tensor) -> Tensor:
         """``(M + R)^-1 V``."""
         return M.solve(V, self.number)
+
+    def solver(self, M: Block) -> Map:
+        """The map ``V -> (M + R)^-1 V``, with all of the work done that takes no V."""
+        return M.solver(self.number)
+
+    def check_positive(self, M: Block) -> None:
+        """Raise ``ValueError`` if ``M + R`` has a negative eigenvalue, as far as entries are known."""
+        M.check_positive(self.number)
+
+    def solver_by_factors(self, M: Block) -> Map:
+        """As :meth:`solver`, R being shared among factors."""
+        return M.solver_by_factors(self.number)
 
     def inv(self, M: Block) -> Block:
         """``(M + R)^-1``."""
@@ -57,7 +73,8 @@ class Varying:
         """What products with the identity are multiplied by."""
         return self.d.flatten()
 
-    def _on(self, part: Part) -> Uniform | Varying:
+    def on(self, part: Part) -> Uniform | Varying:
+        """What it is for a part of a direct sum."""
         d = part.take(self.d)
         first = d.flatten()[0]
         return Uniform(float(first)) if bool((d == first).all()) else Varying(d)
@@ -70,21 +87,35 @@ class Varying:
     def solve(self, M: Block, V: Tensor) -> Tensor:
         """``(M + R)^-1 V``."""
         if isinstance(M, DirectSum):
-            return M.join(lambda part: self._on(part).solve(part.block, part.take(V)))
+            return M.join(lambda part: self.on(part).solve(part.block, part.take(V)))
         s = self._inverse_root()
         return s * M.congruence(s).solve(s * V, 1.0)
+
+    def solver(self, M: Block) -> Map:
+        """The map ``V -> (M + R)^-1 V``, with all of the work done that takes no V."""
+        s = self._inverse_root()
+        inner = M.congruence(s).solver(1.0)
+        return lambda V: s * inner(s * V)
+
+    def check_positive(self, M: Block) -> None:
+        """Raise ``ValueError`` if ``M + R`` has a negative eigenvalue, as far as entries are known."""
+        M.congruence(self._inverse_root()).check_positive(1.0)
+
+    def solver_by_factors(self, M: Block) -> Map:
+        """As :meth:`solver`: what R varies on has no factors."""
+        return self.solver(M)
 
     def inv(self, M: Block) -> Block:
         """``(M + R)^-1``."""
         if isinstance(M, DirectSum):
-            return DirectSum(tuple(part.with_block(self._on(part).inv(part.block)) for part in M.parts))
+            return DirectSum(tuple(part.with_block(self.on(part).inv(part.block)) for part in M.parts))
         s = self._inverse_root()
         return M.congruence(s).inv(1.0).congruence(s)
 
     def logdet(self, M: Block) -> Tensor:
         """``log det(M + R)``."""
         if isinstance(M, DirectSum):
-            return torch.stack([self._on(part).logdet(part.block) for part in M.parts]).sum()
+            return torch.stack([self.on(part).logdet(part.block) for part in M.parts]).sum()
         return M.congruence(self._inverse_root()).logdet(1.0) + self.d.log().sum()
 
 

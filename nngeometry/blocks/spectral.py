@@ -104,7 +104,10 @@ class Spectral(Block):
         return Spectral(self.basis, f(self.l), f(self.rest) if self._missing else self.rest)
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
-        return self.inv(regul).mv(V)
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
+        return self.inv(regul).mv
 
     def inv(self, regul: float = 0.0) -> Spectral:
         check_invertible(self.eigenvalues(), regul)
@@ -167,8 +170,17 @@ class Eye(Block):
     def apply(self, f: Map) -> Eye:
         return Eye(f(self.c), self.size)
 
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
+        return self, 0.0
+
+    def absolute(self) -> Eye:
+        return self.apply(torch.abs)
+
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
-        return self.inv(regul).mv(V)
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
+        return self.inv(regul).mv
 
     def inv(self, regul: float = 0.0) -> Eye:
         check_invertible(self.c.reshape(1), regul)
@@ -228,12 +240,22 @@ class Diag(Block):
     def apply(self, f: Map) -> Diag:
         return Diag(f(self.d))
 
+    def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
+        return self, 0.0
+
+    def absolute(self) -> Diag:
+        return Diag(self.d.abs())
+
     def pow(self, exponent: float) -> Block:
         return _unrotated(super().pow(exponent))
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
+        return self.solver(regul)(V)
+
+    def solver(self, regul: float = 0.0) -> Map:
         check_invertible(self.d, regul)
-        return V / (self.d + regul)
+        shifted = self.d + regul
+        return lambda V: V / shifted
 
     def inv(self, regul: float = 0.0) -> Diag:
         check_invertible(self.d, regul)

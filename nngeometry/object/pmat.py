@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..blocks import Block, DirectSum, Regul, Uniform, Varying, add, matmul
+from ..blocks import Block, DirectSum, Regul, Solver, Uniform, Varying, add, matmul
 from ..blocks.operator import drawn_alike
 from ..estimation import Estimation, OfJacobians, OfProducts, Source
 from ..estimation import Estimator as BlockEstimator
@@ -355,6 +355,13 @@ class PMat(VectorSpace):
             x = self.root.iterate(flat, r.shift, rtol, lambda rows: r.solve(inverse, rows))
         return b._like(x, self.layer_collection)
 
+    def solver(self, regul: RegulLike = 1e-8, **options: Any) -> Solver:
+        """The map from flat values ``(..., P)`` to those of :meth:`solve`, with all of the work done that takes no
+        vector. options: as of :class:`~nngeometry.blocks.Solver`.
+        """
+        assert isinstance(self.root, DirectSum), self.root.describe()
+        return Solver(self.root, self._regul(regul), **options)
+
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         """``(M + regul)^-1`` as a matrix.
 
@@ -417,6 +424,10 @@ class PMat(VectorSpace):
         return self._with(self.root.pow(arguments.number("pow: exponent", exponent)))
 
     __pow__ = pow
+
+    def absolute(self) -> PMat:
+        """``|M|``: the eigenvalues by their absolute values. Where M is known by its products alone, by Lanczos."""
+        return self._with(self.root.absolute())
 
     def eig(self, k: int | None = None) -> tuple[Tensor, list[PVector]]:
         """The largest eigenvalues, descending, and their eigenvectors.
