@@ -31,6 +31,7 @@ FLOORS = [
     ["undivided"],
     ["metrics"],
     ["hessian", "jacobian"],
+    ["optim"],
     ["gram", "influence"],
     ["spectrum", "hierarchy"],
     ["plot"],
