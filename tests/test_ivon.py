@@ -96,15 +96,15 @@ def test_the_diagonal_posterior_of_a_linear_model():
     torch.manual_seed(0)
     x = torch.randn(50, 4) * torch.tensor([0.5, 1.0, 2.0, 3.0])
     model, y = nn.Linear(4, 1, bias=False), torch.randn(50, 1)
-    opt = IVON(model.parameters(), 0.1, 50, 1.0, 0.9, 0.999, 0.02, samples=10, generator=seeded())
-    for _ in range(6000):
+    opt = IVON(model.parameters(), 0.1, 50, 1.0, 0.9, 0.99, 0.02, samples=4, generator=seeded())
+    for _ in range(600):
         for _ in range(opt.samples):
             with opt.sampled():
                 (0.5 * (model(x) - y).square().mean()).backward()
         opt.step()
     (h,) = opt.state[model.weight]["hessian"]
-    close(h / x.square().mean(0), torch.ones(4), 0.1)
-    close(model.weight.detach().T, torch.linalg.solve(x.T @ x / 50 + 0.02 * torch.eye(4), x.T @ y / 50), 0.05)
+    close(h / x.square().mean(0), torch.ones(4), 0.3)
+    close(model.weight.detach().T, torch.linalg.solve(x.T @ x / 50 + 0.02 * torch.eye(4), x.T @ y / 50), 0.1)
 
 
 def test_resumed_to_the_bit():

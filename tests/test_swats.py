@@ -60,7 +60,7 @@ def by_hand(model, x, y, steps, *, lr=1e-3, b1=0.9, b2=0.999, eps=1e-9, decay=0.
 
 
 @pytest.mark.parametrize(
-    "options", [{"tolerance": 0.01}, {"tolerance": 0.02, "weight_decay": 0.01}, {"tolerance": 0.0}]
+    "options", [{"tolerance": 3e-4}, {"tolerance": 3e-4, "weight_decay": 0.01}, {"tolerance": 0.0}]
 )
 def test_the_algorithm(options):
     model, x, y = problem()
@@ -71,14 +71,14 @@ def test_the_algorithm(options):
         "decay": options.get("weight_decay", 0.0),
         "tolerance": options["tolerance"],
     }
-    found, switched = by_hand(model, x, y, 60, **by)
+    found, switched = by_hand(model, x, y, 65, **by)
     opt = SWATS(model.parameters(), 0.01, (0.8, 0.9), min_steps=2, **options)
     for w in found:
         train(opt, model, x, y)
         close(flat(model), w, 1e-10)
     assert opt.switched == (switched and switched[0])
     if switched:
-        assert 2 < opt.switched < 50
+        assert 2 < opt.switched < 60
         close(opt.estimate, switched[1])
 
 
@@ -132,13 +132,13 @@ def test_after_the_switch_it_is_sgd_to_the_bit(decay, dtype):
 def test_a_scheduler_changes_the_learning_rate_of_sgd_by_its_factor():
     model, x, y = problem()
     opt = SWATS(model.parameters(), 0.01, relative=0.5)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.99)
     while opt.switched is None:
         train(opt, model, x, y)
         scheduler.step()
     other = copy.deepcopy(model)
-    sgd = torch.optim.SGD(other.parameters(), lr=0.1 * opt.estimate * 0.9, momentum=0.9)
-    plan = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9)
+    sgd = torch.optim.SGD(other.parameters(), lr=0.1 * opt.estimate * 0.99, momentum=0.9)
+    plan = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.99)
     for _ in range(10):
         for o, m, s in ((opt, model, scheduler), (sgd, other, plan)):
             train(o, m, x, y)
