@@ -54,17 +54,17 @@ def net(seed: int) -> nn.Module:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3)
+    return torch.optim.Adam(model.parameters(), lr=5e-3)
 
 
 def ivon(model: nn.Module) -> torch.optim.Optimizer:
-    options = {"hess_init": 0.1, "beta2": 0.999, "weight_decay": TEMPERATURE / N}
-    return IVON(model.parameters(), lr=0.1, ess=N / TEMPERATURE, **options)
+    options = {"hess_init": 0.03, "beta2": 0.999, "weight_decay": TEMPERATURE / N}
+    return IVON(model.parameters(), lr=0.03, ess=N / TEMPERATURE, **options)
 
 
 def vi(representation: type) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    options = {"temperature": TEMPERATURE, "damping": 0.03, "refresh": 5}
-    return lambda model: VIOptimizer(model, representation, num_data=N, lr=3e-3, **options)
+    options = {"temperature": TEMPERATURE, "damping": 0.01, "refresh": 5}
+    return lambda model: VIOptimizer(model, representation, num_data=N, lr=2e-3, **options)
 
 
 METHODS = {"Adam": adam, "IVON": ivon, "VI, diagonal": vi(PMatDiag), "VI, KFAC": vi(PMatKFAC)}
@@ -101,7 +101,7 @@ def train(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, epochs:
     opt = make(model)
     generator, errors = torch.Generator().manual_seed(seed), []
     for epoch in range(1, epochs + 1):
-        for i in torch.randperm(N, generator=generator).split(50):
+        for i in torch.randperm(N, generator=generator).split(100):
             step(opt, model, x[i], y[i])
         if epoch % (epochs // 10) == 0:
             errors.append(calibration(predicted(opt, model, x_test), y_test).error)

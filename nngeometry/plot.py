@@ -30,6 +30,8 @@ _DECADES = 6.0
 _PANEL, _FONT = 2.6, 8.0
 #: A density is drawn down to this fraction of what one eigenvalue gives.
 _LOWEST = 0.05
+#: A bin of calibration with less than one in so many predictions is not drawn.
+_RARE = 500
 _POSITIVE, _NEGATIVE = "C0", "C3"
 
 
@@ -206,7 +208,7 @@ def plot_calibration(
     calibrated, below it overconfident.
 
     Bars at the bottom say which share of the predictions has which confidence, and the legend the expected calibration
-    error.
+    error. Bins with less than one in 500 predictions have no point.
 
     Args:
         predictions: From names to probabilities ``(n, C)`` and labels ``(n,)``, as of
@@ -240,10 +242,12 @@ def plot_calibration(
     bar = 0.8 / (bins * len(predictions))
     for k, (name, (probabilities, labels)) in enumerate(predictions.items()):
         found = calibration(probabilities, labels, bins)
-        some = found.count > 0
+        some = found.count * _RARE >= len(labels)
         label = f"{name}, error {found.error:.3f}"
         shares = found.count / len(labels)
-        ax.plot(found.confidence[some], found.accuracy[some], ".-", color=f"C{k}", markersize=4, linewidth=1, label=label)
+        ax.plot(
+            found.confidence[some], found.accuracy[some], ".-", color=f"C{k}", markersize=4, linewidth=1, label=label
+        )
         left = found.edges[:-1] + 0.1 / bins + k * bar
         ax.bar(left, 0.3 * shares, width=bar, align="edge", color=f"C{k}", alpha=0.4, linewidth=0)
     ax.set(xlim=(0, 1), ylim=(0, 1))

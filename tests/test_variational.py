@@ -95,7 +95,9 @@ def regression(n=200, d=5):
     return x, x @ torch.randn(d, 1) + torch.randn(n, 1)
 
 
-def fitted(representation, matrix, x, y, tau=1.0, delta=2.0, steps=3, batch=None, damping=0.0, decay=1.0, lr=1.0, settled=False):
+def fitted(
+    representation, matrix, x, y, tau=1.0, delta=2.0, steps=3, batch=None, damping=0.0, decay=1.0, lr=1.0, settled=False
+):
     model = nn.Linear(x.shape[1], 1, bias=False)
     model.weight.data = torch.linalg.lstsq(x, y).solution.T if settled else torch.zeros(1, x.shape[1])
     options = {"variant": "regression"} if matrix is FIM else {"loss": lambda f, t: 0.5 * (f - t).square().sum(1)}
