@@ -13,7 +13,7 @@ from . import arguments
 class Calibration(NamedTuple):
     """Predictions by their confidence, the probability of the class that is predicted.
 
-    edges: of the bins ``(bins + 1,)``. confidence, accuracy: the means in each bin, NaN where it is empty. count: how
+    edges: of the bins ``(bins + 1,)``. confidence, accuracy: the means in each bin, NaN where it is empty. counts: how
     many predictions each has. error: the expected calibration error, the mean over predictions of ``|accuracy -
     confidence|`` of their bin.
     """
@@ -21,7 +21,7 @@ class Calibration(NamedTuple):
     edges: Tensor
     confidence: Tensor
     accuracy: Tensor
-    count: Tensor
+    counts: Tensor
     error: float
 
 
@@ -68,9 +68,9 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
     confidence, predicted = p.max(1)
     right = (predicted == labels.cpu()).double()
     place = (confidence * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(place, minlength=bins)
+    counts = torch.bincount(place, minlength=bins)
     sums = [torch.bincount(place, weights=values, minlength=bins) for values in (confidence, right)]
-    mean_confidence, accuracy = (s / count for s in sums)
+    mean_confidence, accuracy = (s / counts for s in sums)
     error = float((sums[1] - sums[0]).abs().sum() / len(p))
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    return Calibration(edges, mean_confidence, accuracy, count, error)
+    return Calibration(edges, mean_confidence, accuracy, counts, error)

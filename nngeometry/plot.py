@@ -242,14 +242,20 @@ def plot_calibration(
     bar = 0.8 / (bins * len(predictions))
     for k, (name, (probabilities, labels)) in enumerate(predictions.items()):
         found = calibration(probabilities, labels, bins)
-        some = found.count * _RARE >= len(labels)
+        some = found.counts * _RARE >= len(labels)
         label = f"{name}, error {found.error:.3f}"
-        shares = found.count / len(labels)
+        shares = found.counts / len(labels)
         ax.plot(
-            found.confidence[some], found.accuracy[some], ".-", color=f"C{k}", markersize=4, linewidth=1, label=label
+            found.confidence[some].numpy(),
+            found.accuracy[some].numpy(),
+            ".-",
+            color=f"C{k}",
+            markersize=4,
+            linewidth=1,
+            label=label,
         )
-        left = found.edges[:-1] + 0.1 / bins + k * bar
-        ax.bar(left, 0.3 * shares, width=bar, align="edge", color=f"C{k}", alpha=0.4, linewidth=0)
+        left = (found.edges[:-1] + 0.1 / bins + k * bar).numpy()
+        ax.bar(left, (0.3 * shares).numpy(), width=bar, align="edge", color=f"C{k}", alpha=0.4, linewidth=0)
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ax.set_xlabel("confidence", fontsize=_FONT + 1)
     ax.set_ylabel("accuracy", fontsize=_FONT + 1)

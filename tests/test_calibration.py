@@ -16,7 +16,7 @@ def test_by_a_loop(bins, dtype):
     found, error = calibration(p, y, bins), 0.0
     for k in range(bins):
         inside = [i for i in range(200) if k / bins <= float(p[i].max()) < (k + 1) / bins]
-        assert int(found.count[k]) == len(inside)
+        assert int(found.counts[k]) == len(inside)
         if inside:
             right = sum(bool(p[i].argmax() == y[i]) for i in inside) / len(inside)
             sure = sum(float(p[i].max()) for i in inside) / len(inside)
@@ -24,12 +24,12 @@ def test_by_a_loop(bins, dtype):
             assert abs(float(found.confidence[k]) - sure) < 1e-6
             error += abs(right - sure) * len(inside) / 200
     assert abs(found.error - error) < 1e-6
-    assert int(found.count.sum()) == 200
+    assert int(found.counts.sum()) == 200
 
 
 def test_certain_predictions_are_in_the_last_bin():
     found = calibration(torch.eye(3), torch.tensor([0, 1, 0]))
-    assert int(found.count[-1]) == 3
+    assert int(found.counts[-1]) == 3
     assert abs(found.error - 1 / 3) < 1e-12
 
 
@@ -57,8 +57,8 @@ def test_the_diagram(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
     (ax,) = figure.axes
     found = calibration(p, y, 5)
-    assert torch.equal(torch.tensor(ax.lines[1].get_ydata()), found.accuracy[found.count > 0])
-    assert [t.get_text() for t in ax.get_legend().get_texts()][0] == f"one, error {found.error:.3f}"
+    assert torch.equal(torch.tensor(ax.lines[1].get_ydata()), found.accuracy[found.counts > 0])
+    assert next(t.get_text() for t in ax.get_legend().get_texts()) == f"one, error {found.error:.3f}"
     own = Figure().add_subplot()
     assert plot_calibration({"one": (p, y)}, ax=own) is own.figure
     with pytest.raises(ValueError, match="there are no predictions to draw"):

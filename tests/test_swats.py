@@ -36,15 +36,14 @@ def by_hand(model, x, y, steps, *, lr=1e-3, b1=0.9, b2=0.999, eps=1e-9, decay=0.
     """Algorithm 1: the weights after each step, and when it switched with what."""
     model = copy.deepcopy(model)
     w, adam, found = flat(model), True, []
-    m, a, lam, v = torch.zeros_like(w), torch.zeros_like(w), 0.0, None
-    switched = None
+    m, a, lam, v, switched = torch.zeros_like(w), torch.zeros_like(w), 0.0, 0.0, None
     for k in range(1, steps + 1):
         nn.utils.vector_to_parameters(w, model.parameters())
         grads = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
         g = torch.cat([q.flatten() for q in grads]) + decay * w
         if not adam:
             v = b1 * v + g
-            w = w - (1 - b1) * rate * v  # noqa: F821
+            w = w - (1 - b1) * switched[1] * v
             found.append(w)
             continue
         m, a = b1 * m + (1 - b1) * g, b2 * a + (1 - b2) * g**2
@@ -54,7 +53,7 @@ def by_hand(model, x, y, steps, *, lr=1e-3, b1=0.9, b2=0.999, eps=1e-9, decay=0.
             gamma = float(p @ p / -(p @ g))
             lam = b2 * lam + (1 - b2) * gamma
             if k > 1 and abs(lam / (1 - b2**k) - gamma) < tolerance:
-                adam, v, rate, switched = False, 0.0, lam / (1 - b2**k), (k, lam / (1 - b2**k))
+                adam, switched = False, (k, lam / (1 - b2**k))
         found.append(w)
     return found, switched
 
