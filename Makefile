@@ -37,6 +37,7 @@ examples: $(READY)
 	$(BIN)/python examples/optimisers_table.py --small
 	$(BIN)/python examples/autoencoder.py --small
 	$(BIN)/python examples/pinn.py --small
+	$(BIN)/python examples/variational.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

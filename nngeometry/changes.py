@@ -59,6 +59,8 @@ class Changed:
     def __init__(self, *changes: Change) -> None:
         self._changes = changes
         self._undo: list[Callable[[], Any]] = []
+        #: Whether the block ended, or is ending, by an exception.
+        self.failed = False
 
     def _before(self) -> None:
         pass
@@ -69,6 +71,7 @@ class Changed:
     def __enter__(self) -> None:
         if self._undo:
             raise RuntimeError("these changes are in force already: make them anew to have them inside of themselves")
+        self.failed = False
         _begin()
         try:
             self._before()
@@ -83,6 +86,7 @@ class Changed:
             raise
 
     def __exit__(self, *exception: Any) -> None:
+        self.failed = any(exception)
         try:
             self._take_back()
         except Exception:

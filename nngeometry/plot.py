@@ -1,4 +1,4 @@
-"""Pictures of matrices and of their spectra. Needs matplotlib."""
+"""Pictures of matrices, of their spectra and of calibration. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .calibration import calibration
 from .layercollection import LayerCollection
 from .linalg import Density, Estimate
 from .object.pmat import PMat
@@ -29,6 +30,8 @@ _DECADES = 6.0
 _PANEL, _FONT = 2.6, 8.0
 #: A density is drawn down to this fraction of what one eigenvalue gives.
 _LOWEST = 0.05
+#: A bin of calibration with less than one in so many predictions is not drawn.
+_RARE = 500
 _POSITIVE, _NEGATIVE = "C0", "C3"
 
 
@@ -189,6 +192,77 @@ def plot_density(
             ax.set_xlabel("|eigenvalue|" if log else "eigenvalue", fontsize=_FONT + 1)
     axes[0].set_yscale("log")
     axes[0].set_ylim(low, max(2 * high, 10 * low))
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def plot_calibration(
+    predictions: Mapping[str, tuple[Tensor, Tensor]],
+    path: str | Path | None = None,
+    *,
+    bins: int = 15,
+    ax: Axes | None = None,
+) -> Figure:
+    """How often predictions are right against how sure they are, for one or several models; on the diagonal they are
+    calibrated, below it overconfident.
+
+    Bars at the bottom say which share of the predictions has which confidence, and the legend the expected calibration
+    error. Bins with less than one in 500 predictions have no point.
+
+    Args:
+        predictions: From names to probabilities ``(n, C)`` and labels ``(n,)``, as of
+            :func:`~nngeometry.calibration.calibration`.
+        path: Where to save the picture, in the format that its ending names.
+        bins: Of confidence.
+        ax: Where to draw, by default in a new figure.
+
+    Returns:
+        The figure, which pyplot does not know of.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Without matplotlib.
+
+    Example:
+        >>> p, y = torch.randn(50, 3).softmax(1), torch.randint(3, (50,))
+        >>> figure = plot_calibration({"guesses": (p, y)})
+        >>> figure.axes[0].get_xlabel()
+        'confidence'
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_calibration needs matplotlib: pip install nngeometry[plot]") from error
+    if not predictions:
+        raise ValueError("plot_calibration: there are no predictions to draw")
+    if ax is None:
+        ax = Figure(figsize=(1.4 * _PANEL, 1.3 * _PANEL), layout="constrained", dpi=200).add_subplot()
+    ax.plot([0, 1], [0, 1], color="grey", linewidth=0.6, zorder=0)
+    bar = 0.8 / (bins * len(predictions))
+    for k, (name, (probabilities, labels)) in enumerate(predictions.items()):
+        found = calibration(probabilities, labels, bins)
+        some = found.counts * _RARE >= len(labels)
+        label = f"{name}, error {found.error:.3f}"
+        shares = found.counts / len(labels)
+        ax.plot(
+            found.confidence[some].numpy(),
+            found.accuracy[some].numpy(),
+            ".-",
+            color=f"C{k}",
+            markersize=4,
+            linewidth=1,
+            label=label,
+        )
+        left = (found.edges[:-1] + 0.1 / bins + k * bar).numpy()
+        ax.bar(left, (0.3 * shares).numpy(), width=bar, align="edge", color=f"C{k}", alpha=0.4, linewidth=0)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_xlabel("confidence", fontsize=_FONT + 1)
+    ax.set_ylabel("accuracy", fontsize=_FONT + 1)
+    ax.tick_params(labelsize=_FONT)
+    ax.legend(fontsize=_FONT - 1, frameon=False, loc="upper left")
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)
     if path is not None:
         figure.savefig(path)
     return figure

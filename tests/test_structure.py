@@ -35,7 +35,7 @@ FLOORS = [
     ["hessian", "jacobian"],
     ["optim"],
     ["gram", "influence"],
-    ["spectrum", "hierarchy"],
+    ["spectrum", "hierarchy", "calibration"],
     ["plot"],
     ["legacy"],
     ["maths", "utils", "backend", "solve"],
