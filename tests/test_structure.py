@@ -29,6 +29,7 @@ FLOORS = [
     ["gram", "influence"],
     ["objective", "minibatches"],
     ["statistics", "spectrum", "hierarchy"],
+    ["landscape"],
     ["plot"],
     ["legacy"],
     ["maths", "utils", "backend", "solve"],
