@@ -31,6 +31,7 @@ JOBS = {
     "hessian_product": "one product with the Hessian of the cross-entropy, without the matrix",
     "hessian_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
     "spectral_density": "of the Gauss-Newton matrix, from 20 steps of Lanczos for each of 4 vectors",
+    "accumulator_update": "one minibatch into a running KFAC, one sampled label for each example",
     "kfac_first_solve": "the first solve with a KFAC that is built: its decomposition included",
     "kfac_solve_1": "a later solve with that KFAC, one right-hand side",
     "kfac_solve_320": "a later solve with that KFAC, 320 right-hand sides",
@@ -41,6 +42,9 @@ JOBS = {
 
 #: What is added to a matrix before it is inverted.
 REGUL = 1e-3
+
+#: The weight of the old in a running estimate.
+DECAY = 0.95
 
 #: Of Lanczos. The cost of such a job is that of all of them.
 STEPS = 20
@@ -285,7 +289,7 @@ SETTINGS = {
         256,
         small=64,
         jobs=tuple(JOBS),
-        subsets={"gram": (512, 128), "gram_one_batch": (512, 512)},
+        subsets={"gram": (512, 128), "gram_one_batch": (512, 512), "accumulator_update": (64, 64)},
     ),
     "digits-mlp": Setting(
         partial(_mlp, 256),
@@ -294,7 +298,7 @@ SETTINGS = {
         256,
         small=64,
         jobs=_without(*_EXACT_ENTRIES),
-        subsets={"gram": (256, 64), "gram_one_batch": (256, 256)},
+        subsets={"gram": (256, 64), "gram_one_batch": (256, 256), "accumulator_update": (64, 64)},
     ),
     "convnet": Setting(
         partial(_convnet, 10),
@@ -303,7 +307,12 @@ SETTINGS = {
         256,
         small=16,
         jobs=_without("dense"),
-        subsets={"jacobian": (512, 128), "gram": (256, 64), "gram_one_batch": (256, 256)},
+        subsets={
+            "jacobian": (512, 128),
+            "gram": (256, 64),
+            "gram_one_batch": (256, 256),
+            "accumulator_update": (64, 64),
+        },
     ),
     "convnet-100": Setting(
         partial(_convnet, 100),

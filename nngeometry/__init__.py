@@ -1,7 +1,7 @@
 """The geometry of neural networks: Fisher information and gradient covariance matrices under one linear algebra."""
 
 from .accumulator import Accumulator
-from .generator import Generator
+from .generator import Generator, rowwise
 from .gram import GramMatrix
 from .hessian import GGN, FiniteDifference, Hessian
 from .influence import Influence
@@ -37,6 +37,7 @@ from .object import (
     PVector,
     Relative,
     at,
+    estimators,
     random_pvector,
 )
 
@@ -88,9 +89,11 @@ __all__ = [
     "Relative",
     "TokenCrossEntropy",
     "at",
+    "estimators",
     "kind",
     "memory_budget",
     "random_pvector",
+    "rowwise",
     "whole",
 ]
 

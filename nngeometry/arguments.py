@@ -271,6 +271,16 @@ def call(
     device(on)
 
 
+#: What may count as one example.
+UNITS = ("example", "minibatch")
+
+
+def of_training(batch_statistics: Any, unit: Any) -> None:
+    """Check what is asked of a model in training."""
+    flag("batch_statistics", batch_statistics)
+    one_of("unit", unit, UNITS)
+
+
 def generator(value: Any) -> None:
     """Raise ``TypeError`` unless a source of randomness is one of torch, or None."""
     if value is not None:
@@ -336,7 +346,7 @@ def keywords(name: str, function: Callable[..., Any], options: Iterable[str], gi
 
 
 #: Options in NNGeometry's words.
-_OLD_OPTIONS = {"map_layers_to", "default_representation", "strategy", "eigendecomposition"}
+_OLD_OPTIONS = {"strategy", "eigendecomposition"}
 
 
 def _accepts(f: Any, names: Iterable[str]) -> bool:

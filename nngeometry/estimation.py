@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from .kinds import Packing
 from .layercollection import Layer, LayerCollection
 from .model.data import require_repeatable
 from .model.evaluator import counted
+
+__all__ = ["Estimation", "Estimator", "ProductSource", "Source", "State", "merge"]
 
 #: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
 State = tuple[Any, ...]
@@ -59,23 +61,75 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class ProductSource:
+    """The source of a matrix that is known by its products alone: what a constructor of one hands to a representation.
+
+    Args:
+        layer_collection: The coordinates.
+        operator: From a loader, or one minibatch, to the matrix by its products at the parameters as they are then.
+            Its ``weight_of`` tells what these examples count in a mean, if representations are to be averaged.
+        like: An empty tensor of the dtype and device of the matrix.
+        mean: Whether the matrix of several loaders is the mean of theirs, by default, or their sum.
+
+    Example:
+        >>> from nngeometry import PMatDense
+        >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
+        >>> def twice(examples):
+        ...     return Operator(lambda V: 2 * V, 3, None, None, like=torch.empty(0), psd=True)
+        >>> PMatDense(layer_collection=lc, generator=ProductSource(lc, twice, torch.empty(0)), examples=[]).trace()
+        tensor(6.)
+    """
+
+    layer_collection: LayerCollection
+    operator: Callable[[Any], Operator]
+    like: Tensor
+    mean: bool = True
+    jacobians: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
+    seed: ClassVar[int] = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+
+@dataclass(frozen=True)
 class Estimator:
     """How the block of one group of layers is estimated.
 
-    observe: ``(forms of the layers, examples counted) -> State``, a statistic that adds up over chunks, minibatches
-    and machines. finish: ``(State, n) -> Block``, which takes the state over and may write into it, n being what the
-    sum is divided by, usually the number of examples. centre: takes the outer product of the mean Jacobian, in flat
-    parameters, off the block. refine: what estimates the block again, given the first. by_example: whether all
-    cotangents of few examples are cheaper to observe than few cotangents of all examples, because the inputs are
-    looked at once. add: merges a state and what would be observed, in place, where both take much memory. merge: of
-    two states, which may write into the first.
+    Args:
+        layers: The layers of the block, whose forms it observes in this order.
+        packing: How the flat parameters of these layers become a vector of the block; ``Packing.flat(p)`` leaves them
+            as they are.
+        observe: From the forms of the layers and the number of examples that this chunk counts to a statistic that adds
+            up over chunks, minibatches and machines: a tuple of tensors and numbers.
+        finish: From the sum of these and what it is divided by, usually the number of examples, to the block. It takes
+            the statistic over and may write into it.
+        centre: From the block and the mean Jacobian ``(p,)``, in flat parameters, to the block less the outer product
+            of that mean, for covariances; None, the default, if there is no such block.
+        refine: What estimates the block again, given the first, in a second pass; None by default.
+        by_example: Whether all cotangents of few examples are cheaper to observe than few cotangents of all examples,
+            because the inputs are looked at once.
+        add: Adds what would be observed to a statistic in place, where both take much memory.
+        merge: Of two statistics, which may write into the first; by default entry by entry.
+
+    Example:
+        >>> from nngeometry.blocks import Diag
+        >>> (layer,) = LayerCollection.from_model(torch.nn.Linear(2, 1)).layers.values()
+        >>> diagonal = Estimator(
+        ...     (layer,), layer.packing, lambda forms, n: (forms[0].square(),), lambda state, n: Diag(state[0] / n)
+        ... )
     """
 
     layers: tuple[Layer, ...]
     packing: Packing
     observe: Callable[[Sequence[LayerJacobian], int], State]
     finish: Callable[[State, float], Block]
-    centre: Callable[[Block, Tensor], Block]
+    centre: Callable[[Block, Tensor], Block] | None = None
     refine: Callable[[Block], Refinement] | None = None
     by_example: bool = False
     add: Callable[[State, Sequence[LayerJacobian], int], State] | None = None
@@ -318,6 +372,12 @@ class OfJacobians(Estimation):
     def __init__(self, source: Source, estimators: Sequence[Estimator]) -> None:
         self.source = source
         self.estimators = list(estimators)
+        for e in self.estimators:
+            if source.centred and e.centre is None:
+                raise NotImplementedError(
+                    f"layer {e.layers[0].name!r}: this representation does not say how its block is centred, which a "
+                    "covariance is: use another one, or EmpiricalFisher, which is not centred"
+                )
         self._sums = _Sums.nothing(len(self.estimators))
         #: For the blocks that are refined.
         self._refinements: dict[int, Refinement] = {}
@@ -406,6 +466,7 @@ class OfJacobians(Estimation):
                 if last:
                     sums.states[k] = None
                 if self.source.centred:
+                    assert final.centre is not None
                     mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
                     block = final.centre(block, mean.to(block.device, block.dtype))
                 parts.append(Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block))
@@ -547,7 +608,7 @@ class OfProducts(Estimation):
         operator = self.source.operator(examples)
         with no_grad():
             block = self.project(operator)
-        self._add(block, operator.weight())
+        self._add(block, 1.0 if last and operator.weight_of is None else operator.weight())
 
     def _add(self, block: Block, seen: float) -> None:
         if self._block is not None:

@@ -27,18 +27,16 @@ from .linearisation import gauss_newton
 from .memory import BytesMade, chunk_length, slices, tuning
 from .model import data, remedies
 from .model.evaluator import (
-    APART,
-    MIXED,
     MIXES,
     DryRun,
     Evaluator,
     State,
-    check_mode,
     check_same,
     counted,
     same_up_to_rounding,
     tolerance,
 )
+from .model.mixing import check_apart, every_other, powers, weighted
 from .model.recording import Call, Layout, Recorder, in_first, in_front, leaves_of
 from .model.refused import EXCLUDE, Refused, named
 from .model.structure import Structure
@@ -54,7 +52,7 @@ Curvature = Callable[[Tensor, Tensor, data.Batch, int], Tensor]
 @dataclass(frozen=True)
 class OfSeveral:
     """The cotangents of neighbouring minibatches laid end to end, from the position of the first; None if they cannot
-    be taken together. BytesMade of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
+    be taken together. Made of a :data:`CotangentFunction` by :func:`rowwise` or :func:`one_by_one`.
     """
 
     function: Callable[[Tensor, Sequence[data.Batch], int], Cotangents | None]
@@ -127,13 +125,13 @@ class _Probed(NamedTuple):
 class Generator(Evaluator):
     """Streams ``s_c^T df/dw`` for each example: the per-example Jacobian of a model seen through cotangents s_c.
 
-    model, layer_collection, function, device, verbose: as in :class:`Evaluator`. cotangents: from the output f
-    ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function, where those of an
-    example depend on its own output and targets alone, so that small minibatches can be taken together. centred:
-    matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a faster way than by
-    the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of examples. mean:
-    whether matrices are divided by the sum of that. seed: the position of the first minibatch, from which random
-    cotangents are drawn.
+    model, layer_collection, function, device, verbose, batch_statistics, unit: as in :class:`Evaluator`. cotangents:
+    from the output f ``(B, *out)``, the minibatch and its position to the s_c; as :func:`rowwise` of such a function,
+    where those of an example depend on its own output and targets alone, so that small minibatches can be taken
+    together. centred: matrices are of ``J - mean J`` instead of J. curvature: ``sum_c s_c (s_c . u)``, if there is a
+    faster way than by the s_c. weigh: from f and the minibatch to what it counts in a mean, by default its number of
+    examples. mean: whether matrices are divided by the sum of that. seed: the position of the first minibatch, from
+    which random cotangents are drawn.
 
     The user's model is found as it was after every minibatch: its mode, buffers, ``requires_grad``, ``grad``, hooks
     and the random state.
@@ -158,13 +156,23 @@ class Generator(Evaluator):
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         verbose: bool = False,
+        batch_statistics: bool = False,
+        unit: str = "example",
         centred: bool = False,
         curvature: Curvature | None = None,
         weigh: Callable[[Tensor, data.Batch], float] | None = None,
         mean: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, layer_collection, function=function, device=device, verbose=verbose)
+        super().__init__(
+            model,
+            layer_collection,
+            function=function,
+            device=device,
+            verbose=verbose,
+            batch_statistics=batch_statistics,
+            unit=unit,
+        )
         if not callable(cotangents):
             raise TypeError(
                 f"cotangents: expected a function of outputs, the minibatch and its position, got "
@@ -180,10 +188,12 @@ class Generator(Evaluator):
         self._pull = BatchedVJP()
         #: What was found when the model was looked at last, and what it was then.
         self._looked: tuple[Structure, Plan] | None = None
+        #: How many examples minibatches had that were found to keep them apart, with the axes of their tensors.
+        self._apart: set[tuple[int, tuple[int, ...]]] = set()
 
     def plan(self, batch: data.Batch) -> Plan:
         """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
-        check_mode(self.model)
+        self.check_mode()
         return self._plan(self.layer_collection.sites(self.model), batch)
 
     def _plan(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
@@ -214,7 +224,7 @@ class Generator(Evaluator):
         """
         start = self.seed if first is None else first
         sites = self.layer_collection.sites(self.model)
-        check_mode(self.model)
+        self.check_mode()
 
         if plan is None:
             plan = self._remembered()
@@ -331,9 +341,9 @@ class Generator(Evaluator):
         state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
         if state is not None:
             changes.append(state)
-        odd = plan is None and any(isinstance(m, nn.GroupNorm) for m in self.model.modules())
-        if n == 1 or odd or (plan is not None and plan.normalises_one):
+        if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
+        self.within(batch)  # what is looked for there is none of the calls
         with self.running(*changes):
             f = self.outputs_of(batch)
             calls = list(recorder.calls)
@@ -359,13 +369,21 @@ class Generator(Evaluator):
 
         measure: whether to count what the model makes.
         """
+        self._apart.clear()
         try:
             return self.apart(batch, lambda b: self._probe(sites, b, measure))
         except Refused as error:
             refused = error
 
         def look(at: LayerCollection) -> Plan:
-            other = Generator(self.model, at, self.cotangents, function=self.function, device=self.device)
+            other = Generator(
+                self.model,
+                at,
+                self.cotangents,
+                function=self.function,
+                device=self.device,
+                batch_statistics=self.batch_statistics,
+            )
             return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
 
         raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
@@ -377,7 +395,7 @@ class Generator(Evaluator):
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before = weights.norm()
-        with self.running(weights.in_place, state):
+        with self.running(weights.in_place, *self.within(batch), state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None)
@@ -423,7 +441,7 @@ class Generator(Evaluator):
         """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
         parameters = self.layer_collection.parameters(self.model)
         weights = Weights([self.model], parameters)
-        with self.running(weights.in_place, State(self.model)):
+        with self.running(weights.in_place, *self.within(batch), State(self.model)):
             f, calls = self._forward(sites, batch, plan)
             self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters))
         return replace(plan, one=True)
@@ -510,9 +528,7 @@ class Generator(Evaluator):
         of_all, truth = found[: len(edges)], found[len(edges) :]
         if not several:
             return _Probed(of_all, truth, of_all, truth)
-        alone = cotangent.clone()
-        alone[::2] = 0.0
-        found = torch.autograd.grad(f, every, alone, allow_unused=True)
+        found = torch.autograd.grad(f, every, weighted(cotangent, every_other(f)), allow_unused=True)
         return _Probed(found[: len(edges)], found[len(edges) :], of_all, truth)
 
     def _check_derivatives(
@@ -524,19 +540,8 @@ class Generator(Evaluator):
         in the parameters. So must those of all, since the one may have no derivative; only less precisely, for sums of
         several may be made in a lower precision than the output has.
         """
-        remaining = iter(probed.alone)
-        for call, layout in zip(calls, plan.layouts, strict=True):
-            for k, y in enumerate(call.outputs):
-                g = next(remaining)
-                if g is None or layout is None or len(f) == 1:
-                    continue
-                if _by_example(g.reshape(y.shape), layout.outputs[k] or 0, len(f))[::2].any():
-                    raise Refused(
-                        [call.site.name],
-                        f"{call.what}: the output for one example depends on the others, so per-example derivatives "
-                        f"are undefined. {MIXED}",
-                        APART,
-                    )
+        if len(f) > 1:
+            check_apart(calls, plan.layouts, probed.of_all, probed.alone, every_other(f))
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
         for grads, truth, most in (
             (probed.alone, probed.truth_alone, exact),
@@ -585,7 +590,7 @@ class Generator(Evaluator):
         self, sites: Sequence[Site], batches: Sequence[data.Batch], position: int, plan: Plan, by_example: bool
     ) -> Iterator[Observation]:
         batch = data.join(batches)
-        f, calls = self._forward(sites, batch, plan)
+        f, calls = self._forward_apart(sites, batch, plan)
         fixed = f.detach()
         cotangents = self.cotangents(fixed, batches, position)
         if cotangents is None:
@@ -607,7 +612,7 @@ class Generator(Evaluator):
         for k in range(parts):
             start, stop = k * n // parts, (k + 1) * n // parts
             part = data.take(batch, torch.arange(start, stop))
-            f, calls = self._forward(sites, part, plan)
+            f, calls = self._forward_apart(sites, part, plan)
             check_same(
                 f, fixed[start:stop], fixed, "the output of the model for an example depends on the others", MIXES
             )
@@ -615,6 +620,24 @@ class Generator(Evaluator):
             those, counted = cotangents.narrow(start, stop), (0.0, 0) if k else (weight, len(batches))
             yield from self._chunks(f, calls, those, at_once, counted[0], plan, part, counted[1])
             del f, calls
+
+    def _forward_apart(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> tuple[Tensor, list[Call]]:
+        """Run the model once. For the first minibatch of so many examples raise if these are not apart where the probe
+        has found them: a model may do something else with more than it has seen, or with other entries.
+        """
+        f, calls = self._forward(sites, batch, plan)
+        like = len(f), plan.axes
+        if plan.looked and len(f) > _PROBED and calls and like not in self._apart:
+            s, weights = _generic_cotangent(f), powers(f)
+            edges = [e for c in calls for e in c.edges]
+            with self._back(calls, self.within(batch)), operations_named():
+                grads, others = (
+                    torch.autograd.grad(f, edges, one, retain_graph=True, allow_unused=True)
+                    for one in (s, weighted(s, weights))
+                )
+            check_apart(calls, plan.layouts, grads, others, weights)
+            self._apart.add(like)
+        return f, calls
 
     def _chunks(
         self,
@@ -638,19 +661,28 @@ class Generator(Evaluator):
             n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             # Not kept here, so that who receives it can let go of it.
             yield Observation(
-                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count), outputs, batch, begun
+                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count, batch), outputs, batch, begun
             )
 
-    def _pulled(self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool) -> dict[str, LayerJacobian]:
+    def _pulled(
+        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool, batch: data.Batch
+    ) -> dict[str, LayerJacobian]:
         edges = [e for c in calls for e in c.edges]
-        with self._back(calls), operations_named():
+        within = self.within(batch)
+        with self._back(calls, within), operations_named():
             grads = self._pull([f], edges, [s], last) if calls else []
-            return self._forms(calls, plan.layouts, grads, len(s), len(f))
+            found = self._forms(calls, plan.layouts, grads, len(s), len(f))
+        if not within:
+            return found
+        there = partial(Borrowed, *within)
+        return {k: form.within(there) if isinstance(form, forms.Lazy) else form for k, form in found.items()}
 
-    def _back(self, calls: Sequence[Call]) -> Borrowed:
+    def _back(self, calls: Sequence[Call], within: Sequence[Change]) -> Borrowed:
         """What is in force on the way back, where activation checkpoints run modules again."""
         frozen = [p for p in _collected([call.site for call in calls]) if not p.requires_grad]
-        return self.running(trainable(frozen), record=False) if frozen or self.device.type == "cuda" else Borrowed()
+        if frozen or self.device.type == "cuda":
+            return self.running(trainable(frozen), *within, record=False)
+        return Borrowed(*within)
 
     def _forms(
         self,
@@ -666,13 +698,14 @@ class Generator(Evaluator):
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             gys = [next(remaining) for _ in call.edges]
-            if layout is not None:
-                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
-            elif any(g is not None for g in gys):
+            used = [False] * len(gys) if layout is None else layout.used
+            if any(g is not None and not u for g, u in zip(gys, used, strict=False)):
                 raise ValueError(
                     f"{call.what}: what it returns reaches the output of the model for some minibatches only, which is "
                     "not supported: leave it out with LayerCollection.exclude"
                 )
+            if layout is not None:
+                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
         of_layer: dict[str, list[LayerJacobian]] = {name: [] for name in self.layer_collection}
         for name, of_calls in of_site.items():
             form = forms.add(of_calls)
@@ -782,12 +815,8 @@ def one_by_one(cotangents: CotangentFunction) -> OfSeveral:
 
 def _generic_cotangent(f: Tensor) -> Tensor:
     """One cotangent without structure, the same every time."""
-    return torch.cos(torch.arange(1, f.numel() + 1, dtype=f.dtype, device=f.device)).view(f.shape)
-
-
-def _by_example(g: Tensor, axis: int, examples: int) -> Tensor:
-    """``(examples, ...)``: an output without an axis of examples was expanded, and has them first."""
-    return _to_front(g, axis, 0).unflatten(0, (examples, -1))
+    dtype = torch.promote_types(f.dtype, torch.float32)  # half precision does not count far
+    return torch.cos(torch.arange(1, f.numel() + 1, dtype=dtype, device=f.device)).view(f.shape).to(f.dtype)
 
 
 def _dense(g: Tensor | None, p: Tensor) -> Tensor:
@@ -797,6 +826,8 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
+#: How many examples the largest minibatch of a probe has.
+_PROBED = 3
 #: What counts as equal in sums that may be made in single precision.
 _OF_SUMS = 1e-4
 #: How many ways of giving examples copies of what is alike for them are tried.

@@ -25,6 +25,7 @@ from .object.kernel_layouts import Diagonal, Full, Layout, Traced
 from .object.kernel_storage import in_memory
 from .object.map import PFMap, PFMapImplicit
 from .object.vector import check_same_space
+from .spelling import warn
 
 #: What ``output=`` accepts: which entries are kept.
 OUTPUTS: dict[str, type[Layout]] = {
@@ -51,6 +52,8 @@ def GramMatrix(
     metric: PMat | None = None,
     centering: bool = False,
     *,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
 ) -> Any:
@@ -58,12 +61,14 @@ def GramMatrix(
 
     model, loader, function, layer_collection: as in :func:`~nngeometry.Jacobian`. loader2, function2, model2: the other
     side, where it differs: other examples, another function of the model, the model at other parameters. Each loader
-    is read once, so that a shuffling or augmenting one is consistent.
+    is read once, so that a shuffling or augmenting one is consistent. A function in the place of loader2 is one of both
+    sides, followed by the representation and the layer collection, as in NNGeometry.
     output: "full" ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output with itself; "trace" and "mean_trace" ``(n,
     n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel of the sum of outputs.
     per_layer: a dict of the kernels of the layers, which sum to the whole; not with a metric that couples layers.
     metric: M, a PMat or an inverse of one (``F.inv(r)``). centering: Jacobians less their mean over the examples of
     their side.
+    batch_statistics, unit: as in :func:`~nngeometry.Jacobian`.
     representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on disk.
 
     Jacobians are kept in the form in which layers make them, in memory while they fit the memory budget, and made again
@@ -77,10 +82,19 @@ def GramMatrix(
 
     Source: Jacot, Gabriel and Hongler (2018), 1806.07572.
     """
+    if (
+        callable(loader2) and loader2 is not model
+    ):  # GramMatrix(model, loader, function, representation, layer_collection)
+        warn("GramMatrix(model, loader, function)", "function=; what follows the loader is loader2")
+        if not (function2 is None or isinstance(function2, LayerCollection)):
+            raise TypeError("GramMatrix: a function in the place of loader2 is one of both sides: name function2")
+        representation, layer_collection = function or representation, function2 or layer_collection
+        loader2, function, function2 = None, loader2, None
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
     arguments.call(
         model2 or model, loader if loader2 is None else loader2, function2, None, LayerCollection, None, "loader2"
     )
+    arguments.of_training(batch_statistics, unit)
     arguments.one_of("GramMatrix: output", output, list(OUTPUTS))
     if isinstance(representation, type) and not issubclass(representation, FMatDense | FMatImplicit):
         raise TypeError(
@@ -100,8 +114,8 @@ def GramMatrix(
     same = loader2 is None and function2 is None and model2 is None
 
     def side(model: nn.Module, function: Callable[..., Any] | None) -> Generator:
-        wanted = summed(model, function) if output == "sum" else function
-        return of_outputs(model, wanted, lc, device=device)
+        wanted = summed(model, function, unit) if output == "sum" else function
+        return of_outputs(model, wanted, lc, batch_statistics=batch_statistics, unit=unit, device=device)
 
     left = side(model, function)
     right = left if same else side(model2 or model, function2 or function)
@@ -114,7 +128,7 @@ def GramMatrix(
     if per_layer and metric is not None:
         check_separate(metric)
     examples = data.Minibatches(left.minibatches(loader))
-    examples2 = examples if loader2 is None else data.Minibatches(right.minibatches(loader2))
+    examples2 = examples if same else data.Minibatches(right.minibatches(examples if loader2 is None else loader2))
     asked = _Asked(left, right, examples, examples2, same, OUTPUTS[output], groups, metric, output == "mean_trace")
     found = _implicit(asked) if representation is FMatImplicit else _entries(asked, representation, verbose)
     if centering:
@@ -122,12 +136,12 @@ def GramMatrix(
     return found if per_layer else found[""]
 
 
-def summed(model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
-    """The sum of the outputs of each example, as one output."""
+def summed(model: nn.Module, function: Callable[..., Any] | None, unit: str = "example") -> Callable[..., Tensor]:
+    """The sum of the outputs of each example, or of a minibatch, as one output."""
 
     def total(*minibatch: Any) -> Tensor:
         f = model(minibatch[0]) if function is None else function(*minibatch)
-        return f.reshape(len(f), -1).sum(1, keepdim=True)
+        return f.sum() if unit == "minibatch" else f.reshape(len(f), -1).sum(1, keepdim=True)
 
     return total
 
@@ -220,3 +234,6 @@ def _products(
 def _diagonal(generator: Generator, examples: Any, names: tuple[str, ...], layout: Layout, scale: float) -> Tensor:
     """The diagonal of a tangent kernel, from the squared norms of the Jacobian."""
     return scale * layout.of_squares(diagonal_of_gram(generator, examples, names)).flatten()
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (GramMatrix,)}

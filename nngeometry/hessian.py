@@ -19,10 +19,13 @@ from .losses import Loss, OwnLoss, output_loss
 from .losses.targets import Targets, selected
 from .memory import work_array
 from .metrics import Representation
+from .minibatchloss import settle
 from .model import data
 from .model.evaluator import Evaluator, same_up_to_rounding
 from .object import PMat
 from .object.finite_difference import Differences
+from .spelling import positions
+from .undivided import Undivided, UndividedLoss
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def GGN(
     targets: Targets = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -85,8 +90,9 @@ def GGN(
     minibatch, however it is split; or any callable with one value for each example, of which the mean over examples
     is taken, and whose Hessian must be positive semidefinite, which products are checked for by a few of them and
     representations made of Jacobians exactly. The default is ``nn.CrossEntropyLoss()``. targets: as in
-    :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused. The rest is as in
-    :func:`~nngeometry.FIM`, and so are the representations.
+    :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused. unit: with "minibatch", the mean over
+    minibatches of ``J^T H J`` with H that of the loss of a minibatch, which may couple its examples, and J the
+    derivative of all of its output. The rest is as in :func:`~nngeometry.FIM`, and so are the representations.
 
     >>> from nngeometry import GGN, PMatKFAC
     >>> model = nn.Linear(4, 3)
@@ -96,11 +102,13 @@ def GGN(
     Source: Schraudolph (2002), Neural Computation 14; Martens (2014), 1412.1193.
     """
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.of_training(batch_statistics, unit)
     arguments.representation(representation, PMat, options, GGN, "plan")
     arguments.loss(loss)
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    known, given = output_loss(loss), selected(targets)
+    undivided = unit == "minibatch"
+    known, given = UndividedLoss(loss) if undivided else output_loss(loss), selected(targets)
     sqrt, weight = arguments.explaining(loss, known.sqrt), arguments.explaining(loss, known.weight)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
@@ -109,13 +117,15 @@ def GGN(
     def curvature(f: Tensor, u: Tensor, batch: data.Batch, position: int) -> Tensor:
         return known.hvp(f, u, *given(batch))
 
-    generator = Generator(
+    generator = (Undivided if undivided else Generator)(
         model,
         lc,
         rowwise(cotangents),
         function=function,
         device=device,
         verbose=verbose,
+        batch_statistics=batch_statistics,
+        unit=unit,
         curvature=curvature,
         weigh=lambda f, batch: weight(f, *given(batch)),
         mean=known.mean,
@@ -129,11 +139,13 @@ def Hessian(
     loader: Any,
     representation: Representation,
     loss: Loss | None = None,
-    *,
+    *old: Any,
     targets: Targets = None,
     function: Callable[..., Any] | None = None,
     products: FiniteDifference | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -143,7 +155,11 @@ def Hessian(
     loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``, or
     :class:`~nngeometry.OwnLoss`, the loss that the model computes itself. targets: as in GGN. representation:
     PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the eigenvalues of largest
-    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. The rest is as in
+    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. function: also the
+    loss itself, as in NNGeometry. A loss that gives one number for a minibatch is the mean over its examples or their
+    sum, whichever it is. unit: with "minibatch", the Hessian of the mean over minibatches of any loss of a minibatch,
+    with the loss's own reduction: BatchNorm in train mode (whose derivative goes through its statistics), contrastive
+    losses, graphs, packed sequences. old: layer_collection and verbose, by position. The rest is as in
     :func:`~nngeometry.FIM`.
 
     Raises ``NotImplementedError`` where torch's second derivative is known to be wrong (weight_norm).
@@ -157,13 +173,24 @@ def Hessian(
 
     Source: Pearlmutter (1994), Neural Computation 6.
     """
+    if old:
+        given = {"layer_collection": layer_collection, "verbose": verbose}
+        layer_collection, verbose = positions("Hessian", tuple(given), old, given).values()
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.of_training(batch_statistics, unit)
     arguments.representation(representation, PMat, options, Hessian, "project")
     arguments.loss(loss)
     if products is not None:
         arguments.instance("products", products, FiniteDifference, "pass FiniteDifference()")
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    shared: dict[str, Any] = {"function": function, "device": device, "verbose": verbose, "products": products}
+    shared: dict[str, Any] = {
+        "function": function,
+        "device": device,
+        "verbose": verbose,
+        "batch_statistics": batch_statistics,
+        "unit": unit,
+        "products": products,
+    }
     source: LossCurvature | OwnCurvature
     if isinstance(loss, OwnLoss):
         if targets is not None:
@@ -179,6 +206,7 @@ class LossCurvature(Evaluator):
 
     jacobians = centred = False
     seed = 0
+    function_is_loss = False  # whether that is known of ``function``
 
     def __init__(
         self,
@@ -191,7 +219,7 @@ class LossCurvature(Evaluator):
         **options: Any,
     ) -> None:
         super().__init__(model, layer_collection, **options)
-        self.loss = output_loss(loss)
+        self.loss = UndividedLoss(loss) if self.undivided else output_loss(loss)
         self.mean = self.loss.mean
         self._total = arguments.explaining(loss, self.loss.total)
         self._weight = arguments.explaining(loss, self.loss.weight)
@@ -204,7 +232,26 @@ class LossCurvature(Evaluator):
         def of_two(batch: data.Batch) -> int:
             return made_of_two(batch) if self._keeps_apart(batch) else 2 * work_array(self.device)
 
-        return super().joined(examples, of_two)
+        same: set[int] = set()  # how many examples groups had of which the model computes the same as of their parts
+        for position, batches in super().joined(examples, of_two):
+            n = sum(map(data.count, batches))
+            if n not in same and len(batches) > 1 and not self._joined_alike(batches):
+                yield from ((position + k, [batch]) for k, batch in enumerate(batches))
+                continue
+            same.add(n)
+            yield position, batches
+
+    def _joined_alike(self, batches: Sequence[data.Batch]) -> bool:
+        """Whether the model returns the same for minibatches laid end to end as for the first and the last of them."""
+        if self.called_apart(batches[0]) is not None:
+            return True
+
+        def alike() -> bool:
+            f = self.outputs_of(data.join(batches)).detach()
+            rows = data.split(f, batches)
+            return all(same_up_to_rounding(self.outputs_of(batches[k]).detach(), rows[k], f) for k in (0, -1))
+
+        return self.looked(alike)
 
     def _keeps_apart(self, batch: data.Batch) -> bool:
         if self.called_apart(batch) is not None:
@@ -223,6 +270,8 @@ class LossCurvature(Evaluator):
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""
+        if not self.undivided:
+            settle(self, examples)
 
         def total(batch: data.Batch) -> tuple[Tensor, float]:
             f = self.outputs_of(batch)
@@ -255,6 +304,7 @@ class OwnCurvature(Evaluator):
         **options: Any,
     ) -> None:
         super().__init__(model, layer_collection, function=loss.function(model, function), **options)
+        loss.check_unit("minibatch" if self.undivided else "example")
         self.loss = loss
         self.products = products
 
@@ -291,3 +341,6 @@ def _operator(
     like = torch.empty(0, dtype=source.dtype, device=source.device)
     size = source.layer_collection.numel()
     return Operator(matvec, size, None, None, like, psd=False, single=single, weight_of=lambda: matvec.weight)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (GGN, Hessian)}

@@ -20,9 +20,12 @@ from .object import PMat, PMatImplicit, PMatLowRank
 
 
 class ByClass(NamedTuple):
-    """classes: of rank C, spanned by one mean gradient for each class. cross: of rank C (C - 1), by the means for
-    each pair of a true and another class, less those of the true class. rest: GGN - classes - cross, which is
-    positive semidefinite.
+    """The parts of a Gauss-Newton matrix.
+
+    Attributes:
+        classes: Of rank C, spanned by one mean gradient for each class.
+        cross: Of rank C (C - 1), by the means for each pair of a true and another class, less those of the true class.
+        rest: GGN - classes - cross, which is positive semidefinite.
     """
 
     classes: PMat
@@ -44,17 +47,32 @@ def ggn_by_class(
 
     The GGN is the sum over examples x and classes c of ``p_c(x) / n d d^T`` with d the gradient of the loss if c were
     the label. Those with c other than the label are grouped by (label, c): ``cross`` and ``classes`` are made of their
-    weighted means. The eigenvalues of ``classes`` are the outliers of the spectrum. loader: minibatches ``(x,
-    labels)``. representation: that in which the GGN is held for ``rest``. The other arguments are as in
-    :func:`~nngeometry.GGN`.
+    weighted means. The eigenvalues of ``classes`` are the outliers of the spectrum.
 
-    >>> model = nn.Linear(4, 3)
-    >>> batch = torch.randn(20, 4), torch.arange(20) % 3
-    >>> parts = ggn_by_class(model, batch)
-    >>> int(torch.linalg.matrix_rank(parts.classes.to_torch()))
-    3
+    Args:
+        model: The model, in eval mode.
+        loader: Minibatches ``(x, labels)``.
+        representation: That in which the GGN is held for ``rest``, by default PMatImplicit.
+        function: As in :func:`~nngeometry.GGN`.
+        layer_collection: The coordinates, by default all trainable parameters.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether to show a progress bar.
 
-    Source: Papyan (2020), 2008.11865, section 4.
+    Returns:
+        The three parts, which sum to the GGN.
+
+    Raises:
+        ValueError: For outputs of another shape.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> batch = torch.randn(20, 4), torch.arange(20) % 3
+        >>> parts = ggn_by_class(model, batch)
+        >>> int(torch.linalg.matrix_rank(parts.classes.to_torch()))
+        3
+
+    Source:
+        Papyan (2020), 2008.11865, section 4.
     """
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     outputs: list[Tensor] = []

@@ -22,27 +22,42 @@ from .object.kernel_layouts import Traced
 class Influence:
     """Influence functions ``I[q, t] = g_q^T (F + regul)^-1 g_t`` with g the gradients of the loss at single examples.
 
-    To first order, leaving training example t out of n (and training again) changes the loss at q by ``I[q, t] / n``:
-    a positive score means that t helps q. (Koh and Liang write the influence of up-weighting t, ``-I``.) F is the
+    To first order, leaving training example t out of n (and training again) changes the loss at q by ``I[q, t] / n``: a
+    positive score means that t helps q. (Koh and Liang write the influence of up-weighting t, ``-I``.) F is the
     curvature of the mean loss over the training set; regul stands for weight decay and the curvature that F lacks.
 
-    model: trained, in eval mode. matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
-    loss: ``loss(outputs, *minibatch[1:])``, one value for each example; its ``reduction`` does not matter. regul: as
-    in :meth:`PMat.solve`. targets: what the loss receives beside the outputs, as in
-    :func:`~nngeometry.EmpiricalFisher`. query_loss, query_targets: what is measured at queries, by default the same
-    loss of the same targets. function: as in :func:`~nngeometry.FIM`. refine: the same matrix by its products
-    (PMatImplicit), for which solves are refined to a relative residual of rtol by conjugate gradients, matrix being
-    the preconditioner.
+    Args:
+        model: The trained model, in eval mode.
+        matrix: F in any representation, e.g. ``GGN(model, loader, PMatEKFAC, loss)``.
+        loss: ``loss(outputs, *minibatch[1:])``, one value for each example, by default ``nn.CrossEntropyLoss()``; its
+            ``reduction`` does not matter.
+        regul: As in :meth:`PMat.solve`, by default 1e-3.
+        targets: What the loss receives beside the outputs, as in :func:`~nngeometry.EmpiricalFisher`.
+        query_loss: What is measured at queries, by default the same loss.
+        query_targets: What that receives, by default the same targets.
+        function: As in :func:`~nngeometry.FIM`.
+        refine: The same matrix by its products (PMatImplicit), for which solves are refined by conjugate gradients,
+            matrix being the preconditioner; by default they are not.
+        rtol: The relative residual to which they are, by default 1e-5.
+        batch_statistics: As in :func:`~nngeometry.EmpiricalFisher`, for queries and training examples.
+        unit: As there; with "minibatch" scores are between minibatches.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether to show a progress bar.
 
-    >>> from nngeometry import GGN, PMatEKFAC
-    >>> model = nn.Linear(4, 3)
-    >>> train = torch.randn(20, 4), torch.randint(3, (20,))
-    >>> loss = nn.CrossEntropyLoss()
-    >>> influence = Influence(model, GGN(model, train, PMatEKFAC, loss), loss, regul=1e-2)
-    >>> influence.scores((torch.randn(2, 4), torch.tensor([0, 1])), train).shape
-    torch.Size([2, 20])
+    Raises:
+        ValueError: If the matrix is of another dtype or on another device than the gradients.
 
-    Source: Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
+    Example:
+        >>> from nngeometry import GGN, PMatEKFAC
+        >>> model = nn.Linear(4, 3)
+        >>> train = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> loss = nn.CrossEntropyLoss()
+        >>> influence = Influence(model, GGN(model, train, PMatEKFAC, loss), loss, regul=1e-2)
+        >>> influence.scores((torch.randn(2, 4), torch.tensor([0, 1])), train).shape
+        torch.Size([2, 20])
+
+    Source:
+        Koh and Liang (2017), 1703.04730; Grosse et al. (2023), 2308.03296.
     """
 
     @arguments.called_as
@@ -59,6 +74,8 @@ class Influence:
         function: Callable[..., Any] | None = None,
         refine: PMat | None = None,
         rtol: float = 1e-5,
+        batch_statistics: bool = False,
+        unit: str = "example",
         device: torch.device | str | None = None,
         verbose: bool = False,
     ) -> None:
@@ -67,12 +84,21 @@ class Influence:
         if refine is not None:
             arguments.instance("refine", refine, PMat, "pass the same matrix as PMatImplicit")
         arguments.number("rtol", rtol, above=0.0)
+        arguments.of_training(batch_statistics, unit)
         for name, given in (("loss", loss), ("query_loss", query_loss)):
             arguments.loss(given, name)
 
         def generator(of: Loss | None, chosen: Targets) -> Generator:
             return gradient_source(
-                model, matrix.layer_collection, of, chosen, function=function, device=device, verbose=verbose
+                model,
+                matrix.layer_collection,
+                of,
+                chosen,
+                function=function,
+                device=device,
+                verbose=verbose,
+                batch_statistics=batch_statistics,
+                unit=unit,
             )
 
         self.matrix = matrix
@@ -92,10 +118,17 @@ class Influence:
 
     @unrecorded
     def scores(self, queries: Any, train: Any, per_layer: bool = False) -> Any:
-        """``(q, t)``: the influence of every training example on every query.
+        """The influence of every training example on every query.
 
-        per_layer: a dict of the shares of the layers, which sum to it. The training examples are streamed, one
-        minibatch at a time.
+        The training examples are streamed, one minibatch at a time.
+
+        Args:
+            queries: A loader, or one minibatch.
+            train: A loader, or one minibatch.
+            per_layer: Whether to return a dict of the shares of the layers, which sum to it; by default not.
+
+        Returns:
+            ``(q, t)``.
         """
         columns = [tiles for _, tiles in self._columns(queries, train)]
         names = list(self.matrix.layer_collection)
@@ -104,7 +137,15 @@ class Influence:
 
     @unrecorded
     def self_scores(self, train: Any, per_layer: bool = False) -> Any:
-        """``(t,)``: the influence of every training example on itself, large for atypical and mislabelled ones."""
+        """The influence of every training example on itself, large for atypical and mislabelled ones.
+
+        Args:
+            train: A loader, or one minibatch.
+            per_layer: Whether to return a dict of the shares of the layers, which sum to it; by default not.
+
+        Returns:
+            ``(t,)``.
+        """
         arguments.loader(train, "train")
         shares: list[dict[str, Tensor]] = []
         for slab in batch_jacobians(self._train, train):
@@ -121,7 +162,16 @@ class Influence:
     def top(self, queries: Any, train: Any, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest (or smallest) scores for each query, in one pass over them.
 
-        Returns scores and positions in the loader, ``(q, k)`` each; no more than ``(q, k + minibatch)`` is held.
+        No more than ``(q, k + minibatch)`` scores are held.
+
+        Args:
+            queries: A loader, or one minibatch.
+            train: A loader, or one minibatch.
+            k: How many for each query.
+            largest: Whether they are the largest, by default True.
+
+        Returns:
+            Scores and positions in the loader, ``(q, k)`` each.
         """
         arguments.integer("top: k", k, least=1)
         arguments.flag("top: largest", largest)

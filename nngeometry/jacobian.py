@@ -14,6 +14,7 @@ from .layercollection import LayerCollection
 from .likelihood import Cotangents, diagonal_cotangents
 from .model import data
 from .object.map import PFMap, PFMapDense
+from .undivided import Undivided
 
 MapRepresentation = type[PFMapDense] | Any
 
@@ -28,6 +29,8 @@ def Jacobian(
     centering: bool = False,
     *,
     n_output: int | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
 ) -> Any:
@@ -37,6 +40,8 @@ def Jacobian(
     function of the model, with a row for each example; further axes of its result are flattened into outputs.
     representation: PFMapDense, ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of layers; or
     PFMapImplicit, products by automatic differentiation. centering: less the mean over examples, output by output.
+    batch_statistics, unit: as in :func:`~nngeometry.FIM`; with unit="minibatch" all entries of what ``function``
+    returns for a minibatch, of any shape, are outputs of one example.
 
     >>> from nngeometry import Jacobian, PFMapFactored, PVector
     >>> model = nn.Linear(4, 3)
@@ -45,12 +50,22 @@ def Jacobian(
     ((3, 20, 15), torch.Size([3, 20]))
     """
     arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.of_training(batch_statistics, unit)
     if not (isinstance(representation, type) and issubclass(representation, PFMap)):
         raise TypeError(
             "representation: expected PFMapDense, PFMapFactored or PFMapImplicit, got "
             f"{arguments.described(representation)}"
         )
-    generator = of_outputs(model, function, layer_collection, n_output=n_output, device=device, verbose=verbose)
+    generator = of_outputs(
+        model,
+        function,
+        layer_collection,
+        n_output=n_output,
+        batch_statistics=batch_statistics,
+        unit=unit,
+        device=device,
+        verbose=verbose,
+    )
     found: PFMap = representation.of(generator, loader)  # type: ignore[attr-defined]
     return found.centred() if centering else found
 
@@ -61,6 +76,8 @@ def of_outputs(
     layer_collection: LayerCollection | None,
     *,
     n_output: int | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
 ) -> Generator:
@@ -77,4 +94,16 @@ def of_outputs(
         return diagonal_cotangents(torch.ones_like(f))
 
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-    return Generator(model, lc, rowwise(cotangents), function=function, device=device, verbose=verbose)
+    return (Undivided if unit == "minibatch" else Generator)(
+        model,
+        lc,
+        rowwise(cotangents),
+        function=function,
+        device=device,
+        verbose=verbose,
+        batch_statistics=batch_statistics,
+        unit=unit,
+    )
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (Jacobian,)}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -14,15 +14,38 @@ from torch.nn.parameter import UninitializedParameter
 from . import arguments
 from .changes import alone
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
+from .spelling import warn
+
+
+class Shape(tuple[int, ...]):
+    """A shape that answers as a parameter of NNGeometry did: ``layer.weight.size``, ``layer.weight.numel()``."""
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The plain tuple."""
+        return tuple(self)
+
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
     """The parameters that one module owns: their names (relative to the module), shapes and packing.
 
-    name: the module's name in ``model.named_modules()``. kronecker: its Jacobian has Kronecker factors. kind_name: the
-    type of the module. served_by: the function of its kind, or "generic".
+    Args:
+        name: The module's name in ``model.named_modules()``.
+        params: The name and shape of each parameter, in flat order.
+        packing: How they are laid out in the module's Jacobian.
+        kronecker: Whether that Jacobian has Kronecker factors.
+        kind_name: The name of the type of the module.
+        module_type: The type of the module, None if it was read from a file.
+        served_by: The function of its kind, or "generic".
     """
+
+    #: The class that the layers of a type of module have, where they have one of their own.
+    classes: ClassVar[dict[type[nn.Module], type[Layer]]] = {}
 
     name: str
     params: tuple[tuple[str, tuple[int, ...]], ...]
@@ -43,37 +66,53 @@ class Layer:
         return hash(self._coordinates)
 
     def __reduce__(self) -> Any:  # the type may be one that cannot be pickled
-        return Layer, (self.name, self.params, self.packing, self.kronecker, self.kind_name, None, self.served_by)
+        return _layer_of, (type(self), {**vars(self), "module_type": None})
 
     def numel(self) -> int:
         """Number of scalar parameters."""
         return sum(prod(shape) for _, shape in self.params)
 
     @property
-    def weight(self) -> tuple[int, ...]:
+    def weight(self) -> Shape:
         """Shape of the first parameter."""
-        return self.params[0][1]
+        return Shape(self.params[0][1])
 
     @property
-    def bias(self) -> tuple[int, ...] | None:
+    def bias(self) -> Shape | None:
         """Shape of the parameter named ``bias``, None if the layer has none."""
-        return dict(self.params).get("bias")
+        shape = dict(self.params).get("bias")
+        return None if shape is None else Shape(shape)
 
     def matches(self, selector: Any) -> bool:
-        """Whether a name (of the layer or of a module above it), a module type or a predicate selects this layer."""
+        """Whether a selector selects this layer.
+
+        Args:
+            selector: A name (of the layer or of a module above it), a module type or a predicate ``Layer -> bool``.
+        """
         if isinstance(selector, str):
             return self.name == selector or self.name.startswith(selector + ".")
+        if isinstance(selector, type) and issubclass(selector, Layer):
+            return isinstance(self, selector)
         if isinstance(selector, type):
             return self.module_type is not None and issubclass(self.module_type, selector)
         return bool(selector(self))
+
+
+def _layer_of(cls: type[Layer], fields: dict[str, Any]) -> Layer:
+    return cls(**fields)
 
 
 @dataclass(frozen=True)
 class Site:
     """A module of a model through which collected parameters act, and where each of them belongs.
 
-    params: all parameters that the module's Jacobian is with respect to, in its order. routes: for each layer that
-    takes part, which of the module's parameters (by name) are which of the layer's (by position).
+    Args:
+        name: The name of the module.
+        module: The module.
+        kind: What gives its Jacobian.
+        params: All parameters that the module's Jacobian is with respect to, in its order.
+        routes: For each layer that takes part, which of the module's parameters (by name) are which of the layer's (by
+            position).
     """
 
     name: str
@@ -92,13 +131,21 @@ class LayerCollection:
     """An ordered set of layers: the coordinates of parameter space, shared by vectors, maps and matrices.
 
     The flat order of parameters is the order of layers, and inside a layer that of its parameters (weight before bias).
+    ``len``, ``in``, iteration over names and ``[name]`` are those of a dictionary; ``|`` and ``&`` are :meth:`merge`
+    and :meth:`common_layers`.
 
-    >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
-    >>> lc = LayerCollection.from_model(model)
-    >>> list(lc), lc.numel()
-    (['0', '2'], 11)
-    >>> lc.select("2").numel()
-    3
+    Args:
+        layers: From names to layers, by default none; :meth:`from_model` makes them.
+        ignore_uncalled: Whether a layer that the function does not call has derivative zero, rather than being an
+            error.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> lc = LayerCollection.from_model(model)
+        >>> list(lc), lc.numel()
+        (['0', '2'], 11)
+        >>> lc.select("2").numel()
+        3
     """
 
     def __init__(self, layers: Mapping[str, Layer] | None = None, ignore_uncalled: bool = False) -> None:
@@ -112,18 +159,35 @@ class LayerCollection:
     @classmethod
     @alone
     def from_model(
-        cls, model: nn.Module, *selectors: Any, frozen: bool = False, ignore_uncalled: bool = False
+        cls,
+        model: nn.Module,
+        *selectors: Any,
+        frozen: bool = False,
+        ignore_uncalled: bool = False,
+        ignore_unsupported_layers: bool | None = None,
     ) -> LayerCollection:
         """Every trainable parameter of the model exactly once, in the order of ``model.named_modules()``.
 
-        selectors: keep only the layers that one of them selects (see :meth:`select`). frozen: also collect
-        parameters with ``requires_grad=False``. A parameter that several modules share is one parameter of the
-        first of them. ignore_uncalled: a layer that the function does not call has derivative zero; by default that
-        is an error.
+        A parameter that several modules share is one parameter of the first of them.
 
-        Raises ``ValueError`` if nothing is left, or for a module whose registered kind does not know its parameters.
+        Args:
+            model: The model.
+            *selectors: Only the layers that one of them selects are kept (see :meth:`select`); all if there is none.
+            frozen: Whether parameters with ``requires_grad=False`` are collected too, by default not.
+            ignore_uncalled: Whether a layer that the function does not call has derivative zero; by default that is an
+                error.
+
+        Returns:
+            The collection.
+
+        Raises:
+            ValueError: If nothing is left, or for a module whose registered kind does not know its parameters.
+            KeyError: For a selector that selects nothing.
         """
         arguments.model(model)
+        given, selectors = selectors, tuple(s for s in selectors if not isinstance(s, bool))
+        if ignore_unsupported_layers is not None or len(selectors) < len(given):
+            warn("from_model(model, ignore_unsupported_layers)", "from_model(model): every layer is supported")
         owner: dict[int, tuple[str, str]] = {}
         uses: dict[int, int] = {}
         for name, _, _, params in _modules(model):
@@ -151,15 +215,35 @@ class LayerCollection:
         return collection
 
     def add_layer(self, name: str, layer: Layer) -> None:
-        """Append a layer, in place."""
+        """Append a layer, in place.
+
+        Args:
+            name: The name of its module in the model.
+            layer: The layer.
+
+        Raises:
+            ValueError: If there is one of that name.
+        """
         arguments.instance("name", name, str, "the name of the module in the model")
         arguments.instance("layer", layer, Layer, "use add_layer_from_model(model, module)")
+        if "(" in name:  # in NNGeometry 0.2 and 0.3 names ended in str(module)
+            name = name[: name.index("(")].rpartition(".")[0]
+        layer = layer if layer.name == name else replace(layer, name=name)
         if name in self.layers:
             raise ValueError(f"layer {name!r} is in the collection already")
         self.layers[name] = layer
 
     def add_layer_from_model(self, model: nn.Module, module: nn.Module, frozen: bool = False) -> None:
-        """Append the layer of one module of the model, in place. frozen: its frozen parameters too."""
+        """Append the layer of one module of the model, in place.
+
+        Args:
+            model: The model.
+            module: One of its modules.
+            frozen: Whether its frozen parameters are collected too, by default not.
+
+        Raises:
+            ValueError: If it is not a module of the model.
+        """
         arguments.model(model)
         names = [name for name, m in model.named_modules() if m is module]
         if not names:
@@ -170,8 +254,11 @@ class LayerCollection:
     def select(self, *selectors: Any) -> LayerCollection:
         """The sub-collection of the layers that at least one selector matches.
 
-        selectors: names of layers or of modules above them, module types, or predicates ``Layer -> bool``.
-        Raises ``KeyError`` for a selector that matches nothing.
+        Args:
+            *selectors: Names of layers or of modules above them, module types, or predicates ``Layer -> bool``.
+
+        Raises:
+            KeyError: For a selector that matches nothing.
         """
         for selector in selectors:
             if not (isinstance(selector, str | type) or callable(selector)):
@@ -186,19 +273,40 @@ class LayerCollection:
         )
 
     def exclude(self, *selectors: Any) -> LayerCollection:
-        """The sub-collection of the layers that no selector matches."""
+        """The sub-collection of the layers that no selector matches.
+
+        Args:
+            *selectors: As of :meth:`select`.
+
+        Raises:
+            KeyError: For a selector that matches nothing.
+        """
         gone = self.select(*selectors)
         return self._with({name: layer for name, layer in self.layers.items() if name not in gone.layers})
 
     def merge(self, other: LayerCollection) -> LayerCollection:
-        """The layers of both, those of ``self`` first. Raises if a name stands for different layers."""
+        """The layers of both, those of ``self`` first.
+
+        Args:
+            other: Another collection.
+
+        Raises:
+            ValueError: If a name stands for different layers.
+        """
         self._check_common(other)
         return self._with({**self.layers, **other.layers})
 
     __or__ = merge
 
     def common_layers(self, other: LayerCollection) -> LayerCollection:
-        """The layers that are in both. Raises if a name stands for different layers."""
+        """The layers that are in both.
+
+        Args:
+            other: Another collection.
+
+        Raises:
+            ValueError: If a name stands for different layers.
+        """
         self._check_common(other)
         return self._with({name: layer for name, layer in self.layers.items() if name in other.layers})
 
@@ -232,15 +340,28 @@ class LayerCollection:
             start += layer.numel()
         return out
 
-    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, model: Any = None, layerid_to_module: Mapping[str, nn.Module] | None = None
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         """The collected parameters of a model, with their full names, in flat order.
 
-        Raises ``ValueError`` if the model does not have them.
+        Args:
+            model: The model that the collection is of, or one with the same layers.
+
+        Raises:
+            ValueError: If the model does not have them.
         """
-        return iter(self._named(model))
+        return iter(self._named(model if layerid_to_module is None else layerid_to_module))
 
     @alone
-    def _named(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    def _named(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+        if isinstance(model, Mapping):
+            warn("parameters(layerid_to_module)", "parameters(model)")
+            return [
+                (f"{name}.{k}" if name else k, model[name].get_parameter(k))
+                for name, layer in self.layers.items()
+                for k, _ in layer.params
+            ]
         arguments.model(model)
         parameters = []
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -257,13 +378,26 @@ class LayerCollection:
                 parameters.append((full, p))
         return parameters
 
-    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """The collected parameters of a model, in flat order."""
-        return [p for _, p in self.named_parameters(model)]
+    def parameters(
+        self, model: Any = None, layerid_to_module: Mapping[str, nn.Module] | None = None
+    ) -> list[nn.Parameter]:
+        """The collected parameters of a model, in flat order.
+
+        Args:
+            model: As of :meth:`named_parameters`.
+        """
+        return [p for _, p in self.named_parameters(model, layerid_to_module)]
 
     @alone
     def sites(self, model: nn.Module) -> list[Site]:
-        """The modules of a model through which the collected parameters act."""
+        """The modules of a model through which the collected parameters act.
+
+        Args:
+            model: As of :meth:`named_parameters`.
+
+        Raises:
+            ValueError: If a registered kind cannot serve one of them.
+        """
         params = iter(self.parameters(model))
         home = {id(next(params)): (layer, k) for layer in self.layers.values() for k in range(len(layer.params))}
         sites = []
@@ -281,9 +415,14 @@ class LayerCollection:
         return sites
 
     def layer(self, name: Any, operation: str) -> Layer:
-        """The layer of that name. Raises ``KeyError`` with the names that there are if there is none.
+        """The layer of that name.
 
-        operation: what asks for it.
+        Args:
+            name: The name.
+            operation: What asks for it, for the message.
+
+        Raises:
+            KeyError: If there is none, with the names that there are.
         """
         if not isinstance(name, str) or name not in self.layers:
             raise KeyError(f"{operation}: no layer {name!r}, the collection has {', '.join(self.layers)}")
@@ -323,7 +462,15 @@ class LayerCollection:
 
 
 def split(layer: Layer, flat: Tensor) -> list[Tensor]:
-    """Views of a layer's parameters in its flat ones: ``(..., p)`` to ``(..., *shape)`` each."""
+    """Views of a layer's parameters in its flat ones.
+
+    Args:
+        layer: The layer.
+        flat: Its flat parameters ``(..., p)``.
+
+    Returns:
+        For each parameter ``(..., *shape)``.
+    """
     sizes = [prod(shape) for _, shape in layer.params]
     return [
         piece.reshape(*flat.shape[:-1], *shape)
@@ -411,4 +558,13 @@ def _layer(
             full = kind.packing_of(module, known)
             if full.bias and full.without_bias().numel() == numel:
                 packing, kronecker = full.without_bias(), True
-    return Layer(name, shapes, packing, kronecker, type(module).__name__, type(module), kind.name)
+    cls = next((Layer.classes[base] for base in type(module).__mro__ if base in Layer.classes), Layer)
+    return cls(
+        name=name,
+        params=shapes,
+        packing=packing,
+        kronecker=kronecker,
+        kind_name=type(module).__name__,
+        module_type=type(module),
+        served_by=kind.name,
+    )

@@ -12,8 +12,14 @@ from torch.nn import functional as F
 class Cosine1d(nn.Linear):
     """Cosine similarity between the input and each row of the weight (no bias): ``(n, in) -> (n, out)``.
 
-    >>> Cosine1d(3, 2)(torch.ones(5, 3)).shape
-    torch.Size([5, 2])
+    Args:
+        in_features: The length of an input.
+        out_features: The number of rows of the weight.
+        eps: It is added to the squared norms, by default 1e-5.
+
+    Example:
+        >>> Cosine1d(3, 2)(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-05) -> None:
@@ -26,10 +32,16 @@ class Cosine1d(nn.Linear):
 
 
 class WeightNorm1d(nn.Linear):
-    """Linear map whose weight has rows of norm 1 (no bias): ``(n, in) -> (n, out)``.
+    """A linear map whose weight has rows of norm 1 (no bias): ``(n, in) -> (n, out)``.
 
-    >>> WeightNorm1d(3, 2)(torch.ones(5, 3)).shape
-    torch.Size([5, 2])
+    Args:
+        in_features: The length of an input.
+        out_features: The number of rows of the weight.
+        eps: It is added to the squared norms, by default 1e-5.
+
+    Example:
+        >>> WeightNorm1d(3, 2)(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-05) -> None:
@@ -41,10 +53,19 @@ class WeightNorm1d(nn.Linear):
 
 
 class WeightNorm2d(nn.Conv2d):
-    """2d convolution whose kernels have norm 1 (no bias); arguments as in ``nn.Conv2d``.
+    """A 2d convolution whose kernels have norm 1 (no bias).
 
-    >>> WeightNorm2d(3, 2, 3)(torch.ones(5, 3, 4, 4)).shape
-    torch.Size([5, 2, 2, 2])
+    Args:
+        *args: As of ``nn.Conv2d``.
+        eps: It is added to the squared norms, by default 1e-5.
+        **kwargs: As of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: For ``bias=True``.
+
+    Example:
+        >>> WeightNorm2d(3, 2, 3)(torch.ones(5, 3, 4, 4)).shape
+        torch.Size([5, 2, 2, 2])
     """
 
     def __init__(self, *args: Any, eps: float = 1e-05, **kwargs: Any) -> None:
@@ -58,10 +79,17 @@ class WeightNorm2d(nn.Conv2d):
 
 
 class Affine1d(nn.Module):
-    """Elementwise ``weight * x + bias`` on the last axis, the scaling and shift of a normalisation layer alone.
+    """Elementwise ``weight * x + bias`` on the last axis: the scaling and shift of a normalisation layer alone.
 
-    >>> Affine1d(3)(torch.ones(5, 3)).shape
-    torch.Size([5, 3])
+    Args:
+        num_features: The length of the last axis.
+        bias: Whether there is a shift, by default True.
+        device: Where the parameters are made.
+        dtype: In which dtype they are made.
+
+    Example:
+        >>> Affine1d(3)(torch.ones(5, 3)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(self, num_features: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:

@@ -11,18 +11,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .spelling import warn
+
+__all__ = [
+    "VARIANTS",
+    "Bernoulli",
+    "Categorical",
+    "Cotangents",
+    "Elementwise",
+    "Gaussian",
+    "Likelihood",
+    "Poisson",
+    "diagonal_cotangents",
+    "likelihood_of",
+]
 
 
 @dataclass(frozen=True)
 class Cotangents:
     """``count`` vectors in output space for each example, made a slice at a time.
 
-    take: ``(start, stop) -> (stop - start, B, *out)``.
+    Args:
+        count: How many there are, C.
+        take: From ``(start, stop)`` to these cotangents, ``(stop - start, B, *out)``.
+
+    Example:
+        >>> Cotangents.of(torch.ones(3, 5, 2)).narrow(1, 4).take(0, 2).shape
+        torch.Size([2, 3, 2])
     """
 
     count: int
@@ -30,23 +51,49 @@ class Cotangents:
 
     @classmethod
     def of(cls, s: Tensor) -> Cotangents:
-        """All of them at once: s ``(C, B, *out)``."""
+        """All of them at once.
+
+        Args:
+            s: The cotangents ``(C, B, *out)``.
+        """
         return cls(s.shape[0], lambda start, stop: s[start:stop])
 
     @classmethod
     def joined(cls, several: Sequence[Cotangents]) -> Cotangents:
-        """Those of several minibatches, as many for each, laid end to end."""
+        """Those of several minibatches, as many for each, laid end to end.
+
+        Args:
+            several: The cotangents of each minibatch.
+        """
         if len(several) == 1:
             return several[0]
         return cls(several[0].count, lambda start, stop: torch.cat([c.take(start, stop) for c in several], 1))
 
     def narrow(self, first: int, last: int) -> Cotangents:
-        """Those of the examples ``first:last``, cut out of those of all."""
+        """Those of some examples, cut out of those of all.
+
+        Args:
+            first: The first of the examples.
+            last: The end of them, which is not included.
+        """
         return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
 
 
 def diagonal_cotangents(scale: Tensor) -> Cotangents:
-    """For each element of an example's output, ``scale`` there and zero elsewhere: scale ``(B, *out)``."""
+    """Cotangents of a diagonal square root: for each element of an example's output, ``scale`` there and zero
+    elsewhere.
+
+    Args:
+        scale: The diagonal of the square root, ``(B, *out)``.
+
+    Returns:
+        As many cotangents as an output has elements.
+
+    Example:
+        >>> diagonal_cotangents(torch.tensor([[2.0, 3.0]])).take(0, 2)[:, 0]
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
     flat = scale.reshape(len(scale), -1)
 
     def take(start: int, stop: int) -> Tensor:
@@ -61,36 +108,96 @@ def diagonal_cotangents(scale: Tensor) -> Cotangents:
 class Likelihood(ABC):
     """A family of distributions p(y | f) of the targets given the output f of a model.
 
-    To add one, give its three methods; see :class:`Poisson` for one in a dozen lines.
+    A subclass gives the three methods :meth:`sqrt`, :meth:`sample` and :meth:`hvp`, which are of one matrix, the Fisher
+    information H of f; or is an :class:`Elementwise`, which takes two. An instance is passed as ``variant``.
     """
 
     @abstractmethod
     def sqrt(self, f: Tensor) -> Cotangents:
-        """The columns of a square root S of the Fisher information of f: ``H = S S^T`` exactly."""
+        """The columns of a square root S of the Fisher information of f: ``H = S S^T`` exactly.
+
+        Args:
+            f: Outputs ``(B, *out)``.
+
+        Returns:
+            The columns, each ``(B, *out)``.
+        """
 
     @abstractmethod
     def sample(self, f: Tensor, trials: int, generator: torch.Generator | None = None) -> Cotangents:
-        """Scores of ``trials`` draws of y from p(y | f), divided by sqrt(trials)."""
+        """Scores ``d log p(y | f) / df`` of draws of y from p(y | f), divided by the root of their number, so that
+        ``E S S^T = H``.
+
+        Args:
+            f: Outputs ``(B, *out)``.
+            trials: How many draws there are for each example.
+            generator: The source of randomness, by default torch's global one.
+
+        Returns:
+            As many cotangents as there are trials.
+        """
 
     def samples(self, several: Sequence[Tensor], trials: int, generators: Sequence[torch.Generator]) -> Cotangents:
-        """:meth:`sample` of each of several outputs from a generator of its own, laid end to end."""
+        """:meth:`sample` of each of several outputs from a generator of its own, laid end to end.
+
+        Args:
+            several: Outputs ``(B_k, *out)``, one for each minibatch.
+            trials: How many draws there are for each example.
+            generators: One for each minibatch.
+        """
         return Cotangents.joined([self.sample(f, trials, g) for f, g in zip(several, generators, strict=True)])
 
     @abstractmethod
     def hvp(self, f: Tensor, u: Tensor) -> Tensor:
-        """``H u``, in the shape of f."""
+        """The product ``H u`` for each example.
+
+        Args:
+            f: Outputs ``(B, *out)``.
+            u: Vectors in their shape.
+
+        Returns:
+            A tensor in the shape of f.
+        """
 
 
-class _Elementwise(Likelihood):
-    """Independent distributions of the elements of f: the curvature is diagonal."""
+class Elementwise(Likelihood):
+    """A family in which the elements of f are independent, so that the Fisher information is diagonal.
+
+    A subclass gives :meth:`scale` and :meth:`score`, which act entry by entry; the rest follows.
+
+    Example:
+        >>> class Laplace(Elementwise):
+        ...     "Real targets f + e with density exp(-|e|) / 2: H = I."
+        ...     def scale(self, f):
+        ...         return torch.ones_like(f)
+        ...     def score(self, f, generator):
+        ...         return torch.randint(2, f.shape, generator=generator, device=f.device).to(f) * 2 - 1
+        >>> Laplace().sample(torch.zeros(5, 2), trials=3).count
+        3
+    """
 
     @abstractmethod
     def scale(self, f: Tensor) -> Tensor:
-        """Square root of the Fisher information of each element, in the shape of f."""
+        """The square root of the Fisher information of each element.
+
+        Args:
+            f: Outputs ``(B, *out)``.
+
+        Returns:
+            A tensor in the shape of f.
+        """
 
     @abstractmethod
     def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Score of one draw for each element of f."""
+        """The score ``d log p(y | f) / df`` of one draw of y for each element.
+
+        Args:
+            f: Outputs, of any shape: trials are a further axis in front.
+            generator: The source of randomness; None is torch's global one.
+
+        Returns:
+            A tensor in the shape of f.
+        """
 
     def sqrt(self, f: Tensor) -> Cotangents:
         return diagonal_cotangents(self.scale(f))
@@ -104,11 +211,18 @@ class _Elementwise(Likelihood):
 
 
 @dataclass(frozen=True)
-class Gaussian(_Elementwise):
-    """Real targets with mean f and the given variance (1 by default): H = I / variance.
+class Gaussian(Elementwise):
+    """Real targets with mean f: H = I / variance.
 
-    >>> Gaussian().sqrt(torch.zeros(5, 2)).count
-    2
+    Args:
+        variance: The variance of a target about f, positive, by default 1.
+
+    Raises:
+        ValueError: If the variance is not positive.
+
+    Example:
+        >>> Gaussian().sqrt(torch.zeros(5, 2)).count
+        2
     """
 
     variance: float = 1.0
@@ -126,8 +240,13 @@ class Gaussian(_Elementwise):
 
 
 @dataclass(frozen=True)
-class Bernoulli(_Elementwise):
-    """Binary targets with logit f, one for each element of f: H = diag(p (1 - p))."""
+class Bernoulli(Elementwise):
+    """Binary targets with logit f, one for each element of f: H = diag(p (1 - p)).
+
+    Example:
+        >>> float(Bernoulli().hvp(torch.zeros(1, 1), torch.ones(1, 1)))
+        0.25
+    """
 
     def scale(self, f: Tensor) -> Tensor:
         # In log space, because p (1 - p) loses all digits where p rounds to one.
@@ -139,8 +258,13 @@ class Bernoulli(_Elementwise):
 
 
 @dataclass(frozen=True)
-class Poisson(_Elementwise):
-    """Counts with log-rate f, as in ``nn.PoissonNLLLoss(log_input=True)``: H = diag(exp f)."""
+class Poisson(Elementwise):
+    """Counts with log-rate f, as in ``nn.PoissonNLLLoss(log_input=True)``: H = diag(exp f).
+
+    Example:
+        >>> float(Poisson().hvp(torch.zeros(1, 1), torch.ones(1, 1)))
+        1.0
+    """
 
     def scale(self, f: Tensor) -> Tensor:
         return torch.exp(f / 2)
@@ -152,14 +276,24 @@ class Poisson(_Elementwise):
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """One of K classes with logits f along axis ``dim`` (1, as in ``nn.CrossEntropyLoss``): H = diag(p) - p p^T.
+    """One of K classes with logits f along one axis: H = diag(p) - p p^T. The other axes are independent positions.
 
-    The other axes are independent positions (refused with ``positions=False``). The square root is the triangular
-    one with K - 1 columns of Tanabe and Sagae (1992, J. R. Stat. Soc. B 54), computed in log space so that no p
+    The square root is the triangular one with K - 1 columns of Tanabe and Sagae, computed in log space so that no p
     underflows: column i is ``sqrt(p_i P(j>i) / P(j>=i)) (e_i - softmax(f_j; j > i))``.
 
-    >>> Categorical().sqrt(torch.zeros(5, 10)).count
-    9
+    Args:
+        dim: The axis of the classes, by default 1, as in ``nn.CrossEntropyLoss``.
+        positions: Whether there may be further axes, by default True; outputs that have some are refused otherwise.
+
+    Raises:
+        ValueError: For outputs without such an axis, or with fewer than two classes.
+
+    Example:
+        >>> Categorical().sqrt(torch.zeros(5, 10)).count
+        9
+
+    Source:
+        Tanabe and Sagae (1992), J. R. Stat. Soc. B 54.
     """
 
     dim: int = 1
@@ -248,10 +382,22 @@ class Categorical(Likelihood):
 #: The names of NNGeometry for the likelihoods.
 VARIANTS: dict[str, Likelihood] = {
     "classif_logits": Categorical(positions=False),
+    "classif_logsoftmax": Categorical(positions=False),  # log-probabilities are logits
     "classif_binary_logits": Bernoulli(),
     "regression": Gaussian(),
     "segmentation_logits": Categorical(),
 }
+
+
+def of_covariance(variant: str | Likelihood, covariance: Any) -> Gaussian:
+    """``FIM_MonteCarlo(variant="regression", covariance=c)``: c times the matrix, as of targets of variance 1 / c."""
+    warn("covariance=c", "variant=Gaussian(1 / c)")
+    if variant != "regression":
+        raise ValueError(f"covariance= is for variant='regression', got variant={variant!r}: leave it out")
+    values = torch.as_tensor(covariance)
+    if values.numel() != 1 or float(values) <= 0:
+        raise ValueError(f"covariance={covariance!r}: expected one positive number, the same for all outputs")
+    return Gaussian(1 / float(values))
 
 
 def likelihood_of(variant: str | Likelihood) -> Likelihood:

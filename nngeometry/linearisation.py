@@ -22,7 +22,7 @@ from .derivatives.cheap import CheapDerivatives, Pulled, SecondPull, Value
 from .derivatives.pulling import BatchedVJP, accumulate, nodes, operations_named
 from .memory import budget, chunk_length
 from .model import data
-from .model.evaluator import MIXES, Evaluator, State, check_mode, check_same, counted
+from .model.evaluator import MIXES, Evaluator, State, check_same, counted
 from .model.weights import Weights
 
 #: From vectors ``(k, P)`` and where to add their products ``(k, P)``: sums over one minibatch, not divided by anything.
@@ -66,6 +66,7 @@ class Linearisations:
         self._replay: tuple[Change, ...] | None = None
         self.checked = False
         self.apart = False
+        self._norms = evaluator.norms_as_in_training()
 
     def __iter__(self) -> Iterator[tuple[Any, float, int]]:
         """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
@@ -75,7 +76,12 @@ class Linearisations:
         """The same. single: this may be the only time, so that of several minibatches none is kept the first time, but
         all are the second time.
         """
-        check_mode(self.evaluator.model)
+        self.evaluator.check_mode()
+        if self._kept is None and self._norms != self.evaluator.norms_as_in_training():
+            raise ValueError(
+                "the model has other norms in train mode than when this was made of it: put it into that mode again "
+                "(model.train(), model.eval()), or make it again"
+            )
         return iter(self._kept) if self._kept is not None else self._linearised(single)
 
     def _linearised(self, single: bool) -> Iterator[tuple[Any, float, int]]:
@@ -95,24 +101,37 @@ class Linearisations:
         self._kept = keep
 
     def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
+        within: list[Change] = []
+        if self.evaluator.batch_statistics or self.evaluator.undivided:
+            with Borrowed(self.weights.in_place):
+                within = [change for batch in batches for change in self.evaluator.within(batch)]
         self.apart = self.evaluator.called_apart(batches[0]) is not None
         if self.apart:  # by what the types of the modules are there is nothing to look at
-            with self.evaluator.running(self.weights.in_place), operations_named():
+            with self.evaluator.running(self.weights.in_place, *within), operations_named():
                 made, weight, roots = self.linearise(batches, position)
         else:
-            made, weight, roots = self._looked_at(position, batches)
+            made, weight, roots = self._looked_at(position, batches, within)
         self.checked = True
         # What is made again on the way back would be made to be counted: it is taken for too much to keep.
         held = saved_bytes(roots) if self._replay is None else budget(self.evaluator.device) + 1
         return made, weight, held
 
-    def _looked_at(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, Sequence[Tensor]]:
+    def _looked_at(
+        self, position: int, batches: list[data.Batch], within: Sequence[Change]
+    ) -> tuple[Any, float, Sequence[Tensor]]:
         """What a minibatch gives, with a look at what the model does to itself, thorough for the first one."""
         first = not self.checked
         state, before = State(self.evaluator.model, values=first), self.weights.norm() if first else None
+
+        def look() -> tuple[Any, float, Sequence[Tensor]]:
+            if not within:
+                return self.linearise(batches, position)
+            with Borrowed(*within):
+                return self.linearise(batches, position)
+
         with self.evaluator.running(self.weights.in_place, state, differentiable_attention), operations_named():
-            made = self.linearise(batches, position)
-            state.check(lambda: self.linearise(batches, position))
+            made = look()
+            state.check(look)
             if first:
                 self.weights.check(before)
         if first:
@@ -145,20 +164,34 @@ class Linearisations:
         """
         self._replay = (self.weights.in_place, differentiable_attention)
 
-    def _back(self) -> Borrowed:
+    def _back(self, within: Sequence[Change]) -> Borrowed:
         """What is in force on the way back."""
-        return Borrowed() if self._replay is None else self.evaluator.running(*self._replay, record=False)
+        return Borrowed() if self._replay is None else self.evaluator.running(*self._replay, *within, record=False)
 
-    def pull(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """Vector-Jacobian products for every row of ``weights``, zero for an input that is not used."""
-        with self._back(), operations_named():
+    def pull(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        within: Sequence[Change] = (),
+    ) -> list[Tensor]:
+        """Vector-Jacobian products for every row of ``weights``, zero for an input that is not used.
+
+        within: what was in force on the way there, see :meth:`Evaluator.within`.
+        """
+        with self._back(within), operations_named():
             grads = self._pull(outputs, inputs, weights)
         k = len(weights[0])
         return [x.new_zeros(k, *x.shape) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
-    def add_pulled(self, outputs: Sequence[Tensor], weights: Sequence[Tensor], into: Tensor) -> None:
-        """Add vector-Jacobian products with respect to the parameters, for every row of ``weights``, to ``(k, P)``."""
-        with self._back(), operations_named():
+    def add_pulled(
+        self, outputs: Sequence[Tensor], weights: Sequence[Tensor], into: Tensor, within: Sequence[Change] = ()
+    ) -> None:
+        """Add vector-Jacobian products with respect to the parameters, for every row of ``weights``, to ``(k, P)``.
+
+        within: as of :meth:`pull`.
+        """
+        with self._back(within), operations_named():
             if len(into) == 1 and into.dtype == self.dtype:
                 accumulate(outputs, self.edges, [w[0] for w in weights], split_like(into[0], self.values))
                 return
@@ -203,6 +236,7 @@ class LinearisedBatch:
 
     def __init__(self, maps: Linearisations, batch: data.Batch) -> None:
         self.maps = maps
+        self.within = maps.evaluator.within(batch)
         derivatives, self.f = maps.recorded(maps.outputs, batch)
         self._customs = maps.customs(self.f)
         if self._customs:
@@ -218,12 +252,13 @@ class LinearisedBatch:
 
     def jvp(self, V: Tensor) -> Tensor:
         """``(k, P) -> (k, *output)``."""
-        (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], _shares(V, self.maps.values, self.pulled))
+        shares = _shares(V, self.maps.values, self.pulled)
+        (jv,) = self.maps.pull([g for _, g in self.pulled], [self.u], shares, self.within)
         return jv
 
     def add_vjp(self, S: Tensor, into: Tensor) -> None:
         """Add ``J^T s`` for each s of ``(k, *output)`` to ``(k, P)``."""
-        self.maps.add_pulled([self.f], [S], into)
+        self.maps.add_pulled([self.f], [S], into, self.within)
 
     def check(self, batch: data.Batch) -> bool:
         """Raise if examples mix, or if an operation has a backward that cannot be differentiated; once for all
@@ -231,7 +266,7 @@ class LinearisedBatch:
         """
         if self.maps.checked:
             return False
-        if not self.maps.apart:
+        if not self.maps.apart and not self.maps.evaluator.undivided:
             self.maps.evaluator.apart(batch, self._check_alone)
         if self._customs:
             check_transpose(self.maps.edges, self.f, self.u, self.pulled)
@@ -318,7 +353,8 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
     """Products with the Hessian of a loss: the derivative of its gradient along a vector."""
 
     def linearise(batches: list[data.Batch], position: int) -> tuple[Product, float, Sequence[Tensor]]:
-        derivatives, (value, weight) = products.recorded(total, data.join(batches))
+        within = evaluator.within(batch := data.join(batches))
+        derivatives, (value, weight) = products.recorded(total, batch)
         check_second_derivatives(value)
         if products.customs(value):
             products.replay()
@@ -327,7 +363,7 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
 
         def product(V: Tensor, into: Tensor) -> None:
             if curved:
-                products.add_pulled([g for _, g in curved], _shares(V, products.values, curved), into)
+                products.add_pulled([g for _, g in curved], _shares(V, products.values, curved), into, within)
 
         return product, weight, [value, *(g for _, g in curved)]
 

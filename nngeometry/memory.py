@@ -23,12 +23,16 @@ _SHARE = 8
 class Tuning:
     """The size of the pieces in which a sort of device works fastest.
 
-    work_fraction: work arrays take at most the budget divided by that. busy: a work array divided by that keeps the
-    device busy, so that no more is made at once where nothing is made twice. panel_bytes: what is only read once is
-    made in pieces of at most that many bytes, where there is a cache in which they stay, None where there is none.
-    columns: symmetric products are made as many columns at a time, up to the diagonal. large_product: multiplications
-    from which many small products are faster than one of copies. few_operations: to start an operation takes so long
-    that few large ones are faster than many small ones, also where they multiply more or copy.
+    Args:
+        work_fraction: Work arrays take at most the budget divided by that.
+        busy: A work array divided by that keeps the device busy, so that no more is made at once where nothing is made
+            twice.
+        panel_bytes: What is only read once is made in pieces of at most that many bytes, where there is a cache in
+            which they stay; None where there is none.
+        columns: Symmetric products are made as many columns at a time, up to the diagonal.
+        large_product: The number of multiplications from which many small products are faster than one of copies.
+        few_operations: Whether to start an operation takes so long that few large ones are faster than many small ones,
+            also where they multiply more or copy.
     """
 
     work_fraction: int
@@ -60,17 +64,24 @@ def tuning(device: torch.device) -> Tuning:
 
 @contextmanager
 def memory_budget(nbytes: int) -> Iterator[None]:
-    """Set the memory budget, in bytes, inside a ``with`` block. The default is 1 GiB; on a CUDA device an eighth of its
-    memory.
+    """Set the memory budget inside a ``with`` block.
 
-    A dense object that a representation needs but the user did not ask for by name (the exact block of
-    a layer without Kronecker form, a densified sum of unlike matrices, ...) must fit the budget, otherwise
-    the operation raises. Temporaries are chunked to a thirty-second of it on a CPU, to a quarter of it on an
-    accelerator, where small ones are slow.
+    A dense object that a representation needs but the user did not ask for by name (the exact block of a layer without
+    Kronecker form, a densified sum of unlike matrices, ...) must fit the budget, otherwise the operation raises.
+    Temporaries are chunked to a thirty-second of it on a CPU, to a quarter of it on an accelerator, where small ones
+    are slow.
 
-    >>> with memory_budget(2**28):
-    ...     budget(torch.device("cpu"))
-    268435456
+    Args:
+        nbytes: The budget in bytes. Outside of any block it is 1 GiB; on a CUDA device it is an eighth of its memory.
+
+    Raises:
+        TypeError: For what is not a number.
+        ValueError: For a number that is not positive.
+
+    Example:
+        >>> with memory_budget(2**28):
+        ...     budget(torch.device("cpu"))
+        268435456
     """
     if isinstance(nbytes, bool) or not isinstance(nbytes, int | float) or nbytes != nbytes:
         raise TypeError(f"memory_budget: expected a number of bytes, e.g. 2**30, got {nbytes!r}")
@@ -111,7 +122,13 @@ def panel_bytes(device: torch.device) -> int:
 
 
 def chunk_length(bytes_per_item: int, items: int, device: torch.device) -> int:
-    """How many of ``items`` things of ``bytes_per_item`` bytes to process at once: at least one."""
+    """How many things to process at once: at least one.
+
+    Args:
+        bytes_per_item: The size of each in bytes.
+        items: How many there are.
+        device: Where they are.
+    """
     return _fitting(work_array(device), bytes_per_item, items)
 
 
@@ -147,7 +164,17 @@ def nbytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def require(nbytes: int, what: str, remedy: str, device: torch.device) -> None:
-    """Raise ``MemoryError`` with one clear sentence if ``what`` would not fit the budget."""
+    """Check that something would fit the budget.
+
+    Args:
+        nbytes: Its size in bytes.
+        what: What it is.
+        remedy: What to do instead.
+        device: Where it would be.
+
+    Raises:
+        MemoryError: If it would not, with one sentence that has these.
+    """
     if nbytes > budget(device):
         raise MemoryError(
             f"{what} would take {nbytes / 2**20:.0f} MiB, more than the memory budget of "

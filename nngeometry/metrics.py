@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .changes import trainable
-from .generator import CotangentFunction, Curvature, Generator, Observation, OfSeveral, Plan, rowwise
+from .generator import CotangentFunction, Curvature, Generator, OfSeveral, rowwise
 from .layercollection import LayerCollection
-from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of
+from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of, of_covariance
 from .losses import Loss, OwnLoss, example_loss, loss_gradient
 from .losses.targets import Targets, selected
 from .model import data
-from .model.evaluator import State, check_mode
-from .object.kernel import dense_forms
 from .object.pmat import PMat
+from .spelling import ORDER, positions
+from .undivided import Undivided, UndividedLoss, all_rows, curvature_of_rows, each_row, of_rows
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
 Representation = Callable[..., Any]
@@ -31,10 +30,12 @@ def FIM(
     loader: Any,
     representation: Representation,
     variant: str | Likelihood = "classif_logits",
-    *,
+    *old: Any,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -42,14 +43,18 @@ def FIM(
     """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the
     expectation over y exact.
 
-    model: in eval mode. loader: a DataLoader, an iterable of minibatches (tuple, list, dict), or one minibatch.
-    representation: a PMat class, a partial of one, or ``PMatMixed.of(...)``; options go to it. variant: what the
-    output means, "classif_logits", "classif_binary_logits", "regression", "segmentation_logits" or a
-    :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the model if given. function:
-    ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
+    model: in eval mode, or see batch_statistics and unit. loader: a DataLoader, an iterable of minibatches (tuple,
+    list, dict), or one minibatch. representation: a PMat class, a partial of one, or ``PMatMixed.of(...)``; options go
+    to it. variant: what the output means, "classif_logits", "classif_binary_logits", "regression",
+    "segmentation_logits" or a :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the model if given.
+    function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
     ``function(minibatch)``, as of a named tuple or a list of examples if it takes one argument. layer_collection: by
-    default all trainable parameters. device: where minibatches go, by default to the model. verbose: show a progress
-    bar.
+    default all trainable parameters. batch_statistics: whether BatchNorm uses the statistics of the minibatch at hand,
+    held constant, dropout is off, and running statistics are left alone; the model may be in train mode. unit: what
+    counts as an example, "example" (a row of the output) or "minibatch": then nothing is taken apart or looked at, the
+    likelihood of a minibatch is the product of those of the rows of its output, and n counts minibatches. device: where
+    minibatches go, by default to the model. verbose: show a progress bar. old:
+    of the last five, by position in NNGeometry's order.
 
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
     output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
@@ -63,6 +68,10 @@ def FIM(
 
     Source: Pascanu and Bengio (2013), 1301.3584; Kunstner, Balles, Hennig (2019), 1905.12558.
     """
+    if old or isinstance(variant, int):
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection}
+        options |= {"device": device, "verbose": verbose}
+        return FIM(model, loader, representation, **positions("FIM", ("variant", *ORDER), (variant, *old), options))
     arguments.variant(variant, Likelihood, list(VARIANTS))
     likelihood = likelihood_of(variant)
 
@@ -75,11 +84,10 @@ def FIM(
         loader,
         representation,
         n_output,
-        function,
         layer_collection,
-        device,
-        verbose,
+        _how(function, device, verbose, batch_statistics, unit),
         options,
+        each_row,
         curvature=curvature,
     )
 
@@ -90,12 +98,15 @@ def FIM_MonteCarlo(
     loader: Any,
     representation: Representation,
     variant: str | Likelihood = "classif_logits",
-    *,
+    *old: Any,
     trials: int = 1,
     generator: torch.Generator | None = None,
+    covariance: Any = None,
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -104,12 +115,19 @@ def FIM_MonteCarlo(
 
     generator: the source of randomness, by default torch's global one, of which one number is drawn. The draws are
     a function of it and of the position of a minibatch in the loader, so every pass over the same data sees the
-    same ones. The rest is as in :func:`FIM`.
+    same ones. covariance: NNGeometry's c for ``variant=Gaussian(1 / c)``. The rest is as in :func:`FIM`.
 
     >>> from nngeometry import FIM_MonteCarlo, PMatDiag
     >>> model = nn.Linear(4, 3)
     >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=torch.Generator().manual_seed(0))
     """
+    if old or isinstance(variant, int):
+        options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection, "trials": trials}
+        options |= {"device": device, "verbose": verbose, "generator": generator, "covariance": covariance}
+        options = positions("FIM_MonteCarlo", ("variant", "trials", *ORDER), (variant, *old), options)
+        return FIM_MonteCarlo(model, loader, representation, **options)
+    if covariance is not None:
+        variant = of_covariance(variant, covariance)
     arguments.integer("trials", trials, least=1)
     arguments.variant(variant, Likelihood, list(VARIANTS))
     arguments.generator(generator)
@@ -126,11 +144,10 @@ def FIM_MonteCarlo(
         loader,
         representation,
         n_output,
-        function,
         layer_collection,
-        device,
-        verbose,
+        _how(function, device, verbose, batch_statistics, unit),
         options,
+        all_rows,
         seed=seed,
     )
 
@@ -146,6 +163,8 @@ def EmpiricalFisher(
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -157,8 +176,9 @@ def EmpiricalFisher(
     example; by default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one
     example's loss, summed over its positions. :class:`~nngeometry.OwnLoss` is the loss that the model computes, for
     minibatches of one example. targets: what the loss receives beside the outputs, a key of the minibatch (or a
-    position in the tuple), several, or a function of the minibatch that returns one target or a tuple of them. The
-    rest is as in :func:`FIM`.
+    position in the tuple), several, or a function of the minibatch that returns one target or a tuple of them. unit:
+    with "minibatch", the gradient is that of the loss of a minibatch, with its own reduction (summed if that leaves
+    several values), and examples may depend on each other. The rest is as in :func:`FIM`.
 
     Outputs and targets of the shapes (n, 1) and (n,) are the same to a loss of ``torch.nn``. Raises ``ValueError``
     for whatever else would be broadcast, and for a loss whose value for an example depends on other examples.
@@ -167,9 +187,8 @@ def EmpiricalFisher(
     >>> model = nn.Linear(4, 3)
     >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    return _of_gradients(
-        loss, targets, model, loader, representation, n_output, function, layer_collection, device, verbose, options
-    )
+    how = _how(function, device, verbose, batch_statistics, unit)
+    return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
 
 
 @arguments.called_as
@@ -183,6 +202,8 @@ def GradientCovariance(
     n_output: int | None = None,
     function: Callable[..., Any] | None = None,
     layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    unit: str = "example",
     device: torch.device | str | None = None,
     verbose: bool = False,
     **options: Any,
@@ -196,27 +217,19 @@ def GradientCovariance(
     >>> model = nn.Linear(4, 3)
     >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
-    return _of_gradients(
-        loss,
-        targets,
-        model,
-        loader,
-        representation,
-        n_output,
-        function,
-        layer_collection,
-        device,
-        verbose,
-        options,
-        True,
-    )
+    how = {**_how(function, device, verbose, batch_statistics, unit), "centred": True}
+    return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
 
 
-def gradients_of(loss: Loss, targets: Targets = None) -> CotangentFunction:
+def gradients_of(loss: Loss, targets: Targets = None, unit: str = "example") -> CotangentFunction:
     """The gradient of each example's loss, as the one cotangent."""
     arguments.loss(loss)
     loss = nn.CrossEntropyLoss() if loss is None else loss
-    gradient, given = arguments.explaining(loss, partial(loss_gradient, example_loss(loss))), selected(targets)
+    given = selected(targets)
+    if unit == "minibatch":
+        gradient = UndividedLoss(loss).gradient
+    else:
+        gradient = arguments.explaining(loss, partial(loss_gradient, example_loss(loss)))
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         return Cotangents.of(gradient(f, *given(batch)).unsqueeze(0))
@@ -224,9 +237,9 @@ def gradients_of(loss: Loss, targets: Targets = None) -> CotangentFunction:
     return cotangents
 
 
-class OwnGradients(Generator):
-    """The gradient of the loss that the model itself computes, for minibatches of one example, whose output is that
-    loss. Nothing is looked at but the loss. Arguments as in :class:`~nngeometry.Generator`.
+class OwnGradients(Undivided):
+    """The gradient of the loss that the model itself computes, which is the output. Arguments as in
+    :class:`~nngeometry.Generator`.
     """
 
     def __init__(
@@ -236,49 +249,32 @@ class OwnGradients(Generator):
         loss: OwnLoss,
         *,
         function: Callable[..., Any] | None = None,
+        unit: str = "example",
         **options: Any,
     ) -> None:
         def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
             return Cotangents.of(torch.ones_like(f).unsqueeze(0))
 
+        loss.check_unit(unit)
         super().__init__(
-            model, layer_collection, rowwise(cotangents), function=loss.function(model, function), **options
+            model, layer_collection, rowwise(cotangents), function=loss.function(model, function), unit=unit, **options
         )
 
     def outputs(self, batch: data.Batch) -> Tensor:
-        """The loss ``(1,)`` of a minibatch of one example."""
+        """The loss ``(1,)`` of a minibatch that counts as one example."""
         n = data.count(batch)
         if n != 1:
             raise ValueError(
                 f"loss=OwnLoss(): the loss of a minibatch of {n} examples is one number, which does not tell their "
                 "gradients apart: use minibatches of one example, DataLoader(batch_size=1), or give the loss as a "
-                "function of the output (e.g. TokenCrossEntropy)"
+                'function of the output (e.g. TokenCrossEntropy), or pass unit="minibatch", by which a minibatch '
+                "counts as one example"
             )
         return self.outputs_unchecked(batch).reshape(1)
 
     def joined(self, examples: Any, made_of_two: Callable[[data.Batch], int]) -> Iterator[tuple[int, list[data.Batch]]]:
         """The minibatches, each for itself."""
         return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
-
-    def stream(
-        self,
-        examples: Any,
-        plan: Plan | None = None,
-        by_example: bool = False,
-        join: bool = False,
-        first: int | None = None,
-    ) -> Iterator[Observation]:
-        check_mode(self.model)
-        parameters = self.layer_collection.parameters(self.model)
-        for batch in self.minibatches(examples):
-            state = State(self.model)
-            with self.running(trainable(parameters), state):
-                f = self.outputs_of(batch)
-                state.check(partial(self.outputs_of, batch))
-                grads = torch.autograd.grad(f, parameters, allow_unused=True, materialize_grads=True)
-            flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in grads]).to(self.dtype)
-            forms = dict(dense_forms(flat.view(1, 1, -1), self.layer_collection.layers))
-            yield Observation(1, 1.0, forms, f.detach(), batch, 1)
 
 
 def gradient_source(
@@ -288,15 +284,33 @@ def gradient_source(
     targets: Targets,
     *,
     n_output: int | None = None,
-    **options: Any,
+    **how: Any,
 ) -> Generator:
     """The stream of the gradients of a loss at single examples."""
     if not isinstance(loss, OwnLoss):
-        return _source(model, layer_collection, rowwise(gradients_of(loss, targets)), n_output, **options)
+        cotangents = rowwise(gradients_of(loss, targets, how["unit"]))
+        return _source(model, layer_collection, cotangents, n_output, how)
     for name, given in (("targets", targets), ("n_output", n_output)):
         if given is not None:
             raise ValueError(f"{name}: a model with loss=OwnLoss() computes the loss itself, so leave {name} out")
-    return OwnGradients(model, layer_collection, loss, **options)
+    return OwnGradients(model, layer_collection, loss, **how)
+
+
+def _how(
+    function: Callable[..., Any] | None,
+    device: torch.device | str | None,
+    verbose: bool,
+    batch_statistics: bool,
+    unit: str,
+) -> dict[str, Any]:
+    """How the model is run, as options of a source."""
+    return {
+        "function": function,
+        "device": device,
+        "verbose": verbose,
+        "batch_statistics": batch_statistics,
+        "unit": unit,
+    }
 
 
 def _of_gradients(
@@ -306,26 +320,13 @@ def _of_gradients(
     loader: Any,
     representation: Representation,
     n_output: int | None,
-    function: Callable[..., Any] | None,
     layer_collection: LayerCollection | None,
-    device: torch.device | str | None,
-    verbose: bool,
+    how: dict[str, Any],
     options: dict[str, Any],
-    centred: bool = False,
 ) -> PMat:
-    lc = _checked(model, loader, representation, n_output, function, layer_collection, device, options)
+    lc = _checked(model, loader, representation, n_output, layer_collection, how, options)
     arguments.loss(loss)
-    source = gradient_source(
-        model,
-        lc,
-        loss,
-        targets,
-        n_output=n_output,
-        function=function,
-        device=device,
-        verbose=verbose,
-        centred=centred,
-    )
+    source = gradient_source(model, lc, loss, targets, n_output=n_output, **how)
     return _represented(source, loader, representation, options)
 
 
@@ -334,13 +335,13 @@ def _checked(
     loader: Any,
     representation: Representation,
     n_output: int | None,
-    function: Callable[..., Any] | None,
     layer_collection: LayerCollection | None,
-    device: torch.device | str | None,
+    how: dict[str, Any],
     options: dict[str, Any],
 ) -> LayerCollection:
     """The layer collection, after a look at all that a matrix takes."""
-    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.call(model, loader, how["function"], layer_collection, LayerCollection, how["device"])
+    arguments.of_training(how["batch_statistics"], how["unit"])
     arguments.representation(representation, PMat, options, FIM, "plan")
     if n_output is not None:
         arguments.integer("n_output", n_output, least=1)
@@ -353,26 +354,19 @@ def _matrix(
     loader: Any,
     representation: Representation,
     n_output: int | None,
-    function: Callable[..., Any] | None,
     layer_collection: LayerCollection | None,
-    device: torch.device | str | None,
-    verbose: bool,
+    how: dict[str, Any],
     options: dict[str, Any],
+    laid: Callable[[Cotangents, int], Cotangents],
     curvature: Curvature | None = None,
     seed: int = 0,
 ) -> PMat:
-    lc = _checked(model, loader, representation, n_output, function, layer_collection, device, options)
-    source = _source(
-        model,
-        lc,
-        cotangents,
-        n_output,
-        function=function,
-        device=device,
-        verbose=verbose,
-        curvature=curvature,
-        seed=seed,
-    )
+    """laid: how the cotangents of rows become those of a minibatch that counts as one example."""
+    lc = _checked(model, loader, representation, n_output, layer_collection, how, options)
+    if how["unit"] == "minibatch":
+        cotangents = of_rows(cotangents, laid)
+        curvature = None if curvature is None else curvature_of_rows(curvature)
+    source = _source(model, lc, cotangents, n_output, {**how, "curvature": curvature, "seed": seed})
     return _represented(source, loader, representation, options)
 
 
@@ -381,18 +375,24 @@ def _source(
     layer_collection: LayerCollection,
     cotangents: OfSeveral,
     n_output: int | None,
-    **options: Any,
+    how: dict[str, Any],
 ) -> Generator:
+    undivided = how["unit"] == "minibatch"
+
     def checked(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents | None:
-        if n_output is not None and f[0].numel() != n_output and f.shape[1:2] != (n_output,):
+        shape = f.shape[2:] if undivided else f.shape[1:]
+        if n_output is not None and shape.numel() != n_output and shape[:1] != (n_output,):
             raise ValueError(
-                f"n_output={n_output}, but the model returns outputs of shape {tuple(f.shape[1:])} for each "
-                "example: leave n_output out"
+                f"n_output={n_output}, but the model returns outputs of shape {tuple(shape)} for each "
+                f"{'row' if undivided else 'example'}: leave n_output out"
             )
         return cotangents(f, batches, position)
 
-    return Generator(model, layer_collection, OfSeveral(checked), **options)
+    return (Undivided if undivided else Generator)(model, layer_collection, OfSeveral(checked), **how)
 
 
 def _represented(source: Generator, loader: Any, representation: Representation, options: dict[str, Any]) -> PMat:
     return representation(layer_collection=source.layer_collection, generator=source, examples=loader, **options)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance)}

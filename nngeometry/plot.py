@@ -38,18 +38,26 @@ def plot_matrices(matrices: Mapping[str, PMat], path: str | Path | None = None, 
     Zeros have the lowest colour, NaN and infinity are red. Thin lines separate layers; their names are on the left of
     each row. In a large matrix a pixel is the largest of the entries that it covers.
 
-    matrices: from titles to matrices. path: where to save the picture, in the format that its ending names. ncols:
-    matrices in a row, by default up to five. Returns the figure, which pyplot does not know of.
+    Args:
+        matrices: From titles to matrices.
+        path: Where to save the picture, in the format that its ending names; by default it is not saved.
+        ncols: How many matrices are in a row, by default up to five.
 
-    Raises ``ValueError`` if there is nothing to draw, or a matrix has more than 20000 parameters, since it has to be
-    made dense; ``ImportError`` without matplotlib.
+    Returns:
+        The figure, which pyplot does not know of.
 
-    >>> from nngeometry import FIM, PMatDiag, PMatKFAC
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    >>> x = torch.randn(20, 4)
-    >>> figure = plot_matrices({"KFAC": FIM(model, (x,), PMatKFAC), "diagonal": FIM(model, (x,), PMatDiag)})
-    >>> [ax.get_title() for ax in figure.axes]
-    ['KFAC', 'diagonal', '']
+    Raises:
+        ValueError: If there is nothing to draw, or a matrix has more than 20000 parameters, since it has to be made
+            dense.
+        ImportError: Without matplotlib.
+
+    Example:
+        >>> from nngeometry import FIM, PMatDiag, PMatKFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> x = torch.randn(20, 4)
+        >>> figure = plot_matrices({"KFAC": FIM(model, (x,), PMatKFAC), "diagonal": FIM(model, (x,), PMatDiag)})
+        >>> [ax.get_title() for ax in figure.axes]
+        ['KFAC', 'diagonal', '']
     """
     try:
         from matplotlib import colormaps
@@ -120,22 +128,30 @@ def plot_density(
     Outliers, whose values are exact, are marked with triangles. The lower end of the scale is below what one eigenvalue
     gives.
 
-    spectra: from :func:`~nngeometry.spectrum.spectral_density`, one or several with titles. path: where to save the
-    picture, in the format that its ending names. log: a logarithmic axis, for the magnitude of the positive and of
-    the negative eigenvalues; the legend says what share has which sign, and what is too small to be drawn. stems: also
-    draw each Ritz value, as high as the density that its weight alone gives there. width: of the smoothing, as in
-    :meth:`~nngeometry.spectrum.Spectrum.density` and ``log_density``. ncols: panels in a row, by default up to four.
-    Returns the figure, which pyplot does not know of.
+    Args:
+        spectra: From :func:`~nngeometry.spectrum.spectral_density`, one or several with titles.
+        path: Where to save the picture, in the format that its ending names; by default it is not saved.
+        log: Whether the axis is logarithmic, for the magnitude of the positive and of the negative eigenvalues; the
+            legend says what share has which sign, and what is too small to be drawn.
+        stems: Whether to draw each Ritz value too, as high as the density that its weight alone gives there.
+        width: The width of the smoothing, as in :meth:`~nngeometry.spectrum.Spectrum.density` and ``log_density``.
+        ncols: How many panels are in a row, by default up to four.
 
-    Raises ``ValueError`` if there is nothing to draw; ``ImportError`` without matplotlib.
+    Returns:
+        The figure, which pyplot does not know of.
 
-    >>> from nngeometry import FIM, PMatImplicit
-    >>> from nngeometry.spectrum import spectral_density
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    >>> F = FIM(model, (torch.randn(20, 4),), PMatImplicit)
-    >>> figure = plot_density({"Fisher": spectral_density(F, outliers=2)}, log=True)
-    >>> [ax.get_title() for ax in figure.axes]
-    ['Fisher']
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Without matplotlib.
+
+    Example:
+        >>> from nngeometry import FIM, PMatImplicit
+        >>> from nngeometry.spectrum import spectral_density
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> F = FIM(model, (torch.randn(20, 4),), PMatImplicit)
+        >>> figure = plot_density({"Fisher": spectral_density(F, outliers=2)}, log=True)
+        >>> [ax.get_title() for ax in figure.axes]
+        ['Fisher']
     """
     try:
         from matplotlib.figure import Figure

@@ -28,7 +28,12 @@ _POINTS, _MOST = 4, 20_000
 
 
 class Negative(NamedTuple):
-    """The negative part of a spectrum. number: how many eigenvalues. total: their sum."""
+    """The negative part of a spectrum.
+
+    Attributes:
+        number: How many eigenvalues it has.
+        total: Their sum.
+    """
 
     number: Estimate
     total: Estimate
@@ -38,13 +43,16 @@ class Negative(NamedTuple):
 class Spectrum:
     """What stochastic Lanczos quadrature knows of the eigenvalues of a matrix, in float64 on the CPU.
 
-    bulk: the quadrature, without the outliers. outliers: ``(k,)``, eigenvalues that are known, those of largest
-    magnitude first. size: of the matrix. steps: of Lanczos, at most. products: how many vectors were multiplied with
-    it.
-
     A function f summed over all eigenvalues is ``sum_j weights_j f(nodes_j)`` for each probe, plus its values at the
     outliers. That is exact in expectation for polynomials of degree up to ``2 steps - 1``. The standard errors are
     those of the mean over the probes; they include the difference to fewer steps, as a measure of the bias.
+
+    Args:
+        bulk: The quadrature, without the outliers.
+        outliers: Eigenvalues that are known, ``(k,)``, those of largest magnitude first.
+        size: The number of rows of the matrix.
+        steps: How many of Lanczos there were, at most.
+        products: How many vectors were multiplied with it.
     """
 
     bulk: Quadrature
@@ -64,9 +72,16 @@ class Spectrum:
         return self.bulk.weights * self.bulk.size
 
     def sum(self, f: Callable[[Tensor], Tensor]) -> Estimate:
-        """The sum of ``f`` over all eigenvalues, the trace of f(F). f acts on a tensor of eigenvalues, by entry.
+        """The sum of ``f`` over all eigenvalues, the trace of f(F).
 
-        Raises ``ValueError`` if f is not finite at one of them.
+        Args:
+            f: A function of a tensor of eigenvalues, entry by entry.
+
+        Returns:
+            The sum, with its standard error.
+
+        Raises:
+            ValueError: If f is not finite at one of them.
         """
         if not callable(f):
             raise TypeError(f"sum: f: expected a function of a tensor of eigenvalues, got {arguments.described(f)}")
@@ -83,6 +98,10 @@ class Spectrum:
 
         The error includes what the nodes leave open: the count below x of any two spectra that agree on polynomials of
         degree ``2 steps - 2`` differs by at most the Christoffel number at x.
+
+        Args:
+            low: The lower end, by default minus infinity.
+            high: The upper end, by default infinity.
         """
         for name, value in (("low", low), ("high", high)):
             if arguments.scalar(value) is None:
@@ -94,8 +113,9 @@ class Spectrum:
     def negative(self, threshold: float | None = None) -> Negative:
         """How many eigenvalues are below ``-threshold``, and their sum.
 
-        threshold: by default that of :meth:`floor`, since what rounding and unfinished Lanczos steps leave of a zero
-        eigenvalue may have either sign.
+        Args:
+            threshold: By default that of :meth:`floor`, since what rounding and unfinished Lanczos steps leave of a
+                zero eigenvalue may have either sign.
         """
         edge = -(self.floor() if threshold is None else arguments.number("negative: threshold", threshold))
         return Negative(self.count(high=edge), self.sum(lambda l: torch.where(l < edge, l, 0.0)))
@@ -105,7 +125,14 @@ class Spectrum:
         return self.sum(lambda l: l)
 
     def logdet(self, regul: float = 0.0) -> Estimate:
-        """``log det(F + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        """``log det(F + regul)``.
+
+        Args:
+            regul: What is added to every eigenvalue, by default 0.
+
+        Raises:
+            ValueError: If that is not positive definite.
+        """
         arguments.number("logdet: regul", regul)
         lowest = min(float(self.nodes.min()), *self.outliers.tolist(), inf)
         if not lowest + regul > self.bulk.rounding:
@@ -118,9 +145,11 @@ class Spectrum:
     def density(self, grid: Tensor | None = None, width: float | None = None) -> Density:
         """The density of eigenvalues, of total mass one with the outliers: each is smoothed to a normal density.
 
-        grid: where, by default from six widths below the lowest to six above the highest. width: the standard
-        deviation, by default a two-hundredth of the range. The error is over the probes; gaps between nodes that are
-        wider than ``width`` show as bumps.
+        The error is over the probes; gaps between nodes that are wider than ``width`` show as bumps.
+
+        Args:
+            grid: Where, ``(n,)``, by default from six widths below the lowest to six above the highest.
+            width: The standard deviation of the smoothing, by default a two-hundredth of the range.
         """
         low, high = self.range()
         width = _positive("density: width", width, self.width())
@@ -133,9 +162,12 @@ class Spectrum:
     ) -> Density:
         """The densities of log10 of the magnitude of positive and of negative eigenvalues, in this order ``(2, g)``.
 
-        grid: magnitudes, by default from the floor to the largest. width: the standard deviation in decades, by
-        default 0.1. floor: what is smaller counts as zero and is left out, by default a millionth of the largest.
         The two sum to the share of the eigenvalues above the floor.
+
+        Args:
+            grid: Magnitudes, by default from the floor to the largest.
+            width: The standard deviation of the smoothing in decades, by default 0.1.
+            floor: What is smaller counts as zero and is left out, by default a millionth of the largest.
         """
         width = _positive("log_density: width", width, LOG_WIDTH)
         floor = _positive("log_density: floor", floor, self.floor())
@@ -195,25 +227,35 @@ def spectral_density(
     products, and memory for ``steps`` vectors.
 
     For a random vector v, the quadrature of Gauss that Lanczos gives is the spectrum as v sees it: Ritz values, with
-    weights. It is averaged over several v, from which the standard errors come. The extreme eigenvalues are found
-    best, the bulk is blurred.
+    weights. It is averaged over several v, from which the standard errors come. The extreme eigenvalues are found best,
+    the bulk is blurred.
 
-    F: any representation. steps: of Lanczos, at most P are taken. probes: random vectors, at least two. outliers: so
-    many eigenvalues of largest magnitude are computed first and removed, so that they are exact, and the bulk is
-    resolved better. generator: of the probes, by default torch's global one. verbose: show a progress bar.
+    Args:
+        F: The matrix, in any representation.
+        steps: How many of Lanczos there are, by default 80; at most P are taken.
+        probes: How many random vectors, at least two, by default 10.
+        outliers: So many eigenvalues of largest magnitude are computed first and removed, so that they are exact, and
+            the bulk is resolved better; by default 0.
+        generator: The source of the probes, by default torch's global one.
+        verbose: Whether to show a progress bar.
 
-    >>> from nngeometry import Hessian, PMatImplicit
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
-    >>> spectrum = spectral_density(H, steps=20, outliers=2)
-    >>> len(spectrum.outliers), round(float(spectrum.count().value))
-    (2, 43)
-    >>> grid, density, error = spectrum.density()
-    >>> round(float(torch.trapezoid(density, grid)), 3)
-    1.0
+    Returns:
+        The spectrum.
 
-    Source: Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Ghorbani, Krishnan, Xiao (2019), 1901.10159;
-    Papyan (2018), 1811.07062, for the deflation.
+    Example:
+        >>> from nngeometry import Hessian, PMatImplicit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+        >>> spectrum = spectral_density(H, steps=20, outliers=2)
+        >>> len(spectrum.outliers), round(float(spectrum.count().value))
+        (2, 43)
+        >>> grid, density, error = spectrum.density()
+        >>> round(float(torch.trapezoid(density, grid)), 3)
+        1.0
+
+    Source:
+        Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Ghorbani, Krishnan, Xiao (2019), 1901.10159; Papyan
+        (2018), 1811.07062, for the deflation.
     """
     arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
     for name, value, least in (("steps", steps, 1), ("probes", probes, 2), ("outliers", outliers, 0)):
@@ -245,14 +287,19 @@ def spectral_density(
 
 @arguments.called_as
 def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
-    """The spectra of the diagonal blocks of the layers, by name. options: of :func:`spectral_density`; steps, probes
-    and outliers are those of each block, of a small block as many as it has.
+    """The spectra of the diagonal blocks of the layers, by name.
 
-    >>> from nngeometry import GGN, PMatKFAC
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    >>> G = GGN(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatKFAC)
-    >>> {name: spectrum.size for name, spectrum in layer_spectra(G).items()}
-    {'0': 25, '2': 18}
+    Args:
+        F: The matrix, in any representation.
+        **options: As of :func:`spectral_density`; steps, probes and outliers are those of each block, of a small block
+            as many as it has.
+
+    Example:
+        >>> from nngeometry import GGN, PMatKFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> G = GGN(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatKFAC)
+        >>> {name: spectrum.size for name, spectrum in layer_spectra(G).items()}
+        {'0': 25, '2': 18}
     """
     arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
     arguments.keywords("layer_spectra", spectral_density, options)
@@ -266,8 +313,14 @@ def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
 
 @dataclass(frozen=True)
 class ExtremePairs:
-    """values: ``(k,)``. vectors: of norm one, orthogonal. residuals: ``|F v - l v|`` ``(k,)``, computed at the end:
-    within this distance of each value there is an eigenvalue. products: how many vectors were multiplied with F.
+    """Some eigenvalues with their eigenvectors.
+
+    Args:
+        values: The eigenvalues ``(k,)``.
+        vectors: Eigenvectors of norm one, orthogonal.
+        residuals: ``|F v - l v|`` ``(k,)``, computed at the end: within this distance of each value there is an
+            eigenvalue.
+        products: How many vectors were multiplied with F.
     """
 
     values: Tensor
@@ -282,19 +335,31 @@ def extreme_eigenpairs(
 ) -> ExtremePairs:
     """The k eigenpairs at one end of the spectrum of a symmetric matrix, by its products alone.
 
-    which: "largest" (descending), "smallest" (ascending), "both" (k of each end, all descending) or "magnitude"
-    (largest absolute value first). options: of :func:`~nngeometry.linalg.eigsh`, such as tol, max_products, generator.
-    Raises ``RuntimeError`` unless all pairs have converged.
+    Args:
+        F: The matrix, in any representation.
+        k: How many pairs.
+        which: "largest" (descending, the default), "smallest" (ascending), "both" (k of each end, all descending) or
+            "magnitude" (largest absolute value first).
+        verbose: Whether to show a progress bar.
+        **options: As of :func:`~nngeometry.linalg.eigsh`, such as tol, max_products, generator.
 
-    >>> from nngeometry import Hessian, PMatImplicit
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-    >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
-    >>> pairs = extreme_eigenpairs(H, 1, "both")
-    >>> v = pairs.vectors[1]
-    >>> bool((H.mv(v) - pairs.values[1] * v).norm() < 1e-5)
-    True
+    Returns:
+        The pairs, with their residuals.
 
-    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22.
+    Raises:
+        RuntimeError: Unless all pairs have converged.
+
+    Example:
+        >>> from nngeometry import Hessian, PMatImplicit
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+        >>> pairs = extreme_eigenpairs(H, 1, "both")
+        >>> v = pairs.vectors[1]
+        >>> bool((H.mv(v) - pairs.values[1] * v).norm() < 1e-5)
+        True
+
+    Source:
+        Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22.
     """
     arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
     arguments.integer("extreme_eigenpairs: k", k, least=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from extensions.adapter import Adapter
 from oracle import randomise
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -345,6 +346,8 @@ _LINEARS = {
     "weight_norm-old": (lambda: nn.utils.weight_norm(nn.Linear(3, 4)), (3,)),
     "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Conv1d(2, 3, 2)), (2, 4)),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(3, 3)), (3,)),
+    "adapter": (lambda: Adapter(3, 4, 2), (3,)),
+    "adapter-sequence": (lambda: Adapter(3, 4, 2), (5, 3)),
     "custom": (Custom, (3,)),
     "named-linear": (Linear, (3,)),
     "sub-linear": (lambda: SubLinear(3, 4), (3,)),

@@ -9,6 +9,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
+from laws import EXACT, FACTORED, PAIRS
 from models import CASES, SMALL
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,28 +18,18 @@ from nngeometry import (
     FIM,
     GGN,
     Accumulator,
-    EmpiricalFisher,
     FIM_MonteCarlo,
     GradientCovariance,
     Hessian,
-    PMatBlockDiag,
     PMatDense,
     PMatDiag,
     PMatEKFAC,
-    PMatEye,
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
-    PMatMixed,
-    PMatQuasiDiag,
 )
 
 TOLERANCE = 1e-12
-EXACT = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatLowRank, PMatEye]
-MATRICES = [FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance, GGN]
-PAIRS = [(M, R) for M in MATRICES for R in [*EXACT, PMatEKFAC] if (GradientCovariance, PMatKFAC) != (M, R)]
-PAIRS += [(Hessian, R) for R in (PMatDense, PMatBlockDiag, PMatDiag)]
-PAIRS += [(GGN, PMatMixed.of(PMatDiag, {"0": PMatEKFAC})), (FIM, PMatMixed.of(PMatKFAC, {"2": PMatDense}))]
 
 
 def name_of(value):
@@ -121,7 +112,7 @@ def test_decay_weighs_the_old(matrix, representation):
     assert oracle.relative(acc.matrix().to_torch(), first) < TOLERANCE, "a mean does not change when all of it is"
     acc.update(other)
     assert acc.n == 0.25 * 7 + 5
-    if representation in (PMatKFAC, PMatEKFAC) or matrix in (GradientCovariance, FIM_MonteCarlo):
+    if representation in FACTORED or matrix in (GradientCovariance, FIM_MonteCarlo):
         return  # no mean of matrices
     if not isinstance(representation, partial):
         second = matrix(model, other, representation, **options(matrix)).to_torch()

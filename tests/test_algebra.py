@@ -7,6 +7,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
+from laws import HELD, MIXED
 from models import CASES
 from torch import nn
 
@@ -15,7 +16,6 @@ from nngeometry import (
     LayerCollection,
     PFMapDense,
     PMat,
-    PMatBlockDiag,
     PMatDense,
     PMatDiag,
     PMatEKFAC,
@@ -23,8 +23,6 @@ from nngeometry import (
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
-    PMatMixed,
-    PMatQuasiDiag,
     PVector,
     Relative,
     linalg,
@@ -33,18 +31,6 @@ from nngeometry import (
 )
 
 TOLERANCE = 1e-10
-MIXED = PMatMixed.of(PMatKFAC, {nn.GroupNorm: PMatDense, nn.BatchNorm2d: PMatDense, "7": PMatLowRank})
-HELD = {
-    "dense": PMatDense,
-    "blockdiag": PMatBlockDiag,
-    "diag": PMatDiag,
-    "quasidiag": PMatQuasiDiag,
-    "kfac": PMatKFAC,
-    "ekfac": PMatEKFAC,
-    "lowrank": PMatLowRank,
-    "eye": PMatEye,
-    "mixed": MIXED,
-}
 BUILT = {
     "inverse": lambda F: FIM_OF("kfac").inv(0.1),
     "scaled": lambda F: -2.0 * FIM_OF("lowrank"),

@@ -40,7 +40,7 @@ from nngeometry import (
     Relative,
     linalg,
 )
-from nngeometry.object import storage
+from nngeometry.object import kernel_storage
 
 MATRICES = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatImplicit]
 
@@ -509,8 +509,8 @@ def test_damaged_folders(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch):
     model, x, _ = problem()
     at = FMatMemmap.at(tmp_path / "k")
-    real = storage.shutil.disk_usage
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: real(path)._replace(free=799))
+    real = kernel_storage.shutil.disk_usage
+    monkeypatch.setattr(kernel_storage.shutil, "disk_usage", lambda path: real(path)._replace(free=799))
     with pytest.raises(OSError, match=r"takes 800 bytes .* where 799 are free") as error:
         GramMatrix(model, (x,), representation=at)
     one_sentence(error)
@@ -519,11 +519,11 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "posix_fallocate", full)
+    monkeypatch.setattr(kernel_storage.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         GramMatrix(model, (x,), representation=at)
     assert [p.name for p in (tmp_path / "k").iterdir()] == ["tiles.json"]
-    monkeypatch.delattr(storage.os, "posix_fallocate")  # a system that has none
+    monkeypatch.delattr(kernel_storage.os, "posix_fallocate")  # a system that has none
     K = GramMatrix(model, (x,), representation=at)
     torch.testing.assert_close(K.to_torch(), GramMatrix(model, (x,)).to_torch())
     assert (tmp_path / "k" / "0.npy").stat().st_blocks > 0

@@ -8,6 +8,7 @@ from functools import partial
 import oracle
 import pytest
 import torch
+from laws import LOSSES, PROJECTIONS
 from models import CASES, SMALL
 from torch import nn
 
@@ -40,30 +41,6 @@ from nngeometry.likelihood import Cotangents
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be vectorised:RuntimeWarning")
-
-
-def quasidiag(M, lc):
-    """The diagonal and each row's products with its bias, where a layer packs a bias as last column."""
-    out = torch.diag(M.diagonal())
-    for name, s in lc.slices().items():
-        packing = lc[name].packing
-        if packing.bias:
-            index = packing.pack(torch.arange(s.start, s.stop))
-            body, tip = index[..., :-1], index[..., -1:].expand_as(index[..., :-1])
-            out[body, tip] = M[body, tip]
-            out[tip, body] = M[tip, body]
-    return out
-
-
-PROJECTIONS = {
-    PMatDense: lambda M, lc: M,
-    PMatLowRank: lambda M, lc: M,
-    PMatImplicit: lambda M, lc: M,
-    PMatBlockDiag: oracle.blockdiag,
-    PMatDiag: lambda M, lc: torch.diag(M.diagonal()),
-    PMatQuasiDiag: quasidiag,
-    PMatEye: lambda M, lc: M.trace() / len(M) * torch.eye(len(M)),
-}
 
 
 def batches_of(name):
@@ -118,23 +95,6 @@ def test_segmentation():
     for representation, project in PROJECTIONS.items():
         F = FIM(model, batches, representation, "segmentation_logits")
         assert oracle.relative(F.to_torch(), project(M, F.layer_collection)) < TOLERANCE, representation
-
-
-LOSSES = {
-    "cross_entropy": (lambda n: torch.randint(3, (n,)), nn.CrossEntropyLoss()),
-    "cross_entropy-weighted": (
-        lambda n: torch.randint(3, (n,)),
-        nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]).double(), label_smoothing=0.1, reduction="sum"),
-    ),
-    "cross_entropy-ignore": (lambda n: torch.arange(n) % 3, nn.CrossEntropyLoss(ignore_index=1)),
-    "cross_entropy-probabilities": (lambda n: torch.rand(n, 3).double().softmax(1), nn.CrossEntropyLoss()),
-    "bce": (
-        lambda n: torch.rand(n, 3).double().round(),
-        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 1.0, 0.5]).double()),
-    ),
-    "mse": (lambda n: torch.randn(n, 3).double(), nn.MSELoss()),
-    "callable": (lambda n: torch.randn(n, 3).double(), lambda f, y: (f - y).abs().pow(3).sum(1)),
-}
 
 
 def plain(loss):

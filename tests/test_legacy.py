@@ -340,6 +340,11 @@ def test_positional_options_of_the_metrics(model, loader):
     assert FIM_MonteCarlo(model, loader, PMatDiag, "classif_logits", 2, HERE).size() == (78, 78)
     with pytest.raises(ValueError, match="n_output=4"):
         FIM(model, loader, PMatDiag, 4)
+    assert torch.equal(FIM(model, loader, PMatDiag, 3, device=HERE).get_diag(), truth)
+    with pytest.raises(TypeError, match="multiple values for argument 'variant'"):
+        FIM(model, loader, PMatDiag, 3, variant="classif_logits")
+    with pytest.raises(TypeError, match="positional options, there are variant, device"):
+        FIM(model, loader, PMatDiag, "classif_logits", HERE, None, None, False, 3)
 
 
 def test_log_softmax_is_a_variant(model, loader):

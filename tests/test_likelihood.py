@@ -3,31 +3,18 @@
 import oracle
 import pytest
 import torch
+from laws import LIKELIHOODS
 
-from nngeometry import Bernoulli, Categorical, Gaussian, Poisson
+from nngeometry import Bernoulli, Categorical, Gaussian
 from nngeometry.likelihood import likelihood_of
 from nngeometry.losses import loss_gradient
-
-LIKELIHOODS = {
-    "classif_logits": (Categorical(), (5,)),
-    "segmentation_logits": (Categorical(), (3, 2, 2)),
-    "classif_binary_logits": (Bernoulli(), (2,)),
-    "regression": (Gaussian(), (2, 3)),
-    "poisson": (Poisson(), (3,)),
-}
-
-
-def hessians(f, name):
-    if name == "segmentation_logits":
-        return torch.stack([oracle._hessian(lambda one: -torch.log_softmax(one, 0)[0].sum(), one) for one in f])
-    return oracle.output_hessians(f, name)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_square_root_and_product(name):
-    likelihood, shape = LIKELIHOODS[name]
+    likelihood, shape, fisher = LIKELIHOODS[name]
     f, u = torch.randn(4, *shape), torch.randn(4, *shape)
-    H = hessians(f, name)
+    H = fisher(f)
     cotangents = likelihood.sqrt(f)
     S = cotangents.take(0, cotangents.count).flatten(2)
     torch.testing.assert_close(torch.einsum("cnp,cnq->npq", S, S), H)
@@ -37,12 +24,12 @@ def test_square_root_and_product(name):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_samples_are_unbiased_scores(name):
-    likelihood, shape = LIKELIHOODS[name]
+    likelihood, shape, fisher = LIKELIHOODS[name]
     f = 0.5 * torch.randn(2, *shape)
     trials = 40000
     samples = likelihood.sample(f, trials, torch.Generator(f.device).manual_seed(0))
     S = samples.take(0, trials).flatten(2)
-    H = hessians(f, name)
+    H = fisher(f)
     assert oracle.relative(torch.einsum("cnp,cnq->npq", S, S), H) < 0.05
     mean = S.sum(0) / trials**0.5
     assert float(mean.abs().max()) < 0.05

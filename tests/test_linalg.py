@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from laws import SOLVERS, least_squares
 
 from nngeometry import memory, memory_budget
 from nngeometry.linalg import (
@@ -136,9 +137,9 @@ def test_top_ten_of_a_thousand():
 
 @pytest.mark.parametrize("entries", [1, 7, 8, 16, 19])
 @pytest.mark.parametrize("tuning", [memory.CPU, memory.ACCELERATOR])
-def test_sums_over_a_few_entries_at_a_time(grain, entries, cut, monkeypatch):
+def test_sums_over_a_few_entries_at_a_time(tuning, entries, cut, monkeypatch):
     monkeypatch.setattr(base, "_PIECE", 8)
-    cut(grain)
+    cut(tuning)
     one, other = torch.randn(2, 3, entries), torch.randn(2, 4, entries)
     torch.testing.assert_close(base.inner(one, other), (one @ other.mT).cpu())
     torch.testing.assert_close(base.inner(one[0], other[1]), (one[0] @ other[1].mT).cpu())
@@ -150,8 +151,8 @@ def test_sums_over_a_few_entries_at_a_time(grain, entries, cut, monkeypatch):
 
 
 @pytest.mark.parametrize("tuning", [memory.CPU, memory.ACCELERATOR])
-def test_long_sums_in_single_precision(grain, cut):
-    cut(grain)
+def test_long_sums_in_single_precision(tuning, cut):
+    cut(tuning)
     row = torch.full((1, 3 * 10**6), 0.1, dtype=torch.float32)
     exact = float(row[0, 0].double() ** 2) * row.shape[1]
     assert float(base.inner(row, row)) == pytest.approx(exact, rel=5e-5)
@@ -300,17 +301,6 @@ def test_rows_of_lanczos_end_when_all_are_closed():
 
 
 # Solvers: the same laws for all
-
-
-def least_squares(matvec, b, **options):
-    return lsmr(matvec, matvec, b, **options)
-
-
-def series(matvec, b, *, rtol, max_products=500):
-    return neumann(matvec, b, terms=max_products, scale=1.0, rtol=rtol)
-
-
-SOLVERS = {"cg": cg, "minres": minres, "lsmr": least_squares, "neumann": series}
 
 
 @pytest.fixture(params=SOLVERS)

@@ -13,7 +13,6 @@ from nngeometry import FIM, FIM_MonteCarlo, GramMatrix, LayerCollection, PMatDen
 from nngeometry.changes import Borrowed
 from nngeometry.kinds import declared_whole
 
-torch.set_default_dtype(torch.float64)
 T, D = 3, 4
 
 

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import PROBES, REGUL, STEPS, Task
+from settings import DECAY, PROBES, REGUL, STEPS, Task
 
 import nngeometry
 from nngeometry import (
     FIM,
     GGN,
+    Accumulator,
     EmpiricalFisher,
     FIM_MonteCarlo,
     FMatDense,
@@ -108,6 +109,16 @@ def _product_again(task: Task) -> Callable[[], PVector]:
     return partial(matrix.mv, v)
 
 
+def _update(task: Task) -> Callable[[], float]:
+    accumulator = Accumulator(FIM_MonteCarlo, task.model, PMatKFAC, layer_collection=_collection(task))
+
+    def update() -> float:
+        return accumulator.decay(DECAY).update(task.batches[0]).n
+
+    update()
+    return update
+
+
 def _first_solve(task: Task) -> Callable[[], PVector]:
     matrix = _maker(task)(PMatKFAC)
     b = PVector(matrix.layer_collection, task.vectors())
@@ -143,6 +154,7 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "hessian_product": _product(Hessian),
     "hessian_product_lanczos": _lanczos(Hessian),
     "spectral_density": _density,
+    "accumulator_update": _update,
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,

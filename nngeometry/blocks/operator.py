@@ -76,7 +76,8 @@ class Operator(Functions, Block):
 
     def weight(self) -> float:
         """What the data that it is of count, after a product with it."""
-        assert self.weight_of is not None
+        if self.weight_of is None:
+            raise ValueError("an average of matrices known by their products needs what each counts: give weight_of=")
         return self.weight_of()
 
     def congruence(self, s: Tensor) -> Block:

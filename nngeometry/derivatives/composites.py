@@ -102,41 +102,45 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, input, slope * input)
 
 
-_NORMALISATIONS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}
-_GROUPS = {F.group_norm, torch.group_norm}
+_BATCH_NORMS = {F.batch_norm, torch.batch_norm}
+_INSTANCE_NORMS = {F.instance_norm, torch.instance_norm}
+_GROUP_NORMS = {F.group_norm, torch.group_norm}
 
 
 def normalised(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """``function(*args, **kwargs)``, of a batch or instance normalisation of one example such that its derivative is
-    right.
+    """``function(*args, **kwargs)``, of a normalisation such that its derivative is right.
 
     On a CPU torch (2.13, 2.14) takes one of input and cotangent for the other's order in memory where there is one
     example, whose stride says nothing: strides (C, 1, W C, C) beside contiguous ones give values wrong by their size.
+    So the cotangent gets the strides of the input, or those of the copy that instance_norm makes of it. The input stays
+    as it is: activation checkpoints are run again outside of any mode, and give the backward theirs.
     """
-    if function in _GROUPS:
+    if function in _GROUP_NORMS:
         return _group_norm(function, *args, **kwargs)
-    if not _of_one(function, args, kwargs):
-        return function(*args, **kwargs)
-    if args:
-        y = function(args[0].contiguous(), *args[1:], **kwargs)
-    else:
-        y = function(**{**kwargs, "input": kwargs["input"].contiguous()})
-    if y.requires_grad:
-        y.register_hook(Tensor.contiguous)
+    y = function(*args, **kwargs)
+    if function not in _BATCH_NORMS and function not in _INSTANCE_NORMS:
+        return y
+    x = args[0] if args else kwargs["input"]
+    if y.requires_grad and x.ndim > 2 and x.shape[0] == 1:
+        y.register_hook(_laid_like(x) if function in _BATCH_NORMS else Tensor.contiguous)
     return y
 
 
-def _group_norm(function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Torch's backward for the weight alone reads where there is nothing if the input is in another order of memory."""
-    found: Tensor = function(input if input.requires_grad else input.contiguous(), *args, **kwargs)
-    return found
+def _laid_like(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """From a tensor to the same in the order of memory that x has, without holes and repetitions."""
+    shape, strides = x.shape, torch.empty_like(x, device="meta").stride()
+    return lambda g: g.new_empty_strided(shape, strides).copy_(g)
 
 
-def _of_one(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    if function not in _NORMALISATIONS:
-        return False
-    x = args[0] if args else kwargs["input"]
-    return bool(x.ndim > 2 and x.shape[0] == 1)
+def _group_norm(
+    function: Any, input: Tensor, num_groups: int, weight: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Torch's backward for the weight alone reads where there is nothing if the input is in the order channels_last. So
+    the input is made to depend on the weight, by adding nothing, which is not saved for the way back.
+    """
+    if weight is not None and weight.requires_grad and not input.requires_grad and not input.is_contiguous():
+        input = input + weight[:0].sum()
+    return function(input, num_groups, weight, *args, **kwargs)
 
 
 class OneExample(TorchFunctionMode):
@@ -144,7 +148,9 @@ class OneExample(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return prelu(*args, **kwargs) if func is F.prelu else normalised(func, args, kwargs)
+        if func is F.prelu and torch._C._are_functorch_transforms_active():  # elsewhere torch's own is right
+            return prelu(*args, **kwargs)
+        return normalised(func, args, kwargs)
 
 
 def normalises_one(node: Any) -> bool:

@@ -143,7 +143,9 @@ def coarsest(roots: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
 
 
 #: What torch says of an operation that it cannot differentiate twice.
-_NO_SECOND = re.compile(r"derivative for aten::_?(\w+?)(?:_backward\w*)? is not implemented|@?(once_differentiable)")
+_NO_SECOND = re.compile(
+    r"derivative for (?:aten::|')_?(\w+?)(?:_backward\w*)?'? is not implemented|@?(once_differentiable)"
+)
 
 
 @contextmanager

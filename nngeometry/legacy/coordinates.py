@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import layercollection, layers
-from ..layercollection import Layer, LayerCollection
+from ..layercollection import Layer, LayerCollection, Shape
 from ..object import FVector, PVector, random_pvector, vector
-from .names import attach, renamed, warn
-
-
-class Shape(tuple[int, ...]):
-    """A shape that answers as a parameter of NNGeometry did: ``layer.weight.size``, ``layer.weight.numel()``."""
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        return tuple(self)
-
-    def numel(self) -> int:
-        return prod(self)
+from ..spelling import warn
+from .names import adopt, attach
 
 
 class LayerKind(type(Layer)):  # type: ignore[misc]
@@ -80,96 +66,12 @@ _KIND_OF: dict[type[nn.Module], Any] = {
     )
     for module, arguments, properties in _MADE_OF
 }
-_LAYER_KINDS = {kind.__name__: kind for kind in _KIND_OF.values()}
 EmbeddingLayer = _KIND_OF[nn.Embedding]
-
-
-def _of_kind(
-    cls: type[Layer],
-    name: Any = None,
-    params: Any = None,
-    packing: Any = None,
-    kronecker: Any = None,
-    kind_name: str = "?",
-    module_type: type | None = None,
-    *more: Any,
-    **named: Any,
-) -> Any:
-    """A layer of the class of its type of module, the nearest that has one; an unpickled one knows its name alone."""
-    bases = () if module_type is None else module_type.__mro__
-    found = next((_KIND_OF[base] for base in bases if base in _KIND_OF), None)
-    if module_type is None:
-        found = _LAYER_KINDS.get(f"{kind_name}Layer")
-    return object.__new__(cls if found is None else found)
 
 
 def _module_to_layer(module: nn.Module) -> Layer:
     (layer,) = LayerCollection.from_model(module, frozen=True).layers.values()
     return layer
-
-
-def _from_model(from_model: Callable[..., LayerCollection]) -> Callable[..., LayerCollection]:
-    """``from_model(model, ignore_unsupported_layers=)``."""
-
-    @functools.wraps(from_model)
-    def with_option(cls: type[LayerCollection], model: nn.Module, *selectors: Any, **options: Any) -> LayerCollection:
-        given = [s for s in selectors if not isinstance(s, bool)]
-        if len(given) < len(selectors) or "ignore_unsupported_layers" in options:
-            warn("from_model(model, ignore_unsupported_layers)", "from_model(model): every layer is supported")
-            options.pop("ignore_unsupported_layers", None)
-        return from_model(cls, model, *given, **options)
-
-    return with_option
-
-
-def _add_layer(add_layer: Callable[..., None]) -> Callable[..., None]:
-    """``add_layer(name, layer)`` of a layer without a name; in 0.2 and 0.3 ``name`` ended in ``str(module)``."""
-
-    @functools.wraps(add_layer)
-    def named(self: LayerCollection, name: str, layer: Layer) -> None:
-        if isinstance(name, str) and "(" in name:
-            name = name[: name.index("(")].rpartition(".")[0]
-        renamed = isinstance(layer, Layer) and layer.name != name
-        add_layer(self, name, replace(layer, name=name) if renamed else layer)
-
-    return named
-
-
-def _of_modules(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``parameters(layerid_to_module)`` and ``named_parameters(layerid_to_module)``."""
-
-    @functools.wraps(method)
-    def with_map(self: LayerCollection, model: Any = None, layerid_to_module: Any = None) -> Any:
-        model = layerid_to_module if model is None else model
-        if not isinstance(model, Mapping):
-            return method(self, model)
-        warn(f"{method.__name__}(layerid_to_module)", f"{method.__name__}(model)")
-        named = [
-            (f"{name}.{k}" if name else k, model[name].get_parameter(k))
-            for name, layer in self.layers.items()
-            for k, _ in layer.params
-        ]
-        return iter(named) if method.__name__ == "named_parameters" else [p for _, p in named]
-
-    return with_map
-
-
-def _module_map(self: LayerCollection, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of each layer.
-
-    :meta private:
-    """
-    return {name: model.get_submodule(name) for name in self.layers}
-
-
-def _module_maps(self: LayerCollection, model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, str]]:
-    """The module of each layer, and the layer of each module.
-
-    :meta private:
-    """
-    warn("get_layerid_module_maps(model)", "model.get_submodule(name): a layer has the name of its module")
-    modules = _module_map(self, model)
-    return modules, {module: name for name, module in modules.items()}
 
 
 def random_pvector_dict(layer_collection: LayerCollection, device: Any = None) -> PVector:
@@ -183,39 +85,94 @@ def random_fvector(n_samples: int, n_output: int = 1, device: Any = None, dtype:
     return FVector(torch.randn(n_output, n_samples, device=device, dtype=dtype))
 
 
+class OfVectors:
+    """Old names of vectors, in both spaces."""
+
+    def get_flat_representation(self: Any) -> Tensor:
+        """Old name of ``to_torch()``.
+
+        :meta private:
+        """
+        warn("get_flat_representation()", "to_torch()")
+        values: Tensor = self.to_torch()
+        return values
+
+
+class OfParameterVectors:
+    """Old names of vectors in parameter space."""
+
+    @property
+    def vector_repr(self: Any) -> Any:
+        """Old name of ``to_torch()``."""
+        return self.to_torch()
+
+    @property
+    def dict_repr(self: Any) -> Any:
+        """Old name of ``to_dict()``."""
+        return self.to_dict()
+
+    def get_dict_representation(self: Any) -> Any:
+        """Old name of ``to_dict()``.
+
+        :meta private:
+        """
+        warn("get_dict_representation()", "to_dict()")
+        return self.to_dict()
+
+    def to_torch_layer(self: Any, name: str) -> Any:
+        """The tensors of one layer.
+
+        :meta private:
+        """
+        return self.to_dict()[name]
+
+
+class OfLayers:
+    """Old names of layers."""
+
+    def has_bias(self: Any) -> bool:
+        """Whether it has a bias.
+
+        :meta private:
+        """
+        return self.bias is not None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of its weight are of inputs."""
+        return isinstance(self, EmbeddingLayer)
+
+
+class OfLayerCollections:
+    """Old names of layer collections."""
+
+    def get_layerid_module_map(self: Any, model: nn.Module) -> dict[str, nn.Module]:
+        """The module of each layer.
+
+        :meta private:
+        """
+        return {name: model.get_submodule(name) for name in self.layers}
+
+    def get_layerid_module_maps(self: Any, model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, str]]:
+        """The module of each layer, and the layer of each module.
+
+        :meta private:
+        """
+        warn("get_layerid_module_maps(model)", "model.get_submodule(name): a layer has the name of its module")
+        modules = self.get_layerid_module_map(model)
+        return modules, {module: name for name, module in modules.items()}
+
+    _module_to_layer = staticmethod(_module_to_layer)
+
+
 def install() -> None:
-    """Attach the old names of vectors, layers and layer collections."""
-    to_torch = renamed("get_flat_representation()", "to_torch()", lambda self: self.to_torch())
-    to_dict = renamed("get_dict_representation()", "to_dict()", lambda self: self.to_dict())
-    attach(
-        PVector,
-        vector_repr=property(lambda self: self.to_torch()),
-        dict_repr=property(lambda self: self.to_dict()),
-        get_flat_representation=to_torch,
-        get_dict_representation=to_dict,
-        to_torch_layer=lambda self, name: self.to_dict()[name],
-    )
-    attach(FVector, get_flat_representation=to_torch)
+    """Add the old names of vectors, layers and layer collections."""
+    for kind in (PVector, FVector):
+        adopt(kind, OfVectors)
+    adopt(PVector, OfParameterVectors)
+    adopt(Layer, OfLayers)
+    adopt(LayerCollection, OfLayerCollections)
     attach(vector, random_pvector_dict=random_pvector_dict, random_fvector=random_fvector)
-    attach(
-        Layer,
-        __new__=_of_kind,
-        weight=property(lambda self: Shape(self.params[0][1]), doc=Layer.weight.__doc__),
-        bias=property(
-            lambda self: Shape(dict(self.params)["bias"]) if "bias" in dict(self.params) else None,
-            doc=Layer.bias.__doc__,
-        ),
-        has_bias=lambda self: "bias" in dict(self.params),
-        transposed=property(lambda self: isinstance(self, EmbeddingLayer)),
-    )
-    attach(layercollection, AbstractLayer=Layer, Parameter=lambda *size: Shape(size), **_LAYER_KINDS)
-    attach(
-        LayerCollection,
-        from_model=classmethod(_from_model(LayerCollection.from_model.__func__)),  # type: ignore[attr-defined]
-        add_layer=_add_layer(LayerCollection.add_layer),
-        parameters=_of_modules(LayerCollection.parameters),
-        named_parameters=_of_modules(LayerCollection.named_parameters),
-        get_layerid_module_map=_module_map,
-        get_layerid_module_maps=_module_maps,
-        _module_to_layer=staticmethod(_module_to_layer),
-    )
+    attach(layercollection, AbstractLayer=Layer, Parameter=lambda *size: Shape(size))
+    attach(layercollection, **{kind.__name__: kind for kind in _KIND_OF.values()})
+    Layer.classes.update(_KIND_OF)

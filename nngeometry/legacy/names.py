@@ -1,31 +1,20 @@
-"""How an old name says what it is called now, and how it gets to where it was."""
+"""How an old name gets to where it was: it takes the place of nothing."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
 from typing import Any
 
-
-@functools.cache
-def warn(old: str, new: str) -> None:
-    """Say once what an old name is called now, on behalf of the caller's caller."""
-    warnings.warn(f"{old} is an old name of NNGeometry: write {new}", DeprecationWarning, stacklevel=3)
-
-
-def renamed(old: str, new: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` under an old name."""
-
-    def under_the_old_name(*args: Any, **kwargs: Any) -> Any:
-        warn(old, new)
-        return function(*args, **kwargs)
-
-    under_the_old_name.__doc__ = f"Old name of ``{new}``.\n\n:meta private:"
-    return under_the_old_name
+_OF_EVERY_CLASS = {*vars(type("Empty", (), {})), "__annotations__"}
 
 
 def attach(target: Any, **names: Any) -> None:
-    """Set attributes of a class or module."""
+    """Give a class or module names that it does not have."""
     for name, value in names.items():
+        if hasattr(target, name):
+            raise AttributeError(f"{target.__name__} has {name!r} already: an old name adds to it and replaces nothing")
         setattr(target, name, value)
+
+
+def adopt(target: type, old: type) -> None:
+    """Give a class what stands in the body of another, which holds its old names."""
+    attach(target, **{name: value for name, value in vars(old).items() if name not in _OF_EVERY_CLASS})

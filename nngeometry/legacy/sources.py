@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -10,19 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from .. import arguments, blocks, generator, gram, hessian, likelihood, metrics
+from .. import blocks, generator, gram, likelihood, metrics
 from ..blocks import Block
-from ..changes import Borrowed
 from ..generator import Generator
 from ..hessian import LossCurvature
 from ..layercollection import LayerCollection
-from ..losses import output_loss
-from ..losses.output import ByExample
 from ..model import data
-from ..model.evaluator import State
-from ..model.weights import Weights
 from ..object import (
     FMatDense,
     FVector,
@@ -40,8 +33,9 @@ from ..object import (
     PMatQuasiDiag,
     PVector,
 )
-from .layout import make_lowrank
-from .names import attach, warn
+from ..object.tensors import make_lowrank
+from ..spelling import warn
+from .names import adopt, attach
 
 
 class TorchHooksJacobianBackend(Generator):
@@ -157,8 +151,7 @@ def _get_kfe_diag(
     like = torch.ones((), dtype=self.dtype, device=self.device)
     ones = {name: like.expand(layer.numel()) for name, layer in lc.layers.items()}
     diags: Any = {name: one if kfe[name] is not None else one.diag() for name, one in ones.items()}
-    kind: Any = PMatEKFAC
-    M = kind(lc, data=(kfe, diags))
+    M = PMatEKFAC(lc, data=(kfe, diags))
     M.generator = self.on(lc)
     return dict(M.update_diag(self._given(examples)).data[1])
 
@@ -177,7 +170,7 @@ def _gives(kind: type[PMat]) -> Callable[..., Any]:
     def data_of(
         self: TorchHooksJacobianBackend, examples: Any = None, layer_collection: LayerCollection | None = None
     ) -> Any:
-        return self._matrix(kind, examples, layer_collection).data  # type: ignore[attr-defined]
+        return self._matrix(kind, examples, layer_collection).data
 
     return data_of
 
@@ -276,6 +269,8 @@ def GradientSecondMoment(
 class TorchFuncHessianBackend(LossCurvature):
     """The Hessian of ``function(prediction, target)``, a loss."""
 
+    function_is_loss = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -301,195 +296,22 @@ class TorchFuncHessianBackend(LossCurvature):
         return PMatImplicit(lc, source, examples=examples).mv(v)
 
 
-class _Reduced:
-    """A loss that gives one number for a minibatch: a mean over its examples or their sum, whichever it is."""
+class OfGenerators:
+    """Old names of generators."""
 
-    def __init__(self, loss: Callable[..., Tensor], f: Tensor, *targets: Any) -> None:
-        self.loss = loss
-        n, first = len(f), max(1, len(f) // 2)
-        noise = torch.cos(torch.arange(f.numel(), dtype=f.dtype, device=f.device)).view_as(f)
-        found = set()
-        for g in (f, f + noise, f - 2 * noise):  # at one of them it may be zero
-            twice = torch.cat([torch.arange(n), torch.arange(n)])
-            once, doubled = (_on_rows(loss, g, targets, index) for index in (torch.arange(n), twice))
-            halves = (torch.arange(first), torch.arange(first, n)) if n > 1 else (torch.arange(n),)
-            parts = [_on_rows(loss, g, targets, index) for index in halves]
-            if max(map(abs, (once, doubled, *parts))) == 0:
-                continue
-            counted = sum(len(index) * part for index, part in zip(halves, parts, strict=True))
-            mean = _same(doubled, once, f) and _same(counted, n * once, f)
-            total = _same(doubled, 2 * once, f) and _same(sum(parts), once, f)
-            found.add("mean" if mean else "sum" if total else "neither")
-        if found not in ({"mean"}, {"sum"}):
-            raise ValueError(
-                "Hessian: the loss gives one number for a minibatch, which is put together from those of its examples "
-                "but is neither their mean nor their sum: use one with one value for each example, or one of torch.nn"
-            )
-        self.mean = found == {"mean"}
+    def get_device(self: Any) -> Any:
+        """Old name of ``device``.
 
-    def total(self, f: Tensor, *targets: Any) -> Tensor:
-        return self.loss(f, *targets) * (len(f) if self.mean else 1)
-
-    def weight(self, f: Tensor, *targets: Any) -> float:
-        return len(f)
-
-
-def _on_rows(loss: Callable[..., Tensor], f: Tensor, targets: tuple[Any, ...], index: Tensor) -> float:
-    """The loss of some examples."""
-    rows = index.to(f.device)
-    return float(
-        loss(f[rows], *(t[rows] if isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(f) else t for t in targets))
-    )
-
-
-def _same(a: float, b: float, like: Tensor) -> bool:
-    """Equal up to rounding."""
-    return abs(a - b) <= torch.finfo(like.dtype).eps ** 0.5 * max(abs(a), abs(b))
-
-
-def _operator(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """``Hessian(model, loader, representation, function)`` with a loss of one number for a minibatch, as the fourth
-    argument or as ``function=``.
-    """
-
-    @functools.wraps(operator)
-    def with_function(self: LossCurvature, examples: Any) -> Any:
-        if not isinstance(examples, Iterator):
-            if self.function is not None:
-                reduced = _reduced(self, examples)
-                if reduced is not None:
-                    if not isinstance(self, TorchFuncHessianBackend):
-                        warn("Hessian(..., function=loss)", "Hessian(..., loss=loss); function= is the model to call")
-                    _use(self, reduced)
-                    self.function = None
-            elif isinstance(self.loss, ByExample):
-                reduced = _of_a_minibatch(self, examples)
-                if reduced is not None:
-                    _use(self, reduced)
-        return operator(self, examples)
-
-    return with_function
-
-
-def _use(source: LossCurvature, loss: Any) -> None:
-    source.loss, source._total, source._weight = loss, loss.total, loss.weight
-
-
-def _reduced(source: LossCurvature, examples: Any) -> Any:
-    """The function of a source as a loss, None if it is none: called as one, it gives no scalar."""
-    batch = _first(source, examples)
-    function: Any = source.function
-    certain = isinstance(source, TorchFuncHessianBackend)
-    if not certain and _is_of_minibatches(source, function, batch):
-        return None
-    try:
-        with _trying(source):
-            own = data.map_tensors(Tensor.clone, batch)
-            f = source.model(data.arguments(own)[0])
-            value = function(f, *source.targets(own))
-    except Exception:
-        if certain:
-            raise
-        return None
-    if not isinstance(value, Tensor):
-        return None
-    if value.ndim > 0:
-        return output_loss(function) if certain else None
-    return output_loss(function) if isinstance(function, nn.Module) else _Reduced(function, f, *source.targets(batch))
-
-
-def _is_of_minibatches(source: LossCurvature, function: Any, batch: data.Batch) -> bool:
-    """Whether a function of the elements of a minibatch gives a row for each example, as one of a model does."""
-    try:
-        with _trying(source):
-            rows = function(*data.arguments(data.map_tensors(Tensor.clone, batch)))
-    except Exception:
-        return False
-    return isinstance(rows, Tensor) and rows.ndim > 0 and len(rows) == data.count(batch)
-
-
-def _trying(source: LossCurvature) -> Borrowed:
-    """The model at copies of all its tensors, for a look."""
-    weights = Weights([source.model], source.layer_collection.parameters(source.model))
-    return source.running(weights.in_place, State(source.model, values=True), record=False)
-
-
-def _first(source: LossCurvature, examples: Any) -> Any:
-    """The first minibatch, with the random state as it was: a shuffling loader draws from it."""
-    with torch.random.fork_rng(devices=[]):
-        return next(data.minibatches(examples, source.device))
-
-
-def _of_a_minibatch(source: LossCurvature, examples: Any) -> Any:
-    """The loss of a source as one of a minibatch, None if it does not give one number for that."""
-    loss: Any = getattr(source.loss, "loss", None)
-    batch = _first(source, examples)
-    try:
-        with _trying(source):
-            f = source.outputs_unchecked(batch)
-            value = loss(f, *source.targets(batch))
-    except Exception:
-        return None  # it says what is wrong when it is used
-    of_one = not isinstance(value, Tensor) or value.ndim > 0 or len(f) == 1
-    return None if of_one else _Reduced(loss, f, *source.targets(batch))
-
-
-def _positional(matrix: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    """A metric whose options may be positional, in NNGeometry's order; in 0.2 and 0.3 n_output came first."""
-
-    @arguments.called_as
-    @functools.wraps(matrix)
-    def with_positions(model: nn.Module, loader: Any, representation: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > 1 or (args and isinstance(args[0], int)):
-            order = ("n_output", *names) if isinstance(args[0], int) else names
-            warn(f"{matrix.__name__} with positional options", ", ".join(f"{name}=" for name in order))
-            kwargs.update(zip(order, args, strict=False))
-            args = ()
-        if "covariance" in kwargs:
-            kwargs["variant"] = _with_covariance(*args, **kwargs)
-            kwargs.pop("covariance")
-            args = ()
-        return matrix(model, loader, representation, *args, **kwargs)
-
-    return with_positions
-
-
-def _with_covariance(variant: Any = "classif_logits", covariance: Any = 1.0, **options: Any) -> likelihood.Gaussian:
-    """``FIM_MonteCarlo(variant="regression", covariance=c)``: c times the matrix, as of targets of variance 1 / c."""
-    warn("covariance=c", "variant=Gaussian(1 / c)")
-    if variant != "regression":
-        raise ValueError(f"covariance= is for variant='regression', got variant={variant!r}: leave it out")
-    values = torch.as_tensor(covariance)
-    if values.numel() != 1 or float(values) <= 0:
-        raise ValueError(f"covariance={covariance!r}: expected one positive number, the same for all outputs")
-    return likelihood.Gaussian(1 / float(values))
-
-
-def _get_device(self: Generator) -> torch.device:
-    return self.device
-
-
-def remember(source: Any, examples: Any) -> None:
-    """Keep the loader of a matrix for the matrices that are made of its generator alone, ``PMatDiag(F.generator)``."""
-    if isinstance(source, Generator) and isinstance(examples, DataLoader):
-        source.examples = examples  # type: ignore[attr-defined]
+        :meta private:
+        """
+        return self.device
 
 
 def install() -> None:
-    """Attach the old names and arguments of what makes matrices."""
-    attach(Generator, get_device=_get_device)
+    """Attach the old names of what makes matrices."""
+    adopt(Generator, OfGenerators)
     attach(
         TorchHooksJacobianBackend, **{name: _gives(kind) for name, kind in _GIVES.items()}, get_kfe_diag=_get_kfe_diag
     )
-    attach(LossCurvature, operator=_operator(LossCurvature.operator))
     attach(generator, Jacobian=Jacobian)
-    likelihood.VARIANTS["classif_logsoftmax"] = likelihood.VARIANTS["classif_logits"]
-    order = ("device", "function", "layer_collection", "verbose")
-    attach(
-        metrics,
-        FIM=_positional(metrics.FIM, ("variant", *order)),
-        FIM_MonteCarlo=_positional(metrics.FIM_MonteCarlo, ("variant", "trials", *order)),
-        GradientSecondMoment=GradientSecondMoment,
-        FIM_Types=FIM_Types,
-    )
-    attach(hessian, Hessian=_positional(hessian.Hessian, ("function", "layer_collection", "verbose")))
+    attach(metrics, GradientSecondMoment=GradientSecondMoment, FIM_Types=FIM_Types)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..object import PMat, PVector
+from ..object.old_arguments import cg
+
+__all__ = ["cg", "display_correl", "get_n_parameters", "grad", "kronecker"]
 
 
 def kronecker(A: Tensor, B: Tensor) -> Tensor:
@@ -48,39 +50,6 @@ def _leaves(node: Any) -> Iterator[Tensor]:
     elif node is not None:
         for before, _ in node.next_functions:
             yield from _leaves(before)
-
-
-def cg(
-    A: PMat,
-    b: PVector,
-    regul: float = 1e-8,
-    x0: PVector | None = None,
-    rtol: float = 1e-5,
-    atol: float = 0.0,
-    max_iter: int | None = None,
-    M: PMat | None = None,
-) -> PVector:
-    """``(A + regul)^-1 b`` by conjugate gradients, with M for a preconditioner; warns if max_iter was too few."""
-    target = max(rtol * float(b.norm()), atol)
-    x = 0.0 * b if x0 is None else x0
-    r = b - A.mv(x) - regul * x
-    p, before = 0.0 * b, 1.0
-    for _ in range(10 * A.size(0) if max_iter is None else max_iter):
-        if float(r.norm()) <= target:
-            return x
-        z = r if M is None else M.solve(r, regul=regul)
-        now = float(r.dot(z))
-        p, before = z + (now / before) * p, now
-        Ap = A.mv(p) + regul * p
-        step = now / float(p.dot(Ap))
-        x, r = x + step * p, r - step * Ap
-    if float(r.norm()) > target:
-        warnings.warn(
-            f"cg: residual {float(r.norm()):.3g} after max_iter products, the target was {target:.3g}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return x
 
 
 def get_n_parameters(model: nn.Module) -> int:

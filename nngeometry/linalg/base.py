@@ -22,12 +22,22 @@ Sampler = Callable[..., Tensor]
 
 
 def rademacher(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Signs ``(count, size)``: of all probes those of least variance for a trace; exact on a diagonal matrix.
+    """Random signs: of all probes those of least variance for a trace; exact on a diagonal matrix.
 
-    >>> rademacher(3, 2, like=torch.empty(0)).abs()
-    tensor([[1., 1.],
-            [1., 1.],
-            [1., 1.]])
+    Args:
+        count: How many rows.
+        size: Their length.
+        like: An empty tensor of the dtype and device.
+        generator: The source of randomness, by default torch's global one; the signs are drawn on its device.
+
+    Returns:
+        Rows ``(count, size)``.
+
+    Example:
+        >>> rademacher(3, 2, like=torch.empty(0)).abs()
+        tensor([[1., 1.],
+                [1., 1.],
+                [1., 1.]])
     """
     device = like.device if generator is None else generator.device
     signs = torch.randint(0, 2, (count, size), dtype=torch.int8, device=device, generator=generator)
@@ -35,20 +45,40 @@ def rademacher(count: int, size: int, *, like: Tensor, generator: torch.Generato
 
 
 def gaussian(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal rows ``(count, size)``.
+    """Standard normal rows.
 
-    >>> gaussian(3, 2, like=torch.empty(0)).shape
-    torch.Size([3, 2])
+    Args:
+        count: How many rows.
+        size: Their length.
+        like: An empty tensor of the dtype and device.
+        generator: The source of randomness, by default torch's global one; they are drawn on its device.
+
+    Returns:
+        Rows ``(count, size)``.
+
+    Example:
+        >>> gaussian(3, 2, like=torch.empty(0)).shape
+        torch.Size([3, 2])
     """
     device = like.device if generator is None else generator.device
     return torch.randn(count, size, dtype=like.dtype, device=device, generator=generator).to(like)
 
 
 def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Rows ``(count, size)`` uniform on the sphere of radius sqrt(size).
+    """Rows that are uniform on the sphere of radius sqrt(size).
 
-    >>> sphere(3, 4, like=torch.empty(0)).norm(dim=1).round(decimals=3)
-    tensor([2., 2., 2.])
+    Args:
+        count: How many rows.
+        size: Their length.
+        like: An empty tensor of the dtype and device.
+        generator: The source of randomness, by default torch's global one; they are drawn on its device.
+
+    Returns:
+        Rows ``(count, size)``.
+
+    Example:
+        >>> sphere(3, 4, like=torch.empty(0)).norm(dim=1).round(decimals=3)
+        tensor([2., 2., 2.])
     """
     rows = gaussian(count, size, like=like, generator=generator)
     return rows * (size**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
@@ -58,11 +88,18 @@ def sphere(count: int, size: int, *, like: Tensor, generator: torch.Generator | 
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products of rows, ``(..., k, p), (..., m, p) -> (..., k, m)``, summed in float64, on the CPU: a sum over
-    ten million entries in float32 is off by 1e-4.
+    """Inner products of rows, summed in float64: a sum over ten million entries in float32 is off by 1e-4.
 
-    >>> inner(torch.ones(1, 3), torch.ones(2, 3))
-    tensor([[3., 3.]], dtype=torch.float64)
+    Args:
+        one: Rows ``(..., k, p)``.
+        other: Rows ``(..., m, p)``.
+
+    Returns:
+        ``(..., k, m)`` in float64, on the CPU.
+
+    Example:
+        >>> inner(torch.ones(1, 3), torch.ones(2, 3))
+        tensor([[3., 3.]], dtype=torch.float64)
     """
     if one.ndim > 2 and not tuning(one.device).has_cache:  # several axes in front cannot be multiplied without copies
         return torch.stack([inner(a, b) for a, b in zip(one, other, strict=True)])
@@ -125,13 +162,21 @@ def orthogonalise(rows: Tensor, basis: Tensor, near: int) -> tuple[Tensor, Tenso
 
 
 def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0.0) -> Tensor:
-    """Orthonormal rows that span what ``rows`` adds to an orthonormal ``basis``; what is not above ``floor`` (a
-    singular value), or is rounding error of the rows, is left out, so there may be fewer.
+    """Orthonormal rows that span what ``rows`` adds to an orthonormal basis.
 
-    >>> orthonormal_rows(torch.tensor([[3.0, 4.0, 0.0], [6.0, 8.0, 0.0]])).abs()
-    tensor([[0.6000, 0.8000, 0.0000]])
+    What is not above ``floor``, or is rounding error of the rows, is left out, so there may be fewer.
 
-    Source: "twice is enough", Giraud, Langou, Rozloznik (2005), Comput. Math. Appl. 50.
+    Args:
+        rows: Rows ``(k, p)``.
+        basis: Orthonormal rows ``(m, p)``, by default none.
+        floor: A singular value, by default 0.
+
+    Example:
+        >>> orthonormal_rows(torch.tensor([[3.0, 4.0, 0.0], [6.0, 8.0, 0.0]])).abs()
+        tensor([[0.6000, 0.8000, 0.0000]])
+
+    Source:
+        "twice is enough", Giraud, Langou, Rozloznik (2005), Comput. Math. Appl. 50.
     """
     out = rows
     floor = max(floor, noise(rows) * float(torch.linalg.vector_norm(rows)))
@@ -190,9 +235,12 @@ def noise(rows: Tensor) -> float:
 class Estimate(NamedTuple):
     """A value known up to a random error: the convention of the whole library.
 
-    value: the estimate. error: its standard error, of the same shape, such that ``value +- 1.96 error`` is a 95 %
-    interval (for few probes it is widened by Student's quantile: by 15 % with ten, by 3 % with fifty). Zero where
-    the value is exact. products: how many vectors were multiplied with the matrix.
+    Attributes:
+        value: The estimate.
+        error: Its standard error, of the same shape, such that ``value +- 1.96 error`` is a 95 % interval (for few
+            probes it is widened by Student's quantile: by 15 % with ten, by 3 % with fifty). It is zero where the value
+            is exact.
+        products: How many vectors were multiplied with the matrix.
     """
 
     value: Tensor
@@ -203,8 +251,13 @@ class Estimate(NamedTuple):
 def mean_of(samples: Tensor, products: int) -> Estimate:
     """The mean over the first axis, with its standard error.
 
-    >>> mean_of(torch.tensor([1.0, 2.0, 3.0]), products=3).value
-    tensor(2.)
+    Args:
+        samples: Independent samples ``(n, ...)``.
+        products: How many products they took.
+
+    Example:
+        >>> mean_of(torch.tensor([1.0, 2.0, 3.0]), products=3).value
+        tensor(2.)
     """
     n = len(samples)
     return Estimate(samples.mean(0), samples.std(0) * (widening(n) / n**0.5), products)
@@ -226,8 +279,12 @@ def widening(n: int) -> float:
 
 
 class Solution(NamedTuple):
-    """x: the solutions, a row each. residuals: relative residuals ``(k,)``, recomputed from x at the end.
-    products: how many calls of ``matvec``, each on all rows that were not finished.
+    """The solutions of several systems.
+
+    Attributes:
+        x: The solutions, a row each.
+        residuals: Relative residuals ``(k,)``, recomputed from x at the end.
+        products: How many calls of ``matvec`` there were, each on all rows that were not finished.
     """
 
     x: Tensor

@@ -19,17 +19,28 @@ def cg(
 ) -> Solution:
     """Solve ``A x = b`` for a symmetric positive definite A, each row of b on its own.
 
-    matvec: ``(k, p) -> (k, p)``, called on the rows that have not converged. b: ``(k, p)``. x0: where to start, by
-    default at zero. rtol: target of \\|b - A x\\| / \\|b\\|, the true residual. max_products: how many calls of matvec,
-    by default 10 p + 10, at most 10 000. preconditioner: an approximation of A^-1, symmetric positive definite,
-    ``(k, p) -> (k, p)``. Raises ``RuntimeError`` if the target is not reached, and says whether the number of
-    products, the precision or a matrix that is not positive definite stood in the way.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``, which is called on the rows that have not converged.
+        b: Right-hand sides ``(k, p)``.
+        x0: Where to start, ``(k, p)``, by default at zero.
+        rtol: The target of ``|b - A x| / |b|``, the true residual, by default 1e-6.
+        max_products: How many calls of matvec there may be, by default 10 p + 10, at most 10 000.
+        preconditioner: An approximation of A^-1, symmetric positive definite, ``(k, p) -> (k, p)``; by default none.
 
-    >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
-    >>> cg(lambda v: v @ A, torch.ones(1, 3)).x
-    tensor([[1.0000, 0.5000, 0.2500]])
+    Returns:
+        The solution, with its true residuals and the number of calls.
 
-    Source: Hestenes and Stiefel (1952), J. Res. Natl. Bur. Stand. 49.
+    Raises:
+        RuntimeError: If the target is not reached. It says whether the number of products, the precision or a matrix
+            that is not positive definite stood in the way.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+        >>> cg(lambda v: v @ A, torch.ones(1, 3)).x
+        tensor([[1.0000, 0.5000, 0.2500]])
+
+    Source:
+        Hestenes and Stiefel (1952), J. Res. Natl. Bur. Stand. 49.
     """
     condition = preconditioner or (lambda v: v)
 

@@ -16,16 +16,29 @@ def minres(
     rtol: float = 1e-6,
     max_products: int | None = None,
 ) -> Solution:
-    """Solve ``A x = b`` for a symmetric A that may be indefinite, each row of b on its own.
+    """Solve ``A x = b`` for a symmetric A that may be indefinite, each row of b on its own. A singular system is solved
+    where it is consistent.
 
-    Options as of :func:`cg`. A singular system is solved where it is consistent. Raises ``RuntimeError`` if the true
-    residual does not reach rtol.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``, which is called on the rows that have not converged.
+        b: Right-hand sides ``(k, p)``.
+        x0: Where to start, ``(k, p)``, by default at zero.
+        rtol: The target of ``|b - A x| / |b|``, the true residual, by default 1e-6.
+        max_products: How many calls of matvec there may be, by default 10 p + 10, at most 10 000.
 
-    >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
-    >>> minres(lambda v: v @ A, torch.ones(1, 3)).x.round(decimals=3)
-    tensor([[ 1.0000, -0.5000,  0.2500]])
+    Returns:
+        The solution, with its true residuals and the number of calls.
 
-    Source: Paige and Saunders (1975), SIAM J. Numer. Anal. 12.
+    Raises:
+        RuntimeError: If the true residual does not reach rtol.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
+        >>> minres(lambda v: v @ A, torch.ones(1, 3)).x.round(decimals=3)
+        tensor([[ 1.0000, -0.5000,  0.2500]])
+
+    Source:
+        Paige and Saunders (1975), SIAM J. Numer. Anal. 12.
     """
 
     # Lanczos vectors v; T = Q R by Givens rotations (c, s); w the columns of V R^-1; phi the residual up to sign.
@@ -95,20 +108,32 @@ def lsmr(
     rtol: float = 1e-6,
     max_products: int | None = None,
 ) -> Solution:
-    """Minimise ``|A x - b|^2 + damp^2 |x|^2`` for a rectangular A, each row of b on its own; of all minimisers the
-    one of least norm.
+    """Minimise ``|A x - b|^2 + damp^2 |x|^2`` for a rectangular A, each row of b on its own. Of all minimisers it is
+    the one of least norm.
 
-    matvec: A, ``(k, p) -> (k, q)``. rmatvec: its transpose, ``(k, q) -> (k, p)``. b: ``(k, q)``, or a vector
-    ``(q,)``. rtol: target of \\|A^T (b - A x) - damp^2 x\\| / \\|A^T b\\|, the residual of the normal equations, which
-    vanishes at the minimum whether or not the system has a solution; that is what ``residuals`` holds, recomputed
-    from x. max_products: how many calls of matvec, each with one of rmatvec, by default 10 p + 10, at most 10 000.
-    Raises ``RuntimeError`` if the target is not reached.
+    Args:
+        matvec: A, ``(k, p) -> (k, q)``.
+        rmatvec: Its transpose, ``(k, q) -> (k, p)``.
+        b: Right-hand sides ``(k, q)``, or a vector ``(q,)``.
+        damp: The weight of the norm of x, by default 0.
+        rtol: The target of ``|A^T (b - A x) - damp^2 x| / |A^T b|``, by default 1e-6: the residual of the normal
+            equations, which vanishes at the minimum whether or not the system has a solution.
+        max_products: How many calls of matvec there may be, each with one of rmatvec, by default 10 p + 10, at most 10
+            000.
 
-    >>> A = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    >>> lsmr(lambda v: v @ A.T, lambda u: u @ A, torch.tensor([1.0, 2.0, 5.0])).x.round(decimals=3)
-    tensor([1., 1.])
+    Returns:
+        The solution, with these residuals, recomputed from x, and the number of calls.
 
-    Source: Fong and Saunders (2011), 1006.0758.
+    Raises:
+        RuntimeError: If the target is not reached.
+
+    Example:
+        >>> A = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> lsmr(lambda v: v @ A.T, lambda u: u @ A, torch.tensor([1.0, 2.0, 5.0])).x.round(decimals=3)
+        tensor([1., 1.])
+
+    Source:
+        Fong and Saunders (2011), 1006.0758.
     """
     if b.ndim == 1:
         x, residuals, products = lsmr(matvec, rmatvec, b.unsqueeze(0), damp=damp, rtol=rtol, max_products=max_products)
@@ -173,14 +198,24 @@ def lsmr(
 def neumann(matvec: Matvec, b: Tensor, *, terms: int, scale: float = 1.0, rtol: float | None = 1e-6) -> Solution:
     """``A^-1 b`` by the Neumann series ``scale sum_j (1 - scale A)^j b``, each row of b on its own.
 
-    matvec: ``(k, p) -> (k, p)``. terms: at most how many. scale: the series converges if all eigenvalues of scale
-    times A lie between 0 and 2. rtol: target of the relative residual, which but for rounding is the next term of
-    the series; with None all terms are taken, and the residuals, recomputed from x, are whatever they are. Raises
-    ``RuntimeError`` if the target is not reached, or the series diverges.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        b: Right-hand sides ``(k, p)``.
+        terms: How many terms there may be.
+        scale: The series converges if all eigenvalues of scale times A lie between 0 and 2; by default 1.
+        rtol: The target of the relative residual, by default 1e-6, which but for rounding is the next term of the
+            series. With None all terms are taken, and the residuals, recomputed from x, are whatever they are.
 
-    >>> A = torch.diag(torch.tensor([1.0, 0.5]))
-    >>> neumann(lambda v: v @ A, torch.ones(1, 2), terms=30).x.round(decimals=3)
-    tensor([[1., 2.]])
+    Returns:
+        The solution, with its true residuals and the number of calls.
+
+    Raises:
+        RuntimeError: If the target is not reached, or the series diverges.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 0.5]))
+        >>> neumann(lambda v: v @ A, torch.ones(1, 2), terms=30).x.round(decimals=3)
+        tensor([[1., 2.]])
     """
     start = torch.linalg.vector_norm(b, dim=1)
     x, term, norms, products = torch.zeros_like(b), b, start, 0

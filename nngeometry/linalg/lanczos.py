@@ -20,8 +20,12 @@ MISSED = 1e-6
 
 
 class Krylov(NamedTuple):
-    """basis: orthonormal rows ``(m, p)``. matrix: the matrix in that basis ``(m, m)``, in float64: tridiagonal, or
-    block tridiagonal. closed: the basis spans an invariant space, so every eigenvalue of ``matrix`` is exact.
+    """A Krylov space.
+
+    Attributes:
+        basis: Orthonormal rows ``(m, p)``.
+        matrix: The matrix in that basis ``(m, m)``, in float64: tridiagonal, or block tridiagonal.
+        closed: Whether the basis spans an invariant space, so that every eigenvalue of ``matrix`` is exact.
     """
 
     basis: Tensor
@@ -30,9 +34,14 @@ class Krylov(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    """values: ``(k,)``. vectors: orthonormal rows ``(k, p)``. residuals: \\|A v - l v\\| ``(k,)``, computed from the
-    matrix at the end; within this distance of each value there is an eigenvalue. products: how many vectors were
-    multiplied with the matrix.
+    """Some eigenvalues with their eigenvectors.
+
+    Attributes:
+        values: The eigenvalues ``(k,)``.
+        vectors: Orthonormal rows ``(k, p)``.
+        residuals: ``|A v - l v|`` ``(k,)``, computed from the matrix at the end; within this distance of each value
+            there is an eigenvalue.
+        products: How many vectors were multiplied with the matrix.
     """
 
     values: Tensor
@@ -128,16 +137,28 @@ class _Space:
 def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Krylov:
     """An orthonormal basis of the Krylov space of a symmetric matrix and some rows, and the matrix in it.
 
-    matvec: ``(k, p) -> (k, p)``. start: ``(k, p)``, a block of rows that share one space. steps: how often the block
-    is multiplied; the basis has up to ``k steps`` rows, fewer if the space closes. Every new row is orthogonalised
-    twice against all others, so no eigenvalue appears twice that is not double.
+    Every new row is orthogonalised twice against all others, so no eigenvalue appears twice that is not double.
 
-    >>> A = torch.diag(torch.arange(1.0, 6.0))
-    >>> space = lanczos(lambda v: v @ A, torch.ones(1, 5), steps=5)
-    >>> torch.linalg.eigvalsh(space.matrix).round(decimals=3)
-    tensor([1., 2., 3., 4., 5.], dtype=torch.float64)
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        start: Rows ``(k, p)`` that share one space.
+        steps: How often the block is multiplied; the basis has up to ``k steps`` rows, fewer if the space closes.
 
-    Source: Lanczos (1950), J. Res. Natl. Bur. Stand. 45; Golub and Underwood (1977) for blocks.
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: If the matrix is seen not to be symmetric.
+        RuntimeError: If a product is not finite.
+
+    Example:
+        >>> A = torch.diag(torch.arange(1.0, 6.0))
+        >>> space = lanczos(lambda v: v @ A, torch.ones(1, 5), steps=5)
+        >>> torch.linalg.eigvalsh(space.matrix).round(decimals=3)
+        tensor([1., 2., 3., 4., 5.], dtype=torch.float64)
+
+    Source:
+        Lanczos (1950), J. Res. Natl. Bur. Stand. 45; Golub and Underwood (1977) for blocks.
     """
     size = start.shape[1]
     space = _Space(matvec, min(size, len(start) * steps), size, start)
@@ -168,26 +189,40 @@ def eigsh(
 ) -> Eigenpairs:
     """Some eigenpairs of a symmetric matrix, by thick-restart Lanczos with full reorthogonalisation.
 
-    matvec: ``(k, p) -> (k, p)``. size: p. k: how many. which: "largest" (descending), "smallest" (ascending),
-    "magnitude" (largest absolute value first) or "both" (the k largest and the k smallest, all descending; each pair
-    once if that is more than p). tol: bound of the residuals relative to the largest absolute eigenvalue, by default
-    eps^(2/3), 4e-11 in float64; the error of the eigenvalues is usually its square. max_products: by default 100 for
-    each pair, and at least 2000. block: rows multiplied at once. basis: how many rows to hold, by default up to 200
-    within half of the memory budget. A matrix no larger than that is simply built, by p products; so is one that
-    fits a sixteenth of the budget when p products were not enough. multiplicities: begin again at random rows until
-    nothing new is found, for up to twice as many products. Without it, further copies of a repeated eigenvalue
-    beyond ``block`` may be missed; with it, one is missed with a chance of about 1e-6.
-    generator: of the first rows, by default one of its own with a fixed seed. like: an empty tensor of the dtype and
-    device.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        k: How many pairs.
+        which: "largest" (descending, the default), "smallest" (ascending), "magnitude" (largest absolute value first)
+            or "both" (the k largest and the k smallest, all descending; each pair once if that is more than p).
+        tol: The bound of the residuals relative to the largest absolute eigenvalue, by default eps^(2/3), 4e-11 in
+            float64; the error of the eigenvalues is usually its square.
+        max_products: How many vectors may be multiplied, by default 100 for each pair, and at least 2000.
+        block: How many rows are multiplied at once, by default 1.
+        basis: How many rows to hold, by default up to 200 within half of the memory budget. A matrix no larger than
+            that is simply built, by p products; so is one that fits a sixteenth of the budget when p products were not
+            enough.
+        multiplicities: Whether to begin again at random rows until nothing new is found, for up to twice as many
+            products; by default True. Without it, further copies of a repeated eigenvalue beyond ``block`` may be
+            missed; with it, one is missed with a chance of about 1e-6.
+        generator: The source of the first rows, by default one of its own with a fixed seed.
+        like: An empty tensor of the dtype and device.
 
-    Raises ``RuntimeError`` unless all pairs asked for have converged.
+    Returns:
+        The pairs, with their residuals.
 
-    >>> l = torch.tensor([5.0, 5.0, 3.0, 1.0, 0.0])
-    >>> eigsh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
-    tensor([5., 5., 3.])
+    Raises:
+        RuntimeError: Unless all pairs asked for have converged.
+        ValueError: For a matrix that is seen not to be symmetric, or a tolerance that the dtype does not allow.
 
-    Source: Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22. That a random start misses no end of the spectrum:
-    Kuczynski and Wozniakowski (1992), ibid. 13.
+    Example:
+        >>> l = torch.tensor([5.0, 5.0, 3.0, 1.0, 0.0])
+        >>> eigsh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
+        tensor([5., 5., 3.])
+
+    Source:
+        Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22. That a random start misses no end of the spectrum: Kuczynski
+        and Wozniakowski (1992), ibid. 13.
     """
     for name, value in (("k", k), ("block", block), ("max_products", max_products)):
         if value is not None or name != "max_products":
@@ -423,21 +458,33 @@ def funm(
 ) -> Tensor:
     """``f(A) b`` for a symmetric matrix and each row of b, by Lanczos.
 
-    matvec: ``(k, p) -> (k, p)``. b: ``(k, p)``. f: acts on a tensor of Ritz values, which lie between the smallest
-    and the largest eigenvalue. steps: at most how many products for each row, by default 500. tol: relative error to
-    reach, by default eps^(2/3), 4e-11 in float64; it is extrapolated from how the result changed while the space grew
-    three times by a fifth. Exact when the space closes, at the latest after p steps. Memory: k x steps x p numbers,
-    in chunks of rows that fit the memory budget.
+    It is exact when the space closes, at the latest after p steps. It takes memory for k x steps x p numbers, in chunks
+    of rows that fit the memory budget. Rounding can put a Ritz value of a singular matrix slightly below zero: add
+    regul in f, or clamp.
 
-    Raises ``RuntimeError`` if the tolerance is not reached, and ``ValueError`` if f is not finite where it matters:
-    the inverse square root of a singular matrix, say. Rounding can put a Ritz value of a singular matrix slightly
-    below zero: add regul in f, or clamp.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        b: Rows ``(k, p)``.
+        f: A function of a tensor of Ritz values, entry by entry, which lie between the smallest and the largest
+            eigenvalue.
+        steps: How many products there may be for each row, by default 500.
+        tol: The relative error to reach, by default eps^(2/3), 4e-11 in float64. It is extrapolated from how the result
+            changed while the space grew three times by a fifth.
 
-    >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
-    >>> funm(lambda v: v @ A, torch.ones(1, 3), torch.sqrt).round(decimals=3)
-    tensor([[1., 2., 3.]])
+    Returns:
+        Rows ``(k, p)``.
 
-    Source: Saad (1992), SIAM J. Numer. Anal. 29; Druskin and Knizhnerman (1989).
+    Raises:
+        RuntimeError: If the tolerance is not reached.
+        ValueError: If f is not finite where it matters: the inverse square root of a singular matrix, say.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
+        >>> funm(lambda v: v @ A, torch.ones(1, 3), torch.sqrt).round(decimals=3)
+        tensor([[1., 2., 3.]])
+
+    Source:
+        Saad (1992), SIAM J. Numer. Anal. 29; Druskin and Knizhnerman (1989).
     """
     steps = min(500 if steps is None else steps, b.shape[1])
     tol = torch.finfo(b.dtype).eps ** (2 / 3) if tol is None else tol

@@ -15,8 +15,12 @@ from .lanczos import quadrature_of, tridiagonals
 
 
 class Density(NamedTuple):
-    """grid: ``(n,)``. value: the mean density over the probes, a fraction of the eigenvalues per unit of the grid.
-    error: its standard error, with the convention of :class:`Estimate`.
+    """A density of eigenvalues on a grid.
+
+    Attributes:
+        grid: The points ``(n,)``.
+        value: The mean density over the probes, a fraction of the eigenvalues per unit of the grid.
+        error: Its standard error, with the convention of :class:`Estimate`.
     """
 
     grid: Tensor
@@ -26,15 +30,24 @@ class Density(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Quadrature:
-    """For each probe, Ritz values ``(probes, steps)`` and weights, which sum to one (in the mean, if something was
-    deflated): a spectrum of atoms that has the first ``2 steps`` moments of the matrix as the probe sees it. What is
-    computed from it costs no more products.
+    """The spectrum of a matrix as several random probes see it, from which much is computed without further products.
 
-    values, weights: in float64. size: p. products: spent. coarse: values and weights of half of the steps; by what
-    they differ, the quadrature is biased, and this is part of every error. Where the bias falls only slowly, as it
-    does for the logarithm of eigenvalues over many decades, that is its size rather than a bound: take more steps
-    until it no longer matters. closed: ``(probes,)``, whether the space of a probe is invariant, so that its values
-    are eigenvalues. exact: they are all eigenvalues. rounding: what it may leave of a value of zero.
+    For each probe there are Ritz values and weights, which sum to one (in the mean, if something was deflated): a
+    spectrum of atoms that has the first ``2 steps`` moments of the matrix as the probe sees it.
+
+    By what values and weights of half of the steps differ, the quadrature is biased, and this is part of every error.
+    Where the bias falls only slowly, as it does for the logarithm of eigenvalues over many decades, that is its size
+    rather than a bound: take more steps until it no longer matters.
+
+    Args:
+        values: Ritz values ``(probes, steps)``, in float64.
+        weights: Their weights, in the same shape.
+        size: The number of rows of the matrix, p.
+        products: How many vectors were multiplied with it.
+        coarse: Values and weights of half of the steps.
+        closed: ``(probes,)``, whether the space of a probe is invariant, so that its values are eigenvalues.
+        exact: Whether they are all eigenvalues.
+        rounding: What it may leave of a value of zero.
     """
 
     values: Tensor
@@ -47,12 +60,22 @@ class Quadrature:
     rounding: float = 0.0
 
     def trace_of(self, f: Callable[[Tensor], Tensor]) -> Estimate:
-        """The trace of f(A). f: acts on a tensor of Ritz values. Raises ``ValueError`` where f is not finite.
+        """The trace of f(A).
 
-        >>> l = torch.linspace(1, 2, 1000)
-        >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=2, like=torch.empty(0))
-        >>> spectrum.trace_of(torch.ones_like).value.round(decimals=3)
-        tensor(1000., dtype=torch.float64)
+        Args:
+            f: A function of a tensor of Ritz values, entry by entry.
+
+        Returns:
+            The trace, with its standard error.
+
+        Raises:
+            ValueError: Where f is not finite.
+
+        Example:
+            >>> l = torch.linspace(1, 2, 1000)
+            >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=2, like=torch.empty(0))
+            >>> spectrum.trace_of(torch.ones_like).value.round(decimals=3)
+            tensor(1000., dtype=torch.float64)
         """
         samples = self.size * _average(f, self.values, self.weights)
         if self.exact:
@@ -62,7 +85,14 @@ class Quadrature:
         return mean._replace(error=torch.hypot(mean.error, bias))
 
     def logdet(self, regul: float = 0.0) -> Estimate:
-        """The logarithm of the determinant of A + regul; ``ValueError`` unless that is positive definite."""
+        """The logarithm of the determinant of A + regul.
+
+        Args:
+            regul: What is added to every eigenvalue, by default 0.
+
+        Raises:
+            ValueError: Unless that is positive definite.
+        """
         smallest = float(self.values[self.weights > 0].min()) + regul
         if not smallest > self.rounding:
             raise ValueError(
@@ -72,8 +102,11 @@ class Quadrature:
         return self.trace_of(lambda l: torch.log(l + regul))
 
     def density(self, grid: int | Tensor = 1000, sigma: float | None = None) -> Density:
-        """The spectral density, blurred by a Gaussian. grid: points, or how many. sigma: of the Gaussian, by default
-        a hundredth of the width of the spectrum.
+        """The spectral density, blurred by a Gaussian.
+
+        Args:
+            grid: The points, or how many, by default 1000.
+            sigma: The standard deviation of the Gaussian, by default a hundredth of the width of the spectrum.
         """
         width = float(self.values.max() - self.values.min())
         largest = float(self.values.abs().max())
@@ -84,10 +117,14 @@ class Quadrature:
     def log_density(
         self, grid: int | Tensor = 1000, sigma: float = 0.1, *, sign: int = 0, floor: float | None = None
     ) -> Density:
-        """The density of ``log10 |l|``, blurred by a Gaussian; the grid is in these units too. sign: 1 or -1 for the
-        positive or negative eigenvalues only. floor: what is smaller in absolute value, in particular a zero
-        eigenvalue, counts as this, and has no sign, so that it is left out if one is given. By default machine
-        precision times the largest.
+        """The density of ``log10 |l|``, blurred by a Gaussian; the grid is in these units too.
+
+        Args:
+            grid: The points, or how many, by default 1000.
+            sigma: The standard deviation of the Gaussian, in decades, by default 0.1.
+            sign: 1 or -1 for the positive or negative eigenvalues only, by default 0 for both.
+            floor: What is smaller in absolute value, in particular a zero eigenvalue, counts as this, and has no sign,
+                so that it is left out if one is given. By default it is machine precision times the largest.
         """
         largest = float(self.values.abs().max())
         floor = (torch.finfo(self.values.dtype).eps * largest or 1.0) if floor is None else floor
@@ -96,15 +133,22 @@ class Quadrature:
 
     def christoffel(self, x: float) -> float:
         """The largest weight that x can have as a node, mean over the probes: ``1 / sum_j L_j(x)^2 / w_j`` with the
-        Lagrange polynomials of the nodes. By no more can the weight below x of two spectra differ that agree on
-        polynomials of degree ``2 steps - 2``. Zero where the space closed.
+        Lagrange polynomials of the nodes.
 
-        >>> l = torch.linspace(0, 1, 100)
-        >>> blur = [slq(lambda v: l * v, 100, steps=m, probes=2, like=torch.empty(0)).christoffel(0.5) for m in (5, 20)]
-        >>> blur[1] < blur[0] < 1
-        True
+        By no more can the weight below x of two spectra differ that agree on polynomials of degree ``2 steps - 2``. It
+        is zero where the space closed.
 
-        Source: Akhiezer (1965), The classical moment problem, chapter 2.
+        Args:
+            x: The point.
+
+        Example:
+            >>> l = torch.linspace(0, 1, 100)
+            >>> few, many = (slq(lambda v: l * v, 100, steps=m, probes=2, like=torch.empty(0)) for m in (5, 20))
+            >>> many.christoffel(0.5) < few.christoffel(0.5) < 1
+            True
+
+        Source:
+            Akhiezer (1965), The classical moment problem, chapter 2.
         """
         total = 0.0
         for nodes, weights, closed in zip(self.values, self.weights, self.closed, strict=True):
@@ -145,21 +189,36 @@ def slq(
 ) -> Quadrature:
     """Stochastic Lanczos quadrature of a symmetric matrix: ``steps`` products for each of several probes.
 
-    matvec: ``(k, p) -> (k, p)``. size: p. probes: at least two; at p or more of them all eigenvalues are computed
-    instead, by p products. sampler: of the probes. deflate: orthonormal eigenvectors ``(m, p)`` to leave out, such
-    as outliers known from :func:`eigsh`: the result is that of the matrix on the other p - m directions. A probe loses
-    its share of those, so its total weight is one just in the mean, unless the sampler gives probes orthogonal to them,
-    of squared length p - m. generator: by default torch's global one. like: an empty tensor of the dtype and device.
+    It takes memory for probes x steps x p numbers, in chunks of probes that fit the memory budget.
 
-    Memory: probes x steps x p numbers, in chunks of probes that fit the memory budget.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        steps: How many products there are for each probe.
+        probes: How many there are, at least two; at p or more of them all eigenvalues are computed instead, by p
+            products.
+        sampler: What draws the probes, by default random signs.
+        deflate: Orthonormal eigenvectors ``(m, p)`` to leave out, such as outliers known from :func:`eigsh`: the result
+            is that of the matrix on the other p - m directions. A probe loses its share of those, so its total weight
+            is one just in the mean, unless the sampler gives probes orthogonal to them, of squared length p - m.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    >>> l = torch.linspace(1, 2, 1000)
-    >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=5, like=torch.empty(0))
-    >>> spectrum.values.shape
-    torch.Size([5, 10])
+    Returns:
+        The quadrature.
 
-    Source: Golub and Meurant (1994); Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Papyan (2018),
-    1811.07062; Ghorbani, Krishnan, Xiao (2019), 1901.10159.
+    Raises:
+        ValueError: For fewer than two probes or one step.
+
+    Example:
+        >>> l = torch.linspace(1, 2, 1000)
+        >>> spectrum = slq(lambda v: l * v, 1000, steps=10, probes=5, like=torch.empty(0))
+        >>> spectrum.values.shape
+        torch.Size([5, 10])
+
+    Source:
+        Golub and Meurant (1994); Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38; Papyan (2018), 1811.07062;
+        Ghorbani, Krishnan, Xiao (2019), 1901.10159.
     """
     free = size - (0 if deflate is None else len(deflate))
     if steps < 1 or free < 1:

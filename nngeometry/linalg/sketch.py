@@ -13,10 +13,13 @@ from .base import Matvec, gaussian, nystrom_factor, orthonormal_rows
 class LowRank(NamedTuple):
     """An approximation ``sum_i values_i vectors_i vectors_i^T``.
 
-    values: ``(r,)``, descending (in absolute value, from :func:`randomised_eigh`); fewer than asked for where the
-    rank of the matrix is less. vectors: orthonormal rows ``(r, p)``. error: an estimate of the Frobenius norm of what
-    is left of the matrix, from independent probes: with the default of ten it is within a factor of about 1.5.
-    products: how many vectors were multiplied with the matrix.
+    Attributes:
+        values: ``(r,)``, descending (in absolute value, from :func:`randomised_eigh`); fewer than asked for where the
+            rank of the matrix is less.
+        vectors: Orthonormal rows ``(r, p)``.
+        error: An estimate of the Frobenius norm of what is left of the matrix, from independent probes: with the
+            default of ten it is within a factor of about 1.5.
+        products: How many vectors were multiplied with the matrix.
     """
 
     values: Tensor
@@ -38,17 +41,32 @@ def nystrom(
 ) -> LowRank:
     """The Nystrom approximation of a positive semidefinite matrix from a random sketch, cut to a rank.
 
-    matvec: ``(k, p) -> (k, p)``. size: p. rank: of the result. oversampling: how many rows the sketch has beyond
-    that. iterations: how often the sketch is multiplied with the matrix first; each counts as many products, and
-    helps where eigenvalues decay slowly. probes: for the error; none gives NaN. generator: by default torch's
-    global one. like: an empty tensor of the dtype and device. Exact when the rank of the matrix, or p, is no more than
-    ``rank``. Raises ``ValueError`` if the matrix is seen not to be positive semidefinite.
+    It is exact when the rank of the matrix, or p, is no more than ``rank``.
 
-    >>> l = torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0])
-    >>> nystrom(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
-    tensor([3., 2., 1.])
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        rank: The rank of the result.
+        oversampling: How many rows the sketch has beyond that, by default 10.
+        iterations: How often the sketch is multiplied with the matrix first, by default 0; each counts as many
+            products, and helps where eigenvalues decay slowly.
+        probes: How many vectors the error is estimated with, by default 10; none gives NaN.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    Source: Tropp, Yurtsever, Udell, Cevher (2017), 1706.05736, algorithm 3.
+    Returns:
+        The approximation, with an estimate of its error.
+
+    Raises:
+        ValueError: If the matrix is seen not to be positive semidefinite.
+
+    Example:
+        >>> l = torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0])
+        >>> nystrom(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
+        tensor([3., 2., 1.])
+
+    Source:
+        Tropp, Yurtsever, Udell, Cevher (2017), 1706.05736, algorithm 3.
     """
     sketch, spent = _sketch(matvec, size, rank, oversampling, iterations, generator, like)
     factor, _, shift = nystrom_factor(sketch, matvec(sketch))
@@ -70,14 +88,29 @@ def randomised_eigh(
 ) -> LowRank:
     """The eigenpairs of largest absolute value of a symmetric matrix, from its projection on a random sketch.
 
-    Options as of :func:`nystrom`. The values are approximate unless the matrix has little outside the sketch: see
-    ``error``, or use :func:`eigsh`, which does not return before they have converged.
+    The values are approximate unless the matrix has little outside the sketch: see ``error``, or use :func:`eigsh`,
+    which does not return before they have converged.
 
-    >>> l = torch.tensor([3.0, -2.0, 1.0, 0.0, 0.0])
-    >>> randomised_eigh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
-    tensor([ 3., -2.,  1.])
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        rank: How many pairs.
+        oversampling: How many rows the sketch has beyond that, by default 10.
+        iterations: How often the sketch is multiplied with the matrix beyond once, by default 1.
+        probes: How many vectors the error is estimated with, by default 10; none gives NaN.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    Source: Halko, Martinsson, Tropp (2011), 0909.4061, algorithm 5.3.
+    Returns:
+        The pairs, with an estimate of what is left of the matrix.
+
+    Example:
+        >>> l = torch.tensor([3.0, -2.0, 1.0, 0.0, 0.0])
+        >>> randomised_eigh(lambda v: l * v, 5, 3, like=torch.empty(0)).values.round(decimals=3)
+        tensor([ 3., -2.,  1.])
+
+    Source:
+        Halko, Martinsson, Tropp (2011), 0909.4061, algorithm 5.3.
     """
     sketch, spent = _sketch(matvec, size, rank, oversampling, iterations + 1, generator, like)
     inner = sketch @ matvec(sketch).mT
@@ -90,16 +123,27 @@ def nystrom_preconditioner(values: Tensor, vectors: Tensor, regul: float) -> Mat
     """An approximation of a multiple of ``(A + regul)^-1``, for :func:`cg`, from the leading eigenpairs of a positive
     semidefinite A: those directions are solved, and the others taken to have the smallest of the eigenvalues.
 
-    values: ``(r,)``, not negative. vectors: orthonormal rows ``(r, p)``. Returns a function of rows ``(k, p)``.
+    Args:
+        values: Eigenvalues ``(r,)``, not negative.
+        vectors: Orthonormal rows ``(r, p)``.
+        regul: What is added to A.
 
-    >>> from nngeometry.linalg import cg
-    >>> l = torch.tensor([999.0, 99.0, 1.0, 1.0])
-    >>> near = nystrom(lambda v: l * v, 4, 3, like=torch.empty(0))
-    >>> precondition = nystrom_preconditioner(near.values, near.vectors, 1.0)
-    >>> cg(lambda v: (l + 1) * v, torch.ones(1, 4), preconditioner=precondition).x.round(decimals=4)
-    tensor([[0.0010, 0.0100, 0.5000, 0.5000]])
+    Returns:
+        A function of rows, ``(k, p) -> (k, p)``.
 
-    Source: Frangella, Tropp, Udell (2021), 2110.02820.
+    Raises:
+        ValueError: If regul is not positive and an eigenvalue is zero, or one is negative.
+
+    Example:
+        >>> from nngeometry.linalg import cg
+        >>> l = torch.tensor([999.0, 99.0, 1.0, 1.0])
+        >>> near = nystrom(lambda v: l * v, 4, 3, like=torch.empty(0))
+        >>> precondition = nystrom_preconditioner(near.values, near.vectors, 1.0)
+        >>> cg(lambda v: (l + 1) * v, torch.ones(1, 4), preconditioner=precondition).x.round(decimals=4)
+        tensor([[0.0010, 0.0100, 0.5000, 0.5000]])
+
+    Source:
+        Frangella, Tropp, Udell (2021), 2110.02820.
     """
     if not regul > 0 and not bool((values > 0).all()):
         raise ValueError(f"nystrom_preconditioner: expected a positive regul, got {regul}")

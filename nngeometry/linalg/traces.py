@@ -38,16 +38,30 @@ def hutchinson(
 ) -> Estimate:
     """The trace, as the mean of ``v . A v`` over random v. The error falls with the square root of the products.
 
-    matvec: ``(k, p) -> (k, p)``. size: p. products: how many vectors to multiply; as many as p give the exact trace.
-    rtol: instead, stop when the error is below rtol times the value, after no fewer than 10 probes and no more than
-    ``products`` (by default p, where the value is exact); raises ``RuntimeError`` if that is not enough. sampler:
-    of the probes. generator: by default torch's global one. like: an empty tensor of the dtype and device.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply; as many as p give the exact trace.
+        rtol: Instead, stop when the error is below rtol times the value, after no fewer than 10 probes and no more than
+            ``products`` (by default p, where the value is exact).
+        sampler: What draws the probes, by default random signs.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    >>> l = torch.arange(1.0, 101.0)
-    >>> hutchinson(lambda v: l * v, 100, products=10, like=torch.empty(0))  # exact on a diagonal
-    Estimate(value=tensor(5050.), error=tensor(0.), products=10)
+    Returns:
+        The trace, with its standard error.
 
-    Source: Girard (1989), Numer. Math. 56; Hutchinson (1990), Commun. Stat. Simul. Comput. 19.
+    Raises:
+        ValueError: If neither products nor rtol is given, or there are too few for an error.
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.arange(1.0, 101.0)
+        >>> hutchinson(lambda v: l * v, 100, products=10, like=torch.empty(0))  # exact on a diagonal
+        Estimate(value=tensor(5050.), error=tensor(0.), products=10)
+
+    Source:
+        Girard (1989), Numer. Math. 56; Hutchinson (1990), Commun. Stat. Simul. Comput. 19.
     """
     samples: list[Tensor] = []
 
@@ -69,17 +83,33 @@ def hutchpp(
     generator: torch.Generator | None = None,
     like: Tensor,
 ) -> Estimate:
-    """The trace: exact on the range of a random sketch, by probes on the rest. A third of the products each go into
-    the sketch, its image, and the probes.
+    """The trace of a symmetric matrix: exact on the range of a random sketch, by probes on the rest.
 
-    Of a symmetric matrix; options as of :func:`hutchinson`. For positive semidefinite matrices, and others whose
-    eigenvalues decay, the error falls with the products rather than their square root. Holds the products as rows.
+    A third of the products each go into the sketch, its image, and the probes. For positive semidefinite matrices, and
+    others whose eigenvalues decay, the error falls with the products rather than their square root. The products are
+    held as rows.
 
-    >>> l = torch.tensor([0.5]) ** torch.arange(100)
-    >>> round(float(hutchpp(lambda v: l * v, 100, products=60, like=torch.empty(0)).value), 3)
-    2.0
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply, as in :func:`hutchinson`.
+        rtol: Instead, a target of the error relative to the value.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    Source: Meyer, Musco, Musco, Woodruff (2020), 2010.09649; probes scaled to the complement as in 2301.07825.
+    Returns:
+        The trace, with its standard error.
+
+    Raises:
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.tensor([0.5]) ** torch.arange(100)
+        >>> round(float(hutchpp(lambda v: l * v, 100, products=60, like=torch.empty(0)).value), 3)
+        2.0
+
+    Source:
+        Meyer, Musco, Musco, Woodruff (2020), 2010.09649; probes scaled to the complement as in 2301.07825.
     """
     sketch = _Sketch(matvec, sphere, size, generator, like)
     probes, images = like.new_empty(0, size), like.new_empty(0, size)
@@ -106,18 +136,35 @@ def xtrace(
     generator: torch.Generator | None = None,
     like: Tensor,
 ) -> Estimate:
-    """The trace: every probe serves as a sample on the complement of what the others span, and to span it.
+    """The trace of a symmetric matrix: every probe serves as a sample on the complement of what the others span, and to
+    span it.
 
-    Of a symmetric matrix; options as of :func:`hutchinson`. Takes two products for each probe and holds them as
-    rows. Exact for a matrix of rank below half the products, by a factor of several better than :func:`hutchpp`
-    where eigenvalues decay fast. The error is that of the mean of the leave-one-out estimates, with their covariance,
-    which leave-two-out estimates give and which the source leaves out.
+    It takes two products for each probe and holds them as rows. It is exact for a matrix of rank below half the
+    products, and by a factor of several better than :func:`hutchpp` where eigenvalues decay fast. The error is that of
+    the mean of the leave-one-out estimates, with their covariance, which leave-two-out estimates give and which the
+    source leaves out.
 
-    >>> l = torch.tensor([0.5]) ** torch.arange(100)
-    >>> round(float(xtrace(lambda v: l * v, 100, products=60, like=torch.empty(0)).value), 3)
-    2.0
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply, as in :func:`hutchinson`.
+        rtol: Instead, a target of the error relative to the value.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    Source: Epperly, Tropp, Webber (2024), 2301.07825, with probes scaled to the complement (section 2.3).
+    Returns:
+        The trace, with its standard error.
+
+    Raises:
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.tensor([0.5]) ** torch.arange(100)
+        >>> round(float(xtrace(lambda v: l * v, 100, products=60, like=torch.empty(0)).value), 3)
+        2.0
+
+    Source:
+        Epperly, Tropp, Webber (2024), 2301.07825, with probes scaled to the complement (section 2.3).
     """
     sketch = _Sketch(matvec, sphere, size, generator, like)
 
@@ -156,13 +203,28 @@ def xnystrace(
     """The trace of a positive semidefinite matrix: as :func:`xtrace`, with a Nystrom approximation instead of a
     projection, so that a probe takes one product.
 
-    Options as of :func:`hutchinson`. Raises ``ValueError`` if the matrix is seen not to be positive semidefinite.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply, as in :func:`hutchinson`.
+        rtol: Instead, a target of the error relative to the value.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    >>> l = torch.tensor([0.5]) ** torch.arange(100)
-    >>> round(float(xnystrace(lambda v: l * v, 100, products=30, like=torch.empty(0)).value), 3)
-    2.0
+    Returns:
+        The trace, with its standard error.
 
-    Source: Epperly, Tropp, Webber (2024), 2301.07825.
+    Raises:
+        ValueError: If the matrix is seen not to be positive semidefinite.
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.tensor([0.5]) ** torch.arange(100)
+        >>> round(float(xnystrace(lambda v: l * v, 100, products=30, like=torch.empty(0)).value), 3)
+        2.0
+
+    Source:
+        Epperly, Tropp, Webber (2024), 2301.07825.
     """
     probes, images = like.new_empty(0, size), like.new_empty(0, size)
 
@@ -203,15 +265,31 @@ def hutchinson_diag(
     generator: torch.Generator | None = None,
     like: Tensor,
 ) -> Estimate:
-    """The diagonal, as the mean of ``v * A v`` over random v, with an error for each entry.
+    """The diagonal, as the mean of ``v * A v`` over random v, with an error for each entry. It holds a few vectors
+    only.
 
-    Options as of :func:`hutchinson`; rtol compares the norms of error and value. Holds a few vectors only.
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply, as in :func:`hutchinson`.
+        rtol: Instead, a target of the norm of the error relative to that of the value.
+        sampler: What draws the probes, by default random signs.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    >>> l = torch.arange(1.0, 4.0)
-    >>> hutchinson_diag(lambda v: l * v, 3, products=2, like=torch.empty(0)).value
-    tensor([1., 2., 3.])
+    Returns:
+        The diagonal ``(p,)``, with the standard error of each entry.
 
-    Source: Bekas, Kokiopoulou, Saad (2007), Appl. Numer. Math. 57.
+    Raises:
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.arange(1.0, 4.0)
+        >>> hutchinson_diag(lambda v: l * v, 3, products=2, like=torch.empty(0)).value
+        tensor([1., 2., 3.])
+
+    Source:
+        Bekas, Kokiopoulou, Saad (2007), Appl. Numer. Math. 57.
     """
     have, mean, spread = 0, like.new_zeros(size), like.new_zeros(size)
 
@@ -240,14 +318,30 @@ def xdiag(
 ) -> Estimate:
     """The diagonal of a symmetric matrix, to :func:`hutchinson_diag` what :func:`xtrace` is to :func:`hutchinson`.
 
-    Options as there. Takes two products for each probe and holds them as rows. Worth it where eigenvalues decay: on a
-    flat spectrum :func:`hutchinson_diag` is better.
+    It takes two products for each probe and holds them as rows. It is worth it where eigenvalues decay: on a flat
+    spectrum :func:`hutchinson_diag` is better.
 
-    >>> l = torch.tensor([0.5]) ** torch.arange(100)
-    >>> xdiag(lambda v: l * v, 100, products=60, like=torch.empty(0)).value[:3]
-    tensor([1.0000, 0.5000, 0.2500])
+    Args:
+        matvec: A, ``(k, p) -> (k, p)``.
+        size: The number of its rows, p.
+        products: How many vectors to multiply, as in :func:`hutchinson`.
+        rtol: Instead, a target of the norm of the error relative to that of the value.
+        generator: The source of randomness, by default torch's global one.
+        like: An empty tensor of the dtype and device.
 
-    Source: Epperly, Tropp, Webber (2024), 2301.07825.
+    Returns:
+        The diagonal ``(p,)``, with the standard error of each entry.
+
+    Raises:
+        RuntimeError: If rtol is not reached.
+
+    Example:
+        >>> l = torch.tensor([0.5]) ** torch.arange(100)
+        >>> xdiag(lambda v: l * v, 100, products=60, like=torch.empty(0)).value[:3]
+        tensor([1.0000, 0.5000, 0.2500])
+
+    Source:
+        Epperly, Tropp, Webber (2024), 2301.07825.
     """
     sketch = _Sketch(matvec, rademacher, size, generator, like)
 

@@ -26,23 +26,30 @@ Loss = Any
 class TokenCrossEntropy(OutputLoss):
     """The cross entropy of tokens, ``-sum_t log softmax(f_t)[y_t]``, for logits f ``(n, T, V)`` with the classes last.
 
-    shift: whether token t + 1 is predicted from position t, as in causal language models, whose labels are their
-    inputs. ignore_index: the label of tokens that do not count (padding). reduction: "mean" is over all tokens of the
-    data set that count, as ``nn.CrossEntropyLoss`` has it for one minibatch with all of them, "sum" is over all; it
-    has no say in gradients of single examples (EmpiricalFisher, GradientCovariance, Influence), whose loss is the sum
-    over their tokens. Labels are ``(n, T)``; any number of axes of positions will do where nothing is shifted.
+    Labels are ``(n, T)``; any number of axes of positions will do where nothing is shifted. Nothing of more than a few
+    times the size of the logits is made, and in the square root for representations that are made of Jacobians nothing
+    larger than the chunk of its T (V - 1) columns that is asked for.
 
-    Nothing of more than a few times the size of the logits is made, and in the square root for representations that
-    are made of Jacobians nothing larger than the chunk of its T (V - 1) columns that is asked for.
+    Args:
+        shift: Whether token t + 1 is predicted from position t, as in causal language models, whose labels are their
+            inputs; by default not.
+        ignore_index: The label of tokens that do not count (padding), by default -100.
+        reduction: "mean", the default, is over all tokens of the data set that count, as ``nn.CrossEntropyLoss`` has it
+            for one minibatch with all of them; "sum" is over all. It has no say in gradients of single examples
+            (EmpiricalFisher, GradientCovariance, Influence), whose loss is the sum over their tokens.
 
-    >>> from nngeometry import EmpiricalFisher, PMatDiag
-    >>> model = nn.Embedding(10, 10)  # a bigram model
-    >>> tokens = torch.randint(10, (4, 6))
-    >>> loss = TokenCrossEntropy(shift=True)
-    >>> f = model(tokens)
-    >>> bool(torch.isclose(loss(f, tokens), F.cross_entropy(f[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
-    True
-    >>> M = EmpiricalFisher(model, (tokens,), PMatDiag, loss, targets=0)
+    Raises:
+        ValueError: For labels that are out of range or do not fit the logits.
+
+    Example:
+        >>> from nngeometry import EmpiricalFisher, PMatDiag
+        >>> model = nn.Embedding(10, 10)  # a bigram model
+        >>> tokens = torch.randint(10, (4, 6))
+        >>> loss = TokenCrossEntropy(shift=True)
+        >>> f = model(tokens)
+        >>> bool(torch.isclose(loss(f, tokens), F.cross_entropy(f[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
+        True
+        >>> M = EmpiricalFisher(model, (tokens,), PMatDiag, loss, targets=0)
     """
 
     def __init__(self, shift: bool = False, ignore_index: int = -100, reduction: str = "mean") -> None:
@@ -97,22 +104,26 @@ class OwnLoss:
     """The loss that the model computes itself, one number for a minibatch: ``model(**minibatch).loss``.
 
     ``function(*minibatch)`` (``function(minibatch)`` for a mapping) returns it, or something with an entry ``loss``;
-    the default is the model called with a mapping's entries as keywords. The loss of a data set is the mean over
-    minibatches weighted by their numbers of examples, or by ``count(minibatch)`` if given, e.g. of its labelled
-    tokens. Minibatches are never put together or taken apart.
+    the default is the model called with a mapping's entries as keywords. Minibatches are never put together or taken
+    apart.
 
     What can be had of it is the :func:`~nngeometry.Hessian` with any minibatches, and of matrices of gradients
-    (EmpiricalFisher, GradientCovariance) and :class:`~nngeometry.Influence` those of minibatches of one example, the
-    gradient of whose loss is taken as it is: a mean over tokens stays one. ``GGN`` needs the loss as a function of
-    the output.
+    (EmpiricalFisher, GradientCovariance) and :class:`~nngeometry.Influence` those of minibatches of one example, or
+    with ``unit="minibatch"`` of any, the gradient of whose loss is taken as it is: a mean over tokens stays one.
+    ``GGN`` needs the loss as a function of the output.
 
-    >>> from nngeometry import Hessian, PMatDense
-    >>> model = nn.Linear(2, 1)
-    >>> def mean_square(x, y):
-    ...     return (model(x) - y).square().mean()
-    >>> batch = torch.randn(5, 2), torch.randn(5, 1)
-    >>> Hessian(model, batch, PMatDense, OwnLoss(), function=mean_square).size()
-    (3, 3)
+    Args:
+        count: From a minibatch to what its loss counts in the mean over minibatches, e.g. its number of labelled
+            tokens; by default its number of examples.
+
+    Example:
+        >>> from nngeometry import Hessian, PMatDense
+        >>> model = nn.Linear(2, 1)
+        >>> def mean_square(x, y):
+        ...     return (model(x) - y).square().mean()
+        >>> batch = torch.randn(5, 2), torch.randn(5, 1)
+        >>> Hessian(model, batch, PMatDense, OwnLoss(), function=mean_square).size()
+        (3, 3)
     """
 
     def __init__(self, count: Callable[[data.Batch], Any] | None = None) -> None:
@@ -121,7 +132,12 @@ class OwnLoss:
         self.count = count
 
     def function(self, model: nn.Module, function: Callable[..., Any] | None) -> Callable[..., Tensor]:
-        """From the arguments of ``function`` to the loss of the model, a scalar that is finite."""
+        """A function from the arguments of ``function`` to the loss of the model, a scalar that is finite.
+
+        Args:
+            model: The model that computes it.
+            function: What the user calls it by, None for ``model(**minibatch)``.
+        """
 
         def value(*arguments: Any) -> Tensor:
             if function is not None:
@@ -153,15 +169,34 @@ class OwnLoss:
             raise ValueError("loss=OwnLoss(): the loss of a minibatch is NaN or infinite: check its labels")
         return found.reshape(())
 
+    def check_unit(self, unit: str) -> None:
+        """Raise if minibatches count as one each and otherwise at the same time."""
+        if unit == "minibatch" and self.count is not None:
+            raise ValueError(
+                'loss=OwnLoss(count=...): with unit="minibatch" every minibatch counts as one: leave count or unit out'
+            )
+
     def weight(self, batch: data.Batch) -> float:
-        """What the loss of a minibatch counts in the mean."""
+        """What the loss of a minibatch counts in the mean.
+
+        Args:
+            batch: The minibatch.
+        """
         if self.count is None:
             return float(data.count(batch))
         return arguments.number("OwnLoss: what count returns", self.count(data.content(batch)))
 
 
 def example_loss(loss: Loss) -> OutputLoss:
-    """A loss whose gradients at single examples are wanted, so that its reduction has no say."""
+    """A loss whose gradients at single examples are wanted, so that its reduction has no say.
+
+    Args:
+        loss: A loss of ``torch.nn``, an :class:`OutputLoss`, or a callable with one value for each example.
+
+    Raises:
+        TypeError: For what is none of these.
+        NotImplementedError: For :class:`OwnLoss`.
+    """
     if isinstance(loss, OutputLoss):
         return loss
     if isinstance(loss, OwnLoss):
@@ -183,6 +218,9 @@ def example_loss(loss: Loss) -> OutputLoss:
 def output_loss(loss: Loss) -> OutputLoss:
     """A loss that is differentiated twice: the closed forms of ``torch.nn``, or any callable with one value for each
     example.
+
+    Args:
+        loss: As of :func:`example_loss`.
     """
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
         check_twice(loss)
@@ -190,10 +228,24 @@ def output_loss(loss: Loss) -> OutputLoss:
 
 
 def loss_gradient(loss: Loss, f: Tensor, *targets: object) -> Tensor:
-    """Gradient of each example's loss with respect to its output, in the shape of f.
+    """The gradient of each example's loss with respect to its output.
 
-    loss: ``loss(f, *targets) -> (n, ...)``, one value (or several, which are summed) for each example. The
-    ``reduction`` of the losses of ``torch.nn`` has no say.
+    Args:
+        loss: ``loss(f, *targets) -> (n, ...)``, one value (or several, which are summed) for each example. The
+            ``reduction`` of the losses of ``torch.nn`` has no say.
+        f: Outputs ``(n, *out)``.
+        *targets: What the loss receives beside them.
+
+    Returns:
+        A tensor in the shape of f.
+
+    Raises:
+        ValueError: If an entry is NaN or infinite.
+
+    Example:
+        >>> loss_gradient(nn.MSELoss(), torch.zeros(2, 1), torch.ones(2, 1))
+        tensor([[-2.],
+                [-2.]])
     """
     gradient = example_loss(loss).gradient(f, *targets)
     if not bool(torch.isfinite(gradient).all()):

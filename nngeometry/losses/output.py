@@ -23,35 +23,83 @@ from .targets import shape_of
 class OutputLoss(ABC):
     """A loss of the output f ``(n, *out)`` of a minibatch: a sum over examples, each of its own output and targets.
 
-    mean: whether the loss of the whole data set is a mean, i.e. divided by the sum of :meth:`weight` over minibatches.
-    To add one, give :meth:`total`; :meth:`weight` if it is not a mean over examples, and in place of differentiating
-    it twice products with its Hessian (:meth:`hvp`) and a square root of it (:meth:`sqrt`), if there are closed forms.
+    A subclass gives :meth:`total`, and :meth:`weight` if it is not a mean over examples. In place of differentiating
+    it, it may have closed forms of the gradient, of products with its Hessian (:meth:`hvp`) and of a square root of
+    that (:meth:`sqrt`). ``mean`` says whether the loss of the whole data set is a mean, i.e. divided by the sum of
+    :meth:`weight` over minibatches.
+
+    Example:
+        >>> class Quartic(OutputLoss):
+        ...     def total(self, f, y):
+        ...         return (f - y).pow(4).sum()
+        >>> Quartic()(torch.zeros(2, 1), torch.ones(2, 1))
+        tensor(1.)
     """
 
     mean: bool = True
 
     @abstractmethod
     def total(self, f: Tensor, *targets: Any) -> Tensor:
-        """The sum of the losses in a minibatch, a scalar."""
+        """The sum of the losses in a minibatch.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            *targets: What the loss receives beside them.
+
+        Returns:
+            A scalar, differentiable in f.
+        """
 
     def weight(self, f: Tensor, *targets: Any) -> float:
-        """What the mean over this minibatch would divide the sum by, by default its number of examples."""
+        """What the mean over this minibatch would divide the sum by, by default its number of examples.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            *targets: What the loss receives beside them.
+        """
         return f.shape[0]
 
     def gradient(self, f: Tensor, *targets: Any) -> Tensor:
-        """The gradient of each example's loss in its output, in the shape of f."""
+        """The gradient of each example's loss in its output.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            *targets: What the loss receives beside them.
+
+        Returns:
+            A tensor in the shape of f.
+        """
         leaf = f.detach().requires_grad_()
         with Changed(recording(True)):
             return torch.autograd.grad(self.total(leaf, *targets), leaf)[0]
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
-        """The Hessian of the sum times u, in the shape of f."""
+        """The Hessian of the sum times u.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            u: One vector for each example, in the shape of f.
+            *targets: What the loss receives beside them.
+
+        Returns:
+            A tensor in the shape of f.
+        """
         return OutputHessian(lambda leaf: self.total(leaf, *targets), f).mv(u)
 
     def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
         """Columns of a square root of the Hessian of the sum, which is made when they are taken.
 
         It is held if it fits the memory budget, and made again for every slice of columns otherwise.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            *targets: What the loss receives beside them.
+
+        Returns:
+            The columns, each in the shape of f.
+
+        Raises:
+            ValueError: When they are taken, if the Hessian has a negative eigenvalue.
         """
         n, k = len(f), f[0].numel()
         hessian = OutputHessian(lambda leaf: self.total(leaf, *targets), f)
@@ -88,7 +136,8 @@ class ByExample(OutputLoss):
         if values.ndim == 0 or values.shape[0] != f.shape[0]:
             raise ValueError(
                 f"loss: expected one value for each of the {f.shape[0]} examples, got shape {tuple(values.shape)}; "
-                'return the unreduced loss (reduction="none")'
+                'return the unreduced loss (reduction="none"), or pass unit="minibatch" if it is one of the whole '
+                "minibatch"
             )
         if not values.is_floating_point() and values.requires_grad:
             raise TypeError(f"loss: expected real numbers, got {values.dtype}: return e.g. its absolute value")

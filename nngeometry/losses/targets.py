@@ -16,11 +16,15 @@ Targets = str | int | Sequence[str | int] | Callable[[data.Batch], Any] | None
 
 
 def selected(targets: Targets) -> Callable[[data.Batch], tuple[Any, ...]]:
-    """From a minibatch to what the loss receives of it.
+    """A function from a minibatch to what the loss receives of it.
 
-    >>> batch = {"input_ids": torch.zeros(2, 3), "labels": torch.ones(2)}
-    >>> selected("labels")(batch)
-    (tensor([1., 1.]),)
+    Args:
+        targets: An entry of the minibatch, several, or a function of it; None for all after the first element.
+
+    Example:
+        >>> batch = {"input_ids": torch.zeros(2, 3), "labels": torch.ones(2)}
+        >>> selected("labels")(batch)
+        (tensor([1., 1.]),)
     """
     if targets is None:
         return data.targets

@@ -20,8 +20,15 @@ Path = tuple[int, ...]
 
 #: At the end of the path of a list: it has an element for each example.
 AS_LIST = -1
+
+
+class Opaque:
+    """What may be part of a minibatch and is none of its data."""
+
+
 #: What is not looked into.
 _CLOSED = (
+    Opaque,
     Tensor,
     np.ndarray,
     np.generic,

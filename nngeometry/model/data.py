@@ -30,7 +30,8 @@ class Minibatch:
 
     content: the minibatch as it is. n: how many examples it has. one: whether functions receive it as one argument
     rather than by its elements. whole: where there are tensors as long as it that are none of examples. listed: whether
-    it is a list of examples.
+    it is a list of examples. undivided: whether it counts as one example, and is never taken apart. statistics: what
+    was found of all of its examples together, if anything, also of those that were taken out of it.
     """
 
     content: Any
@@ -38,6 +39,8 @@ class Minibatch:
     one: bool = False
     whole: frozenset[Path] = frozenset()
     listed: bool = False
+    undivided: bool = False
+    statistics: parts.Opaque | None = None
 
 
 class Minibatches(list[Batch]):
@@ -234,7 +237,7 @@ def axes(batch: Batch) -> tuple[int, ...]:
 def aligned(batch: Batch) -> bool:
     """Whether all tensors of a minibatch have a row for each example, so that it can be taken apart."""
     n = count(batch)
-    if isinstance(batch, Minibatch) and (batch.whole or batch.listed):
+    if isinstance(batch, Minibatch) and (batch.whole or batch.listed or batch.undivided):
         return False
     return all(t.ndim > 0 and len(t) == n for t in tensors_of(batch))
 
@@ -245,24 +248,42 @@ class Reader:
     function: ``function(*elements)`` of a tuple or list, and ``function(minibatch)`` of everything else. Of a named
     tuple or a list of examples, ``function(minibatch)`` too if by its signature it takes one argument and not the
     elements. output: what the function returns for a minibatch, which is asked where tensors of different lengths leave
-    open how many examples there are.
+    open how many examples there are. hold: makes a minibatch one that remembers what is found of all of its examples.
     """
 
-    def __init__(self, function: Callable[..., Any] | None, output: Callable[[Batch], Any]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any] | None,
+        output: Callable[[Batch], Any],
+        hold: Callable[[Minibatch], Minibatch] | None = None,
+    ) -> None:
         self.function = function
         self.output = output
+        self.hold = hold
         self._one: dict[tuple[type, int], bool] = {}
         self._where: frozenset[Path] = frozenset()
         self._listed: bool | None = None
 
     def __call__(self, batch: Batch) -> Batch:
         """The minibatch as it is, or a :class:`Minibatch` where that does not tell all."""
+        found = self._found(batch)
+        return found if self.hold is None else self.hold(known(found))
+
+    def undivided(self, batch: Batch) -> Minibatch:
+        """The minibatch as one example."""
+        given = content(batch)
+        one = self.function is not None and isinstance(given, tuple | list) and self._as_one(given)
+        found = Minibatch(given, 1, one, undivided=True)
+        return found if self.hold is None else self.hold(found)
+
+    def _found(self, batch: Batch) -> Batch:
         if self.function is None or isinstance(batch, Minibatch):
             return batch
         one = isinstance(batch, tuple | list) and self._as_one(batch)
         if _even(batch) and not one:
             return batch
         found = Minibatch(batch, 0, one)
+        found = found if self.hold is None else self.hold(found)
         if parts.is_list_of_alike(batch):
             listed = replace(found, n=len(batch), listed=True)
             if self._listed is None:
@@ -270,7 +291,7 @@ class Reader:
             if self._listed:
                 return listed
         found = replace(found, n=self._count(found))
-        return found if one or found.n != _of_the_front(batch) else batch
+        return found if one or self.hold is not None or found.n != _of_the_front(batch) else batch
 
     def _is_right(self, batch: Minibatch) -> bool:
         f = self.output(batch)
@@ -336,6 +357,8 @@ def take(batch: Batch, index: Tensor) -> Batch:
     Raises ``TypeError`` or ``ValueError`` for what cannot be taken apart.
     """
     n = count(batch)
+    if isinstance(batch, Minibatch) and batch.undivided:
+        return batch
     if isinstance(batch, Minibatch) and batch.listed:
         return replace(batch, content=type(batch.content)(batch.content[k] for k in index.tolist()), n=len(index))
     made, taken = parts.picked(content(batch), index, n, whole(batch))
@@ -354,10 +377,11 @@ def whole(batch: Batch) -> frozenset[Path]:
 
 def reread(batch: Batch, whole: frozenset[Path]) -> Minibatch:
     """A minibatch with what was found of another one like it."""
-    return replace(_known(batch), whole=whole)
+    return replace(known(batch), whole=whole)
 
 
-def _known(batch: Batch) -> Minibatch:
+def known(batch: Batch) -> Minibatch:
+    """A minibatch as one of which everything is known that can be told from it."""
     return batch if isinstance(batch, Minibatch) else Minibatch(batch, count(batch))
 
 
@@ -374,7 +398,7 @@ def settled(batch: Batch, output: Callable[[Batch], Any]) -> Minibatch | None:
         return None
     if len(f) != count(batch) and aligned(batch):
         return None
-    bare = replace(_known(batch), n=len(f), whole=frozenset())
+    bare = replace(known(batch), n=len(f), whole=frozenset())
     where = list(parts.doubtful(bare.content, bare.n))
     take(bare, torch.tensor([0, 0]))  # or an error
     first = _problem(bare, f, output)

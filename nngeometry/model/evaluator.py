@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -17,6 +17,16 @@ from ..changes import Borrowed, Change, entered, modes_kept, no_grad, not_compil
 from ..layercollection import LayerCollection
 from ..memory import BytesMade, keep_freed, nbytes_of, work_array
 from . import data
+from .batch_statistics import (
+    Norm,
+    Statistics,
+    apart_from_buffers,
+    as_in_training,
+    computes_otherwise,
+    found_in,
+    mixing_norms,
+    rate_of_dropout,
+)
 from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
@@ -41,7 +51,9 @@ class Evaluator:
 
     model: the model, in the mode in which it is to be looked at. layer_collection: the parameters w. function:
     ``function(*minibatch) -> f`` (``function(minibatch)`` if it is a mapping), by default ``model(minibatch[0])``.
-    device: where minibatches are moved, by default where the model is. verbose: show progress.
+    device: where minibatches are moved, by default where the model is. verbose: show progress. batch_statistics:
+    whether the model is as in training, with the statistics of each minibatch held constant, and without dropout. unit:
+    what counts as an example: "example", or "minibatch", of which nothing is taken apart.
     """
 
     def __init__(
@@ -52,12 +64,15 @@ class Evaluator:
         function: Callable[..., Any] | None = None,
         device: torch.device | str | None = None,
         verbose: bool = False,
+        batch_statistics: bool = False,
+        unit: str = "example",
     ) -> None:
         require_recording()
         arguments.model(model)
         arguments.instance("layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)")
         arguments.function(function)
         arguments.device(device)
+        arguments.of_training(batch_statistics, unit)
         parameters = layer_collection.parameters(model)
         if not parameters:
             raise ValueError("the layer collection is empty: build it with LayerCollection.from_model(model)")
@@ -74,13 +89,17 @@ class Evaluator:
         self.function = function
         self.device = parameters[0].device if device is None else torch.device(device)
         self.verbose = verbose
-        self._read = data.Reader(function, self._asked)
+        self.batch_statistics = batch_statistics
+        self.undivided = unit == "minibatch"
+        self._read = data.Reader(function, self._asked, self._holding if batch_statistics else None)
         if self.device.type != parameters[0].device.type:
             raise ValueError(
                 f"device={str(self.device)!r}, but the model is on {parameters[0].device}: move the model there"
             )
         #: Whether the model is known to leave its inputs alone.
         self._reads = False
+        #: Whether it is known to leave itself alone while statistics are found.
+        self._settles = False
         #: Whether it asks for gradients in them, which it gets in others with the same entries.
         self._touches = False
         #: Half precision is accumulated in single.
@@ -90,7 +109,8 @@ class Evaluator:
         """The minibatches of a loader or the one that ``examples`` is, on the device, with a progress bar when
         verbose.
         """
-        return map(self._read, data.minibatches(examples, self.device, self.verbose, type(self.model).__name__))
+        read = self._read.undivided if self.undivided else self._read
+        return map(read, data.minibatches(examples, self.device, self.verbose, type(self.model).__name__))
 
     def _asked(self, batch: data.Batch) -> Any:
         """What the model returns for a minibatch, of which it is given a copy."""
@@ -112,7 +132,9 @@ class Evaluator:
         return look(found)
 
     def outputs(self, batch: data.Batch) -> Tensor:
-        """The output of the model on a minibatch, checked: one row for each example, finite."""
+        """The output of the model on a minibatch, checked: one row for each example, finite. That of a minibatch that
+        counts as one is one row, whatever it is.
+        """
         try:
             f = self.outputs_unchecked(batch)
         except (RuntimeError, IndexError, AssertionError) as error:
@@ -125,12 +147,13 @@ class Evaluator:
                 f"the model returned {f.dtype}: its outputs must be real numbers that can be differentiated"
             )
         n = data.count(batch)
+        f = f.unsqueeze(0) if self.undivided else f
         if f.ndim == 0 or f.shape[0] != n:
             raise ValueError(
                 f"the model returned shape {tuple(f.shape)} for a minibatch of {n} examples: it must return one "
                 "row for each example"
             )
-        if n == 0:
+        if n == 0 or (self.undivided and f.numel() == 0):
             raise ValueError("a minibatch has no example")
         if not _finite(f):
             raise ValueError(
@@ -148,8 +171,68 @@ class Evaluator:
         return f
 
     def outputs_unchecked(self, batch: data.Batch) -> Any:
-        """What the model or the user's function returns for a minibatch. The first time it gets a copy, so that a model
-        that modifies its inputs is found out before it has modified the user's.
+        """What the model or the user's function returns for a minibatch."""
+        within = self.within(batch)
+        if not within:
+            return self._given(batch)
+        with Borrowed(*within):
+            return self._given(batch)
+
+    def within(self, batch: data.Batch) -> list[Change]:
+        """What is in force while the model is at a minibatch, or at some examples of one, on the way there and back:
+        its norms as in training. Statistics are found the first time, at the parameters as they are then.
+        """
+        if self.batch_statistics:
+            held = self._holding(data.known(batch)).statistics
+            assert isinstance(held, Statistics)
+            return [held.settled().in_place]
+        return [apart_from_buffers(self.model)] if self.undivided else []
+
+    def norms_as_in_training(self) -> list[str]:
+        """The names of the norms that are as in training, where that is asked for."""
+        if not self.batch_statistics and not self.undivided:
+            return []
+        return as_in_training(self.model, self.batch_statistics)
+
+    def _holding(self, batch: data.Minibatch) -> data.Minibatch:
+        """A minibatch with its statistics, those of all of it if it is some examples of one that has them."""
+        held = batch.statistics
+        if isinstance(held, Statistics) and held.model is self.model and held.function is self.function:
+            return batch
+        whole = replace(batch, statistics=None)
+        return replace(batch, statistics=Statistics(self.model, self.function, self._statistics, whole))
+
+    def _statistics(self, batch: data.Batch) -> list[Norm]:
+        """The statistics of a minibatch. The first time they are found at copies of all tensors of the model."""
+        if self._settles:
+            state = State(self.model)
+            with self.running(state):  # recorded, since a model may differentiate something in its forward
+                found = self._found(batch)
+                state.check(lambda: self._found(batch))
+            return found
+        found = self.looked(lambda: self._found(batch))
+        self._settles = True
+        return found
+
+    def _found(self, batch: data.Batch) -> list[Norm]:
+        found, f = found_in(self.model, lambda: self._given(batch))
+        odd = computes_otherwise(found)
+        if odd and isinstance(f, Tensor) and f.is_floating_point():
+            held = Statistics(self.model, self.function, lambda _: found, None).settled()
+            with Borrowed(held.in_place):
+                g = self._given(batch).detach()
+            f = f.detach()
+            problem = (
+                f"with the statistics of the minibatch held constant the model ({odd}) returns something else than in "
+                "training"
+            )
+            remedy = "Use nn.BatchNorm1d, 2d or 3d, or leave batch_statistics out and call model.eval()"
+            check_same(g, f, f, problem, remedy)
+        return found
+
+    def _given(self, batch: data.Batch) -> Any:
+        """The first time a copy is given, so that a model that modifies its inputs is found out before it has modified
+        the user's.
         """
         if self._reads:
             return self._called(data.map_tensors(Tensor.detach, batch) if self._touches else batch)
@@ -188,6 +271,9 @@ class Evaluator:
         what is made of them takes half of a work array. made_of_two: from a minibatch to the bytes that are made
         of two of its examples.
         """
+
+        if self.undivided or self.batch_statistics:
+            return ((k, [batch]) for k, batch in enumerate(self.minibatches(examples)))
 
         def most(batch: data.Batch) -> int:
             room = work_array(self.device) // 2
@@ -246,12 +332,22 @@ class Evaluator:
                 state.check(lambda: self.outputs(pair))
         return DryRun(pair, f, made.nbytes)
 
+    def check_mode(self) -> None:
+        """Raise, naming the module, if the model is in a mode in which what is asked for is undefined."""
+        check_mode(self.model, self.batch_statistics, self.undivided)
+
     def called_apart(self, batch: data.Batch) -> list[nn.Module] | None:
         """The modules that the model calls on a minibatch, if their types tell that examples are apart: the model need
         not be looked at. None if they do not.
         """
         x = data.arguments(batch)[0]
-        called = called_apart(self.model, x.ndim) if self.function is None and type(x) is Tensor else None
+        if self.undivided or self.function is not None or type(x) is not Tensor:
+            return None
+        if self.batch_statistics:
+            with Borrowed(*self.within(batch)):
+                called = called_apart(self.model, x.ndim)
+        else:
+            called = called_apart(self.model, x.ndim)
         self._reads = self._reads or called is not None
         return called
 
@@ -276,21 +372,33 @@ def _not_a_tensor(f: Any, batch: data.Batch, by_function: bool) -> str:
     return f"{who} a {type(f).__name__}, not a tensor: {how} {hint}{example}"
 
 
-def check_mode(model: nn.Module) -> None:
-    """Raise, naming the module, if the model is in a mode in which per-example derivatives are undefined."""
-    for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if batch_norm and (module.training or module.running_mean is None):
+def check_mode(model: nn.Module, batch_statistics: bool = False, undivided: bool = False) -> None:
+    """Raise, naming the module, if the model is in a mode in which per-example derivatives are undefined.
+
+    batch_statistics, undivided: as of :class:`Evaluator`, which decide what may be.
+    """
+    if not batch_statistics and not undivided:
+        for name, module in mixing_norms(model):
             raise ValueError(
                 f"layer {name!r} ({type(module).__name__}) normalises with the statistics of the batch, so per-example "
-                "derivatives are undefined: call model.eval() (and keep track_running_stats=True)"
+                "derivatives are undefined: call model.eval() (and keep track_running_stats=True), or pass "
+                "batch_statistics=True, by which those of each minibatch are held constant, or "
+                'unit="minibatch", by which a minibatch counts as one example'
             )
-        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
-        if module.training and isinstance(rate, float) and rate > 0:
+    for name, module in model.named_modules():
+        attribute, rate = rate_of_dropout(module)
+        if rate > 0 and not (batch_statistics and attribute in vars(module)):
             raise ValueError(
                 f"layer {name!r} ({type(module).__name__}) drops units at random in train mode, so its derivative is "
-                "random: call model.eval()"
+                f"random: {_DROPS[undivided or batch_statistics]}"
             )
+
+
+#: What can be done about dropout: in general, and where norms are to be as in training.
+_DROPS = (
+    "call model.eval(), or pass batch_statistics=True, by which dropout is off and norms are as in training",
+    "call eval() on it alone, by which norms stay as they are",
+)
 
 
 class State:
@@ -451,7 +559,10 @@ MIXED = (
     "Something mixes examples (batch statistics, attention over the batch, a sequence that is not split by example) or "
     "is random"
 )
-APART = "use model.eval(), or feed one example at a time"
+APART = (
+    "use model.eval(), or batch_statistics=True for batch norms in train mode, or feed one example at a time, or pass "
+    'unit="minibatch", by which a minibatch counts as one example'
+)
 MIXES = f"{MIXED}: {APART}"
 
 

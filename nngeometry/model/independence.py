@@ -137,9 +137,22 @@ def _spatial(axes_of_one: int) -> Rule:
     return lambda module, axes: axes if axes == axes_of_one + 1 else None
 
 
-_rule(nn.Conv1d, nn.ConvTranspose1d, nn.InstanceNorm1d)(_spatial(2))
-_rule(nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d)(_spatial(3))
-_rule(nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d)(_spatial(4))
+def _own_statistics(axes_of_one: int) -> Rule:
+    """In train mode, running ones would change."""
+
+    def rule(module: Any, axes: int) -> int | None:
+        writes = module.training and module.running_mean is not None
+        return axes if axes == axes_of_one + 1 and not writes else None
+
+    return rule
+
+
+_rule(nn.Conv1d, nn.ConvTranspose1d)(_spatial(2))
+_rule(nn.Conv2d, nn.ConvTranspose2d)(_spatial(3))
+_rule(nn.Conv3d, nn.ConvTranspose3d)(_spatial(4))
+_rule(nn.InstanceNorm1d)(_own_statistics(2))
+_rule(nn.InstanceNorm2d)(_own_statistics(3))
+_rule(nn.InstanceNorm3d)(_own_statistics(4))
 
 
 @_rule(nn.Embedding)

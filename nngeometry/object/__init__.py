@@ -1,5 +1,6 @@
 """Vectors, maps and matrices in parameter space and in function space."""
 
+from . import estimators
 from .fspace import FMat, FMatDense, FMatImplicit
 from .implicit import PMatImplicit
 from .kernel_storage import FMatMemmap
@@ -44,5 +45,6 @@ __all__ = [
     "PVector",
     "Relative",
     "at",
+    "estimators",
     "random_pvector",
 ]

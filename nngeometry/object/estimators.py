@@ -132,7 +132,7 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
     return replace(exact, observe=observe)
 
 
-def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
+def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
     """KFAC: ``G (x) A``, the second moments of output gradients and of inputs.
 
     thin: A is held by the inputs themselves, where they are few.
@@ -142,9 +142,10 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
         (j,) = js
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
-                f"layer {layer.name!r}: the layer collection says that it has Kronecker factors, but the module of "
-                "this model has not: build it with LayerCollection.from_model(model). The gradients of loss=OwnLoss() "
-                "have none: give the loss as a function of the output, or use PMatDiag, PMatBlockDiag, PMatLowRank, ..."
+                f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch" and '
+                'of loss=OwnLoss() never do, so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or '
+                "the loss as a function of the output); otherwise the layer collection is of another model, so build "
+                "it with LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
@@ -171,7 +172,7 @@ def kron(layer: Layer, reduce: bool, thin: bool = True) -> Estimator:
     return Estimator((layer,), layer.packing, observe, finish, centre)
 
 
-def ekfac(layer: Layer, reduce: bool) -> Estimator:
+def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
     """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
     first = kron(layer, reduce, thin=not reduce)  # the span of averaged inputs does not hold the inputs
 

@@ -12,8 +12,9 @@ from .. import arguments
 from ..blocks import Block, Dense, Operator, Rectangular
 from ..blocks.base import Map, check_order
 from ..memory import require
+from . import old_arguments
 from .arithmetic import VectorSpace
-from .kernel_layouts import Layout, Traced, centre, positions, take
+from .kernel_layouts import Full, Layout, Traced, centre, positions, take
 from .regul import Relative, regul_number
 from .vector import FVector
 
@@ -57,6 +58,19 @@ class FMat(VectorSpace):
             root_of_products(lambda V: one[0](two[0](V)), lambda V: two[1](one[1](V)), layout, self._empty()), layout
         )
 
+    def __rmatmul__(self, u: Any) -> FVector:
+        """``u @ K``."""
+        if not isinstance(u, FVector):
+            arguments.refuse("@", u, self, self._remedy)
+        return self.T.mv(u)
+
+    def __pow__(self, exponent: int) -> FMatDense:
+        """``K ** n`` for an integer."""
+        arguments.integer("**: the exponent of a kernel", exponent, least=-(2**31))
+        entries = self.to_torch()
+        power = torch.linalg.matrix_power(entries.flatten(2).flatten(0, 1), exponent)
+        return kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
+
     def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
         """``u^T K v``, a scalar, v being u if it is left out."""
         self._pack(u, self.layout)  # for the checks in there
@@ -69,14 +83,18 @@ class FMat(VectorSpace):
 
     # Linear systems
 
-    def solve(self, b: Any, regul: float | Relative = 1e-8, *, rtol: float | None = None) -> Any:
+    def solve(
+        self, b: Any = None, regul: float | Relative = 1e-8, impl: Any = None, *, rtol: float | None = None, **old: Any
+    ) -> Any:
         """``(K + regul)^-1 b`` for an FVector, or on each column of an FMat.
 
         regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. rtol: the relative residual to reach
         by conjugate gradients (MINRES) for a kernel that is not in memory, by default 1e-6 (1e-5 in float32);
         otherwise the solution is exact. Raises ``ValueError`` if K + regul is singular to working precision,
-        ``RuntimeError`` if rtol is not reached.
+        ``RuntimeError`` if rtol is not reached. impl, old: what NNGeometry took, see :doc:`/from-nngeometry`.
         """
+        if impl is not None or old:
+            return old_arguments.solve_kernel(self, b, regul, impl, rtol=rtol, **old)
         self._check_square("solve")
         r = self._regul(regul)
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
@@ -160,7 +178,7 @@ class FMat(VectorSpace):
 
     def to_torch(self) -> Tensor:
         """All entries, as :class:`FMat` says."""
-        return self.layout.view(self._held("to_torch"))
+        return self.layout.view(self._held("to_torch")).contiguous()
 
     def submatrix(self, examples: Any, others: Any = None) -> FMat:
         """The kernel of some examples (a slice or indices) with some others, by default the same."""
@@ -171,9 +189,10 @@ class FMat(VectorSpace):
         symmetric = self.root.symmetric and torch.equal(rows, cols)
         return FMatDense(dense_root(layout.unview(entries), layout, symmetric), layout)
 
-    def size(self) -> torch.Size:
-        """The shape of :meth:`to_torch`."""
-        return torch.Size(self.layout.seen)
+    def size(self, dim: int | None = None) -> Any:
+        """The shape of :meth:`to_torch`, or the length of one axis."""
+        shape = torch.Size(self.layout.seen)
+        return shape if dim is None else shape[dim]
 
     # Vector space
 
@@ -442,11 +461,41 @@ class FMat(VectorSpace):
 
 
 class FMatDense(FMat):
-    """All entries, in memory."""
+    """All entries, in memory.
+
+    root, layout: as of :class:`FMat`. Or in NNGeometry's words generator and examples, or data, the entries
+    ``(C, n, C', n')``, with or without a layer collection before them.
+    """
+
+    def __init__(
+        self,
+        root: Any = None,
+        layout: Any = None,
+        data: Any = None,
+        examples: Any = None,
+        *,
+        generator: Any = None,
+        layer_collection: Any = None,
+    ) -> None:
+        if not isinstance(root, Block):
+            lc = layer_collection if root is None else root
+            source = generator if layout is None else layout
+            given = old_arguments.of_source("FMatDense", lc, source, data, examples, "GramMatrix(model, loader)")
+            made = given[1].kernel(given[3]) if given[2] is None else kernel_of(given[2])
+            root, layout = made.root, made.layout
+        super().__init__(root, layout)
 
 
 class FMatImplicit(FMat):
     """``K u = J M J'^T u`` by automatic differentiation; holds no entry."""
+
+
+def kernel_of(value: Tensor) -> FMatDense:
+    """A kernel from its entries ``(C, n, C', n')``."""
+    c, n, d, m = value.shape
+    layout = Full((c, d), (n, m))
+    symmetric = value.shape[:2] == value.shape[2:] and bool(torch.equal(value, value.permute(2, 3, 0, 1)))
+    return FMatDense(dense_root(layout.unview(value), layout, symmetric), layout)
 
 
 def dense_root(data: Tensor, layout: Layout, symmetric: bool) -> Dense:

@@ -43,16 +43,30 @@ class BatchJacobian:
 
 
 def batch_jacobians(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[BatchJacobian]:
-    """One slab for each minibatch."""
+    """One slab for each minibatch, all with as many outputs."""
     pending: list[Forms] = []
-    n = 0
+    n, outputs = 0, None
     for observation in without_grad(generator.stream(examples, plan)):
         if observation.n and pending:
-            yield _slab(n, pending)
+            slab = _slab(n, pending)
+            outputs = _same_outputs(slab, outputs)
+            yield slab
             pending = []
         n = observation.n or n
         pending.append(observation.forms)
-    yield _slab(n, pending)
+    slab = _slab(n, pending)
+    _same_outputs(slab, outputs)
+    yield slab
+
+
+def _same_outputs(slab: BatchJacobian, outputs: int | None) -> int:
+    """How many outputs a slab has. Raises ``ValueError`` if those before had others."""
+    if outputs not in (None, slab.outputs):
+        raise ValueError(
+            f"the minibatches have different numbers of outputs, {outputs} and {slab.outputs}: give them as many, or "
+            "let function= return as many for all"
+        )
+    return slab.outputs
 
 
 def without_grad(items: Iterator[Item]) -> Iterator[Item]:
@@ -309,10 +323,11 @@ class KernelSide:
         """The Jacobians of a run of minibatches, each with which examples they are."""
         found = batch_jacobians(self.generator, data.Minibatches(batch for _, batch in self.runs[run]), self.plan)
         lc = self.generator.layer_collection
-        return [
-            (where, sides(slab, self.metric, lc, self.partners))
-            for where, slab in zip(self.where(run), found, strict=True)
-        ]
+        made = []
+        for where, slab in zip(self.where(run), found, strict=True):
+            _same_outputs(slab, self.outputs)
+            made.append((where, sides(slab, self.metric, lc, self.partners)))
+        return made
 
 
 def _runs(batches: Sequence[data.Batch], most: int, piece_most: int) -> list[list[tuple[slice, data.Batch]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..linearisation import jacobians
 from ..memory import chunk_length, require
 from ..model import data
 from ..model.weights import Weights
+from . import old_arguments
 from .arithmetic import VectorSpace
 from .fspace import FMat, FMatDense, dense_root
 from .kernel import BatchJacobian, batch_jacobians, sides, stacked_rows, tile
@@ -33,6 +34,8 @@ class PFMap(VectorSpace, ABC):
     """
 
     layer_collection: LayerCollection
+    #: ``(layer_collection, entries, symmetric)`` to a dense matrix.
+    _dense_matrix: ClassVar[Callable[..., Any]]
     _remedy = "a map J goes (@) with a PVector, a PMat or J2.T, (+) with a map of the same shape and (*) with a number"
 
     @property
@@ -114,6 +117,20 @@ class PFMap(VectorSpace, ABC):
             self._check_like(fitted)
             return self.through(fitted.root.transpose())
         return arguments.unfit("@", self, other, self._remedy)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``u @ J``, and ``J.T @ J``, a dense matrix."""
+        if isinstance(other, FVector):
+            return self.vjp(other)
+        if not isinstance(other, Adjoint):
+            arguments.refuse("@", other, self, self._remedy)
+        left, p = other.map, self.layer_collection.numel()
+        check_same_space(self.layer_collection, left.layer_collection, arguments.name_of(left))
+        remedy = "use FIM or GradientSecondMoment"
+        require(p * p * self.dtype.itemsize, f"the dense matrix {left}.T @ {self}", remedy, self.device)
+        rows = self.to_dense().to_torch().flatten(0, 1)
+        entries = rows.T @ rows if left is self else left.to_dense().to_torch().flatten(0, 1).T @ rows
+        return self._dense_matrix(self.layer_collection, entries, left is self)
 
     def _kernel(self, other: PFMap) -> FMat:
         check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
@@ -225,6 +242,14 @@ class Adjoint:
     def __matmul__(self, other: Any) -> Any:
         return self.mv(other) if isinstance(other, FVector) else arguments.unfit("@", self, other, self._remedy)
 
+    def __rmatmul__(self, other: Any) -> Any:
+        """``v @ J.T``, and ``M @ J.T`` of a symmetric matrix, the adjoint of ``J @ M``."""
+        if isinstance(other, PVector):
+            return self.map.jvp(other)
+        if hasattr(other, "root") and hasattr(other, "layer_collection") and other.root.symmetric:
+            return Adjoint(other.mv(self.map))
+        return arguments.refuse("@", other, self, self._remedy)
+
     def adjoint(self) -> PFMap:
         """J."""
         return self.map
@@ -235,7 +260,8 @@ class Adjoint:
 
 
 class PFMapDense(FlatArray, PFMap):
-    """All entries of a map: data ``(C, n, P)``. Every PMat takes it as many right-hand sides.
+    """All entries of a map: ``PFMapDense(layer_collection, data)`` with data ``(C, n, P)``. Every PMat takes it as many
+    right-hand sides. generator, examples: a backend of NNGeometry's and its loader, in place of data.
 
     >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
     >>> J = PFMapDense(lc, torch.ones(4, 5, 3))
@@ -245,8 +271,18 @@ class PFMapDense(FlatArray, PFMap):
 
     _remedy = PFMap._remedy
 
-    def __init__(self, layer_collection: LayerCollection, data: Tensor) -> None:
-        arguments.instance("layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)")
+    def __init__(
+        self, layer_collection: Any = None, generator: Any = None, data: Any = None, examples: Any = None
+    ) -> None:
+        if isinstance(generator, Tensor):  # the entries
+            arguments.instance(
+                "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
+            )
+            generator, data = None, generator
+        if data is None or not isinstance(layer_collection, LayerCollection):
+            given = _of_source("PFMapDense", layer_collection, generator, data, examples)
+            layer_collection, generator, data, examples = given
+            data = generator.map(PFMapDense, examples).to_torch() if data is None else data
         arguments.instance("data", data, Tensor, "pass a tensor of shape (C, n, P)")
         if data.ndim != 3 or data.shape[2] != layer_collection.numel():
             raise ValueError(f"PFMapDense: expected shape (C, n, {layer_collection.numel()}), got {tuple(data.shape)}")
@@ -304,12 +340,24 @@ class PFMapDense(FlatArray, PFMap):
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
-    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer.
+    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer. Or a generator and
+    examples, as of :class:`PFMapDense`.
     """
 
-    def __init__(self, layer_collection: LayerCollection, pieces: Sequence[BatchJacobian]) -> None:
+    def __init__(
+        self,
+        layer_collection: Any = None,
+        pieces: Any = None,
+        data: Any = None,
+        examples: Any = None,
+        *,
+        generator: Any = None,
+    ) -> None:
+        if not isinstance(pieces, Sequence):
+            found = _made(PFMapFactored, layer_collection, pieces if generator is None else generator, data, examples)
+            layer_collection, pieces = found.layer_collection, found.pieces
         self.layer_collection = layer_collection
-        self.pieces = tuple(pieces)
+        self.pieces: tuple[BatchJacobian, ...] = tuple(pieces)
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
@@ -428,17 +476,26 @@ class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 
     layer_collection: the columns. outputs: ``(C, n)``. jvp_of: ``(k, P) -> (k, C, n)``; vjp_of: ``(k, C, n) -> (k,
-    P)``; like: an empty tensor of its dtype and device.
+    P)``; like: an empty tensor of its dtype and device. Or a generator and examples, as of :class:`PFMapDense`.
     """
 
     def __init__(
         self,
-        layer_collection: LayerCollection,
-        outputs: tuple[int, int],
-        jvp_of: Callable[[Tensor], Tensor],
-        vjp_of: Callable[[Tensor], Tensor],
-        like: Tensor,
+        layer_collection: Any = None,
+        outputs: Any = None,
+        jvp_of: Any = None,
+        vjp_of: Any = None,
+        like: Any = None,
+        *,
+        generator: Any = None,
+        data: Any = None,
+        examples: Any = None,
     ) -> None:
+        if like is None:
+            source, value = generator if outputs is None else outputs, data if jvp_of is None else jvp_of
+            found = _made(PFMapImplicit, layer_collection, source, value, examples if vjp_of is None else vjp_of)
+            vars(self).update(vars(found))
+            return
         self.layer_collection = layer_collection
         self.outputs = outputs
         self._jvp_of = jvp_of
@@ -519,6 +576,18 @@ class PFMapImplicit(PFMap):
             lambda S: self._vjp_of(S.to(self.dtype)).to(there),
             self.like.to(there),
         )
+
+
+def _of_source(name: str, lc: Any, generator: Any, value: Any, examples: Any) -> tuple[Any, Any, Any, Any]:
+    return old_arguments.of_source(name, lc, generator, value, examples, "Jacobian(model, loader)")
+
+
+def _made(kind: type[PFMap], lc: Any, generator: Any, value: Any, examples: Any) -> Any:
+    """The map of a backend of NNGeometry's."""
+    _, generator, value, examples = _of_source(kind.__name__, lc, generator, value, examples)
+    if value is not None:
+        raise TypeError(f"{kind.__name__}: data= are the entries of a map: use PFMapDense(layer_collection, data)")
+    return generator.map(kind, examples)
 
 
 def _as_slice(examples: slice | int) -> slice:

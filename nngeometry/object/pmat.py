@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
 from ..registry import Registry, Unknown
+from . import old_arguments, tensors
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
 from .regul import Relative, regul_number
@@ -39,9 +40,12 @@ class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
     layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block
-    that it consists of. options: of the representation. Operations return new matrices and leave this one as it is.
+    that it consists of, or the tensors of :attr:`data`. options: of the representation. Operations return new matrices
+    and leave this one as it is.
     """
 
+    _tensors: ClassVar[tensors.TensorLayout | None] = None
+    _held: tensors.Held | None = None
     _remedy = (
         "a matrix goes (@) with a PVector, a map or a PMat, (+) with a PMat and (*) with a number; for F + c write "
         "F + c * PMatEye(F.layer_collection), or regul=c"
@@ -52,33 +56,68 @@ class PMat(VectorSpace):
 
     def __init__(
         self,
-        layer_collection: LayerCollection,
+        layer_collection: Any = None,
         generator: Any = None,
-        data: Block | None = None,
+        data: Any = None,
         examples: Any = None,
         **options: Any,
     ) -> None:
+        name = type(self).__name__
+        given = old_arguments.of_source(name, layer_collection, generator, data, examples)
+        layer_collection, generator, data, examples = given
         if (data is None) == (examples is None):
-            raise ValueError(f"{type(self).__name__}: give either data, or generator and examples")
+            raise ValueError(f"{name}: give either data, or generator and examples")
         if data is None:
             if generator is None:
-                raise ValueError(f"{type(self).__name__}: estimation from examples needs a generator")
+                raise ValueError(f"{name}: estimation from examples needs a generator")
             if not hasattr(generator, "layer_collection"):
                 raise TypeError(
                     f"generator: expected a Generator, got {arguments.described(generator)}: use FIM(model, loader, "
                     "representation) and the like"
                 )
             check_same_space(layer_collection, generator.layer_collection, "generator")
-            data = self._estimate(generator, examples, **options)
+            data = self._estimate(generator, examples, **old_arguments.refuse(name, options))
+            if getattr(generator, "centering", False):  # of each output, as a backend of the old names is asked for it
+                data = generator.without_mean(data, examples, type(self))
         elif options:
-            raise TypeError(f"{type(self).__name__}: options {', '.join(options)} are for estimation from examples")
-        if data.shape != (layer_collection.numel(),):
-            raise ValueError(
-                f"{type(self).__name__}: data of shape {data.shape} for {layer_collection.numel()} parameters"
-            )
+            raise TypeError(f"{name}: options {', '.join(options)} are for estimation from examples")
         self.layer_collection = layer_collection
         self.generator = generator
+        if not isinstance(data, Block):
+            self.data = data
+            return
+        if data.shape != (layer_collection.numel(),):
+            raise ValueError(f"{name}: data of shape {data.shape} for {layer_collection.numel()} parameters")
         self.root = data
+
+    @property
+    def root(self) -> Block:
+        """The block that the matrix consists of."""
+        return self._root if self._held is None else self._held.block()
+
+    @root.setter
+    def root(self, block: Block) -> None:
+        if self._held is not None:
+            self._held.current = False
+            self._held = None
+        self._root = block
+
+    @property
+    def data(self) -> Any:
+        """The tensors that the matrix consists of, in NNGeometry's layout, from when they are first asked for: it
+        changes with them in whatever way they are changed. ``AttributeError`` for a matrix without such a layout.
+        """
+        if self._held is None:
+            self._held = tensors.Held.of(self)
+            del self._root
+        return self._held.value
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        held = tensors.Held.given(self, value)
+        if self._held is not None:
+            self._held.current = False
+        self._held = held
 
     @classmethod
     def _estimate(cls, generator: Any, examples: Any, **options: Any) -> Block:
@@ -192,17 +231,27 @@ class PMat(VectorSpace):
     # Linear systems
 
     def solve(
-        self, b: Any, regul: RegulLike = 1e-8, *, rtol: float | None = None, preconditioner: PMat | None = None
+        self,
+        b: Any = None,
+        regul: RegulLike = 1e-8,
+        impl: Any = None,
+        *,
+        rtol: float | None = None,
+        preconditioner: PMat | None = None,
+        **old: Any,
     ) -> Any:
         """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense, whatever the representation.
 
         regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each
         layer. A matrix known by its products alone is solved by conjugate gradients (MINRES where it may be
         indefinite): rtol is the relative residual to reach, by default 1e-6 (1e-5 in float32), and preconditioner
-        another representation, whose own solve with the same regul guides the iteration. All others are exact.
+        another representation, whose own solve with the same regul guides the iteration. All others are exact. impl
+        and old: what NNGeometry took, see :doc:`/from-nngeometry`.
 
         Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
         """
+        if impl is not None or old:
+            return old_arguments.solve(self, b, regul, impl, rtol=rtol, preconditioner=preconditioner, **old)
         flat, r = self._of(b), self._regul(regul)
         rtol = None if rtol is None else arguments.number("solve: rtol", rtol, least=0.0)
         inverse = None if preconditioner is None else self._other(preconditioner)
@@ -237,12 +286,15 @@ class PMat(VectorSpace):
 
     # Spectrum
 
-    def pow(self, exponent: float) -> PMat:
+    def pow(self, exponent: float | None = None, *old: Any, **named: Any) -> PMat:
         """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise
         ``ValueError``: of a matrix known by its products alone, when it is multiplied with a vector and an eigenvalue
         that the vector meets is zero to working precision. Such products also raise ``RuntimeError`` where the
-        iteration does not converge.
+        iteration does not converge. old, named: what NNGeometry took, see :doc:`/from-nngeometry`.
         """
+        if exponent is None or old or named:
+            found: PMat = old_arguments.pow(self, exponent, *old, **named)
+            return found
         return self._with(self.root.pow(arguments.number("pow: exponent", exponent)))
 
     __pow__ = pow
@@ -283,13 +335,20 @@ class PMat(VectorSpace):
 
     # Entries
 
-    def get_diag(self, estimator: Estimator | None = None) -> Any:
-        """The diagonal ``(P,)``, in flat parameter order. estimator: as in :meth:`trace`, e.g. ``linalg.xdiag``."""
-        return self.root.diag() if estimator is None else self._estimated(estimator)
+    def get_diag(self, estimator: Estimator | bool | None = None, split_weight_bias: bool = True) -> Any:
+        """The diagonal ``(P,)``, in flat parameter order. estimator: as in :meth:`trace`, e.g. ``linalg.xdiag``.
 
-    def to_torch(self) -> Tensor:
-        """The dense matrix ``(P, P)``."""
-        return self.root.to_dense()
+        split_weight_bias: if False, each bias stands behind the row of its weight, as in NNGeometry.
+        """
+        if isinstance(estimator, bool):
+            return self.get_diag(split_weight_bias=estimator)
+        diag = self.root.diag() if estimator is None else self._estimated(estimator)
+        return diag if split_weight_bias else old_arguments.rows_first(self, diag)
+
+    def to_torch(self, split_weight_bias: bool = True) -> Tensor:
+        """The dense matrix ``(P, P)``. split_weight_bias: as in :meth:`get_diag`."""
+        entries = self.root.to_dense()
+        return entries if split_weight_bias else old_arguments.rows_first(self, entries)
 
     def to_scipy(self) -> Any:
         """As a ``scipy.sparse.linalg.LinearOperator`` on numpy vectors, for ``eigsh``, ``cg``, ``lobpcg``, ..."""
@@ -396,7 +455,8 @@ class PMat(VectorSpace):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "generator": None}  # a generator holds the model and user functions
+        held = {"_held": None, "_root": self.root}  # tensors that were read stay with the matrix that they were read of
+        return {**vars(self), **held, "generator": None}  # a generator holds the model and user functions
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"]

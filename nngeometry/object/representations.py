@@ -16,14 +16,17 @@ from ..estimation import Estimation, Estimator, OfJacobians, Source
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import LowRank, eigsh, nystrom, randomised_eigh
-from . import estimators
+from . import estimators, old_arguments, tensors
 from .map import PFMap, PFMapDense
+from .mixture import Mixture, joined
 from .pmat import PMat, RegulLike
 from .vector import PVector
 
 
 class PMatDense(PMat):
     """All P x P entries. Exact; memory P**2."""
+
+    _tensors = tensors.DENSE
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
@@ -36,6 +39,8 @@ class PMatDense(PMat):
 
 class PMatBlockDiag(PMat):
     """One dense block for each layer. Exact inside of layers; memory the sum of the squared sizes."""
+
+    _tensors = tensors.BLOCKS
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
@@ -50,6 +55,8 @@ class PMatBlockDiag(PMat):
 
 class PMatDiag(PMat):
     """The diagonal. Memory P."""
+
+    _tensors = tensors.DIAG
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
@@ -67,6 +74,8 @@ class PMatQuasiDiag(PMat):
     Only a part of the entries of a positive matrix, it may be indefinite: sample, logdet and roots then raise.
     """
 
+    _tensors = tensors.QUASIDIAG
+
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         return [estimators.quasidiag(layer) for layer in layers]
@@ -81,6 +90,8 @@ class PMatKFAC(PMat):
     exact dense block, if it fits the memory budget; ``repr`` shows which.
     """
 
+    _tensors = tensors.KFAC
+
     @classmethod
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
         reduce = _reduce(sharing)
@@ -89,6 +100,11 @@ class PMatKFAC(PMat):
             for layer in layers
         ]
 
+    def inv(self, regul: RegulLike = 1e-8, use_pi: bool | None = None) -> PMat:
+        """``(M + regul)^-1``. use_pi: if given, with the factors damped one by one instead, as in NNGeometry."""
+        inverse: PMat = super().inv(regul) if use_pi is None else old_arguments.factored(self, regul, use_pi)
+        return inverse
+
 
 class PMatEKFAC(PMat):
     """The eigenbasis of KFAC with the exact second moments in it (George et al. 2018, 1806.03884). Reads the data
@@ -96,6 +112,8 @@ class PMatEKFAC(PMat):
 
     sharing: as in :class:`PMatKFAC`, for the basis.
     """
+
+    _tensors = tensors.EKFAC
 
     @classmethod
     def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
@@ -110,15 +128,16 @@ class PMatEKFAC(PMat):
         """Whether a layer has a Kronecker-factored basis; otherwise it has its exact block."""
         return layer.kronecker
 
-    def update_diag(self, examples: Any) -> PMatEKFAC:
+    def update_diag(self, examples: Any = None) -> PMatEKFAC:
         """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns
-        itself.
+        itself. examples: by default the loader of the estimation, if that was a DataLoader.
 
         A basis of fewer inputs than the layer has columns does not span them: what is outside has one eigenvalue, its
         mean second moment.
         """
-        if self.generator is None:
+        if not hasattr(self.generator, "jacobians"):  # a source
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
+        examples = old_arguments.loader_of(self.generator, "update_diag") if examples is None else examples
         layers = list(self.layer_collection.layers.values())
         old = self.root.parts  # type: ignore[attr-defined]
         again = OfJacobians(
@@ -150,6 +169,8 @@ class PMatLowRank(PMat):
     (Frangella, Tropp, Udell 2021, 2110.02820, take the smallest eigenvalue held for the others instead, as
     :func:`nngeometry.linalg.nystrom_preconditioner` does, to much the same effect.)
     """
+
+    _tensors = tensors.LOWRANK
 
     @classmethod
     def plan(cls, layers: Sequence[Layer], rows: int | None = None) -> list[Estimator]:
@@ -246,13 +267,35 @@ class PMatLowRank(PMat):
         return cls(matrix.layer_collection, data=_direct([blocks.LowRank(near.vectors, near.values)]))
 
 
-class PMatMixed(PMat):
+class PMatMixed(Mixture, PMat):
     """A representation for each layer, all in one pass: use ``PMatMixed.of(PMatKFAC, {nn.LayerNorm: PMatBlockDiag})``.
 
     default: for the layers that no rule selects. rules: from a layer name, module type or predicate to a
     representation; the first that selects a layer counts. Layers that share a joint representation (PMatDense,
-    PMatLowRank) keep their cross terms.
+    PMatLowRank) keep their cross terms. default_representation, map_layers_to: the same in NNGeometry's words, where a
+    rule may select nothing. sub_pmats, layer_map: matrices that it is put together of, and which layers have which.
     """
+
+    def __init__(
+        self,
+        layer_collection: Any = None,
+        generator: Any = None,
+        data: Any = None,
+        examples: Any = None,
+        sub_pmats: Mapping[Any, PMat] | None = None,
+        *,
+        layer_map: Mapping[str, Any] | None = None,
+        layer_collection_each: Any = None,
+        **options: Any,
+    ) -> None:
+        if sub_pmats is not None:  # (layer_collection, generator, layer_collection_each, layer_map, sub_pmats)
+            layer_map = examples if layer_map is None else layer_map
+            data, examples = joined(layer_collection, sub_pmats.values()), None
+        super().__init__(layer_collection, generator, data, examples, **options)
+        if layer_map is None:
+            chosen = _chosen(list(self.layer_collection.layers.values()), **options)
+            layer_map = {layer.name: representation for layer, representation in chosen}
+        self._layer_map = dict(layer_map)
 
     @classmethod
     @arguments.called_as
@@ -263,19 +306,24 @@ class PMatMixed(PMat):
 
     @classmethod
     def plan(
-        cls, layers: Sequence[Layer], default: Any = PMatDiag, rules: Mapping[Any, Any] | None = None
+        cls,
+        layers: Sequence[Layer],
+        default: Any = PMatDiag,
+        rules: Mapping[Any, Any] | None = None,
+        default_representation: Any = None,
+        map_layers_to: Mapping[Any, Any] | None = None,
     ) -> list[Estimator]:
-        rules = rules or {}
-        _check_rules(default, rules)
-        for selector in rules:
+        _check_rules(default, rules or {})
+        if map_layers_to is not None:
+            _check_rules(default_representation or default, map_layers_to)
+        for selector in rules or {}:
             if not any(layer.matches(selector) for layer in layers):
                 raise KeyError(
                     f"PMatMixed: the rule for {selector!r} selects no layer of "
                     f"{', '.join(layer.name for layer in layers)}"
                 )
         chosen: list[tuple[Any, list[Layer]]] = []
-        for layer in layers:
-            representation = next((r for selector, r in rules.items() if layer.matches(selector)), default)
+        for layer, representation in _chosen(layers, default, rules, default_representation, map_layers_to):
             group = next((group for r, group in chosen if r is representation), None)
             if group is None:
                 chosen.append((representation, [layer]))
@@ -302,6 +350,20 @@ def _check_rules(default: Any, rules: Any) -> None:
             )
 
 
+def _chosen(
+    layers: Sequence[Layer],
+    default: Any = PMatDiag,
+    rules: Mapping[Any, Any] | None = None,
+    default_representation: Any = None,
+    map_layers_to: Mapping[Any, Any] | None = None,
+    **others: Any,
+) -> list[tuple[Layer, Any]]:
+    """The representation of each layer."""
+    default = default if default_representation is None else default_representation
+    mapping = {**(rules or {}), **(map_layers_to or {})}
+    return [(layer, next((r for key, r in mapping.items() if layer.matches(key)), default)) for layer in layers]
+
+
 class PMatEye(PMat):
     """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P
     times it.
@@ -317,14 +379,20 @@ class PMatEye(PMat):
 
     def __init__(
         self,
-        layer_collection: LayerCollection,
-        generator: Source | None = None,
+        layer_collection: Any = None,
+        generator: Any = None,
         data: blocks.Block | None = None,
         examples: Any = None,
-        scaling: float = 1.0,
+        scaling: float | torch.Tensor = 1.0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if isinstance(generator, torch.Tensor | float | int):  # PMatEye(layer_collection, scaling)
+            generator, scaling = None, generator
+        if isinstance(scaling, torch.Tensor):
+            plain = scaling.dtype == torch.get_default_dtype() and scaling.device == torch.empty(0).device
+            dtype, device = (dtype, device) if plain else (scaling.dtype, scaling.device)
+            scaling = arguments.number("PMatEye: scaling", scaling)
         if data is None and examples is None:
             arguments.instance(
                 "layer_collection", layer_collection, LayerCollection, "LayerCollection.from_model(model)"
@@ -361,8 +429,8 @@ class PMatEye(PMat):
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> torch.Tensor:
         return super(PMatEye, self._fitted(pfmap)).mapTMmap(pfmap, reduction)
 
-    def solve(self, b: Any, regul: RegulLike = 1e-8, **options: Any) -> Any:
-        return super(PMatEye, self._fitted(b)).solve(b, regul, **options)
+    def solve(self, b: Any = None, regul: RegulLike = 1e-8, impl: Any = None, **options: Any) -> Any:
+        return super(PMatEye, self._fitted(b)).solve(b, regul, impl, **options)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
         if self._free is None or not isinstance(regul, int | float) or self._free + regul == 0:
@@ -379,6 +447,13 @@ class PMatEye(PMat):
     def __matmul__(self, other: Any) -> Any:
         mine = self._fitted(other) if isinstance(other, PMat) else self
         return super(PMatEye, mine).__matmul__(other)
+
+
+def _dense(layer_collection: LayerCollection, entries: torch.Tensor, symmetric: bool) -> PMatDense:
+    return PMatDense(layer_collection, data=_direct([blocks.Dense(entries, is_symmetric=symmetric)]))
+
+
+PFMap._dense_matrix = staticmethod(_dense)  # a matrix is made of maps, so that these do not know it
 
 
 def _direct(side_by_side: Sequence[Block]) -> blocks.DirectSum:

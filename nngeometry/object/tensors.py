@@ -2,40 +2,107 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..blocks import Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
-from ..object import PMat, PMatBlockDiag, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC, PMatLowRank, PMatQuasiDiag
-from .coordinates import EmbeddingLayer
-from .names import attach
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """How a representation is laid out as tensors. read: from the matrix; make: the block that they are."""
+
+    read: Callable[[Any], Any]
+    make: Callable[[LayerCollection, Any], Block]
+
+
+class Held:
+    """Tensors that a matrix consists of, however they change: ``factor.data = ...`` leaves no trace."""
+
+    def __init__(self, layer_collection: LayerCollection, layout: TensorLayout, symmetric: bool) -> None:
+        self.layer_collection = layer_collection
+        self.layout = layout
+        self.symmetric = symmetric
+        self.current = True
+        self.value: Any = None
+
+    @classmethod
+    def of(cls, matrix: Any) -> Held:
+        """Those of a matrix."""
+        if matrix._tensors is None:
+            raise AttributeError(f"{type(matrix).__name__} has no .data: use to_torch(), get_diag() or repr()")
+        held = cls(matrix.layer_collection, matrix._tensors, matrix.root.symmetric)
+        held.value = held._by_layer(matrix._tensors.read(matrix))
+        return held
+
+    @classmethod
+    def given(cls, matrix: Any, value: Any) -> Held:
+        """These, as those of a matrix. Raises ``ValueError`` if they cannot be."""
+        if matrix._tensors is None or not isinstance(value, Tensor | Mapping | tuple | list):
+            raise TypeError(_expected(matrix, value))
+        held = cls(matrix.layer_collection, matrix._tensors, True)
+        held.value = held._own(value)
+        try:
+            held.block()
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise TypeError(f"{_expected(matrix, value)} ({error})") from error
+        return held
+
+    def block(self) -> Block:
+        """The block that the tensors are now."""
+        lc = self.layer_collection
+        for by_layer in self.value if isinstance(self.value, tuple) else (self.value,):
+            if isinstance(by_layer, Mapping) and set(by_layer) != set(lc):
+                odd = ", ".join(map(repr, sorted(set(by_layer) ^ set(lc))))
+                raise ValueError(f"data: its layers are not those of the matrix, the difference is {odd}")
+        root = self.layout.make(lc, self.value)
+        if root.shape != (lc.numel(),):
+            raise ValueError(f"data: {root.shape[0]} parameters for a matrix of {lc.numel()}")
+        return root if self.symmetric else _of_a_product(root)
+
+    def _by_layer(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _ByLayer(self, value)
+        return tuple(self._by_layer(v) for v in value) if isinstance(value, tuple | list) else value
+
+    def _own(self, value: Any) -> Any:
+        """Data that were given, as they are, but not those of another matrix."""
+        if isinstance(value, _ByLayer):
+            return _ByLayer(self, value)
+        return tuple(self._own(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _expected(matrix: Any, value: Any) -> str:
+    return (
+        f"{type(matrix).__name__}: data: expected a block, as in another matrix's root, or tensors as NNGeometry lays "
+        f"them out, got {arguments.described(value)}"
+    )
 
 
 class _ByLayer(dict[str, Any]):
     """The tensors of a matrix by layer, of which the matrix consists; it has these layers and no others."""
 
-    def __init__(self, matrix: PMat, items: Mapping[str, Any]) -> None:
+    def __init__(self, held: Held, items: Mapping[str, Any]) -> None:
         super().__init__(items)
-        self.matrix = matrix
+        self.held = held
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self:
             raise KeyError(f"data: no layer {name!r}, the matrix has {', '.join(self)}")
-        held = vars(self.matrix).get("_held")
-        if not any(d is self for d in (held if isinstance(held, tuple) else (held,))):
+        if not self.held.current:
             raise RuntimeError("data: the matrix has changed since these were read: read .data again")
         before = self[name]
         super().__setitem__(name, value)
         try:
-            get_root(self.matrix)
+            self.held.block()
         except BaseException:
             super().__setitem__(name, before)
             raise
@@ -48,55 +115,6 @@ class _ByLayer(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def get_data(matrix: PMat) -> Any:
-    """The tensors of the matrix in NNGeometry's layout. From now on it consists of them, however they change."""
-    if "_held" not in vars(matrix):
-        layout = layout_of(type(matrix))
-        if layout is None:
-            raise AttributeError(f"{type(matrix).__name__} has no .data: use to_torch(), get_diag() or repr()")
-        vars(matrix)["_symmetric"] = matrix.root.symmetric
-        vars(matrix)["_held"] = _by_layer(matrix, layout[0](matrix))
-        vars(matrix)["root"] = None
-    return vars(matrix)["_held"]
-
-
-def set_data(matrix: PMat, value: Any) -> None:
-    """Make the matrix of these tensors."""
-    layout = layout_of(type(matrix))
-    if layout is None:
-        raise AttributeError(f"{type(matrix).__name__} has no .data to set")
-    held = _given(matrix, value)
-    _make(matrix, held, True)  # raises before anything has changed
-    vars(matrix).update(_symmetric=True, _held=held, root=None)
-
-
-def get_root(matrix: PMat) -> Any:
-    """What the matrix consists of. Once its data have been read it is made of them whenever it is asked for: they can
-    be changed in ways that leave no trace, as ``factor.data = ...``.
-    """
-    held = vars(matrix).get("_held")
-    return vars(matrix)["root"] if held is None else _make(matrix, held, vars(matrix)["_symmetric"])
-
-
-def set_root(matrix: PMat, root: Any) -> None:
-    """Let go of the data that were read."""
-    vars(matrix).pop("_held", None)
-    vars(matrix)["root"] = root
-
-
-def _make(matrix: PMat, value: Any, symmetric: bool) -> Block:
-    layout = layout_of(type(matrix))
-    assert layout is not None
-    for by_layer in value if isinstance(value, tuple) else (value,):
-        if isinstance(by_layer, Mapping) and set(by_layer) != set(matrix.layer_collection):
-            odd = ", ".join(map(repr, sorted(set(by_layer) ^ set(matrix.layer_collection))))
-            raise ValueError(f"data: its layers are not those of the matrix, the difference is {odd}")
-    root: Block = layout[1](matrix.layer_collection, value)
-    if root.shape != (matrix.size(0),):
-        raise ValueError(f"data: {root.shape[0]} parameters for a matrix of {matrix.size(0)}")
-    return root if symmetric else _of_a_product(root)
-
-
 def _of_a_product(block: Block) -> Block:
     """The same entries, of a matrix that need not be symmetric."""
     if isinstance(block, DirectSum):
@@ -104,28 +122,6 @@ def _of_a_product(block: Block) -> Block:
     if isinstance(block, Kron):
         return Kron(_of_a_product(block.left), _of_a_product(block.right))
     return replace(block, is_symmetric=False) if isinstance(block, Dense) else block
-
-
-def _by_layer(matrix: PMat, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _ByLayer(matrix, value)
-    return tuple(_by_layer(matrix, v) for v in value) if isinstance(value, tuple | list) else value
-
-
-def _given(matrix: PMat, value: Any) -> Any:
-    """Data that were given, as they are, but not those of another matrix."""
-    if isinstance(value, _ByLayer):
-        return _ByLayer(matrix, value)
-    return tuple(_given(matrix, v) for v in value) if isinstance(value, tuple | list) else value
-
-
-def _without_data(getstate: Callable[[PMat], dict[str, Any]]) -> Callable[[PMat], dict[str, Any]]:
-    @functools.wraps(getstate)
-    def __getstate__(self: PMat) -> dict[str, Any]:
-        state = {k: v for k, v in getstate(self).items() if k not in ("_held", "_symmetric", "_examples")}
-        return {**state, "root": self.root}
-
-    return __getstate__
 
 
 def _side_by_side(lc: LayerCollection, make: Callable[[Layer, slice], tuple[Packing, Block]]) -> DirectSum:
@@ -142,7 +138,7 @@ def _flat(layer: Layer) -> Packing:
     return Packing.flat(layer.numel())
 
 
-def parts_of(matrix: PMat) -> Iterator[tuple[str, Layer, Packing, Block]]:
+def parts_of(matrix: Any) -> Iterator[tuple[str, Layer, Packing, Block]]:
     """The block of each layer, with its name and packing."""
     parts = {part.slices: part for part in matrix.root.parts} if isinstance(matrix.root, DirectSum) else {}
     for name, s in matrix.layer_collection.slices().items():
@@ -156,7 +152,7 @@ def _structure(name: str, block: Block) -> AttributeError:
     return AttributeError(f"data: the block of layer {name!r} is a {block.describe()}, which has no such layout")
 
 
-def _read_dense(matrix: PMat) -> Tensor:
+def _read_dense(matrix: Any) -> Tensor:
     block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) and len(matrix.root.parts) == 1 else None
     return block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.to_torch()
 
@@ -165,7 +161,7 @@ def _make_dense(lc: LayerCollection, value: Tensor) -> DirectSum:
     return DirectSum((Part(((0, len(value)),), Packing.flat(len(value)), Dense(value)),))
 
 
-def _read_blocks(matrix: PMat) -> dict[str, Tensor]:
+def _read_blocks(matrix: Any) -> dict[str, Tensor]:
     return {
         name: block.data if isinstance(block, Dense) and block.data.ndim == 2 else matrix.block(name).to_torch()
         for name, _, _, block in parts_of(matrix)
@@ -180,7 +176,7 @@ def _make_diag(lc: LayerCollection, value: Tensor) -> DirectSum:
     return _side_by_side(lc, lambda layer, s: (_flat(layer), Diag(value[s])))
 
 
-def _read_quasidiag(matrix: PMat) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _read_quasidiag(matrix: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
     value: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, layer, packing, block in parts_of(matrix):
         if isinstance(block, QuasiDiag):
@@ -224,7 +220,7 @@ def _factor(block: Block) -> Tensor | None:
     return _ungrouped(block.d) if isinstance(block, Diag) else None
 
 
-def _read_kfac(matrix: PMat) -> dict[str, Any]:
+def _read_kfac(matrix: Any) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for name, _, _, block in parts_of(matrix):
         if isinstance(block, Kron):
@@ -248,7 +244,7 @@ def make_kfac(lc: LayerCollection, value: Mapping[str, Any]) -> DirectSum:
     return _side_by_side(lc, make)
 
 
-def _read_ekfac(matrix: PMat) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_ekfac(matrix: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     evecs: dict[str, Any] = {}
     diags: dict[str, Tensor] = {}
     for name, _, _, block in parts_of(matrix):
@@ -276,14 +272,14 @@ def _make_ekfac(lc: LayerCollection, value: tuple[Mapping[str, Any], Mapping[str
         left = Dense(_grouped(g, 3))
         right = Eye.like(g, (1, layer.packing.shape[-1])) if a is None else Dense(_grouped(a, 3))
         kron = Kron(left, right)
-        if diag.ndim == 2 and isinstance(layer, EmbeddingLayer):  # in the shape of its weight
-            diag = diag.T
+        if diag.ndim == 2:  # in the shape of its weight
+            diag = layer.packing.pack(diag.flatten())
         return layer.packing, Spectral(kron, diag.reshape(kron.shape), diag.new_zeros(()))
 
     return _side_by_side(lc, make)
 
 
-def _read_lowrank(matrix: PMat) -> Tensor:
+def _read_lowrank(matrix: Any) -> Tensor:
     block = matrix.root.parts[0].block if isinstance(matrix.root, DirectSum) else matrix.root
     if not isinstance(block, LowRank) or bool((block.weights < 0).any()):
         raise _structure("all", block)
@@ -297,27 +293,10 @@ def make_lowrank(lc: LayerCollection, value: Tensor) -> DirectSum:
     return DirectSum((Part(((0, p),), Packing.flat(p), LowRank(rows, rows.new_ones(len(rows)))),))
 
 
-_Layout = tuple[Callable[[PMat], Any], Callable[[LayerCollection, Any], DirectSum]]
-_LAYOUTS: dict[type, _Layout] = {
-    PMatDense: (_read_dense, _make_dense),
-    PMatBlockDiag: (_read_blocks, _make_blocks),
-    PMatDiag: (lambda matrix: matrix.root.diag(), _make_diag),
-    PMatQuasiDiag: (_read_quasidiag, _make_quasidiag),
-    PMatKFAC: (_read_kfac, make_kfac),
-    PMatEKFAC: (_read_ekfac, _make_ekfac),
-    PMatLowRank: (_read_lowrank, make_lowrank),
-}
-
-
-def layout_of(kind: type[PMat]) -> _Layout | None:
-    return next((_LAYOUTS[base] for base in kind.__mro__ if base in _LAYOUTS), None)
-
-
-def install() -> None:
-    """Attach ``.data``, and what follows from it."""
-    attach(
-        PMat,
-        data=property(get_data, set_data),
-        root=property(get_root, set_root),
-        __getstate__=_without_data(PMat.__getstate__),
-    )
+DENSE = TensorLayout(_read_dense, _make_dense)
+BLOCKS = TensorLayout(_read_blocks, _make_blocks)
+DIAG = TensorLayout(lambda matrix: matrix.root.diag(), _make_diag)
+QUASIDIAG = TensorLayout(_read_quasidiag, _make_quasidiag)
+KFAC = TensorLayout(_read_kfac, make_kfac)
+EKFAC = TensorLayout(_read_ekfac, _make_ekfac)
+LOWRANK = TensorLayout(_read_lowrank, make_lowrank)

@@ -1,0 +1,1 @@
+"""What a user adds to the library, a file each, as docs/extending shows it."""
