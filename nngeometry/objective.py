@@ -69,7 +69,7 @@ class Objective(Evaluator):
         super().__init__(model, lc, function=function, **options)
         self._of_classes = self._own is None and not isinstance(loss, OutputLoss)
         self._loss = output_loss(nn.CrossEntropyLoss() if loss is None or self._own is not None else loss)
-        self._given = selected(targets)
+        self._select = selected(targets)
         self._total = arguments.explaining(loss, self._loss.total)
         self._weight = arguments.explaining(loss, self._loss.weight)
         #: Whether the loss of all data is the mean of those of minibatches, by what they count.
@@ -90,7 +90,7 @@ class Objective(Evaluator):
         return self._total(f, *targets), self._weight(f.detach(), *targets), hits
 
     def _targets(self, batch: data.Batch) -> tuple[Any, ...]:
-        targets = self._given(batch)
+        targets = self._select(batch)
         if not targets:
             raise ValueError(
                 "loader: a minibatch has no labels, only inputs: let it yield (inputs, labels), or say with targets= "

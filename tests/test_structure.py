@@ -34,6 +34,8 @@ FLOORS = [
     ["statistics", "spectrum", "hierarchy"],
     ["landscape"],
     ["plot"],
+    ["training"],
+    ["report"],
     ["legacy"],
     ["maths", "utils", "backend", "solve"],
 ]

@@ -29,7 +29,9 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
     arguments.path("checkpoints: folder", folder, "the one that was given to train(checkpoints=)")
     found = _in(Path(os.fsdecode(folder)))
     if not found:
-        raise ValueError(f"checkpoints: there is none in {folder}: pass the folder that was given to train(checkpoints=)")
+        raise ValueError(
+            f"checkpoints: there is none in {folder}: pass the folder that was given to train(checkpoints=)"
+        )
     return found
 
 
@@ -117,7 +119,7 @@ def save_checkpoint(folder: Path, epoch: int, state: Mapping[str, Any]) -> Path:
 
 def random_states(loader: Any) -> dict[str, Any]:
     """Those of torch, numpy and Python, and of the generators of a loader."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (datasets draw from the global one)
     version, numbers, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -134,7 +136,7 @@ def set_random_states(loader: Any, state: Mapping[str, Any]) -> None:
     """Put back what :func:`random_states` gave."""
     torch.set_rng_state(state["torch"].cpu())
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     found = _generators(loader)

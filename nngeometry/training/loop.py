@@ -8,7 +8,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +123,7 @@ def train(
             checkpoint is.
 
     Example:
+        >>> from nngeometry.training import zoo
         >>> model = zoo.mlp(4, (8,), classes=3)
         >>> loader = [(torch.randn(20, 4), torch.randint(3, (20,))) for _ in range(3)]
         >>> history = train(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), epochs=20, verbose=False)
@@ -196,12 +196,14 @@ def _epoch(objective: Objective, optimizer: Any, loader: Any, epoch: int) -> dic
     minibatches: Iterable[Any] = [loader] if data.is_minibatch(loader) else loader
     for raw in minibatches:
         batch = objective.of_one(raw)
-        total, w, hits, norm = _step(objective, optimizer, batch)
+        try:
+            total, w, hits, norm = _step(objective, optimizer, batch)
+        except ValueError as error:
+            if "NaN or infinite" not in str(error) or (epoch, steps) == (1, 0):
+                raise
+            raise _diverged(epoch, steps) from error
         if not math.isfinite(total) or not math.isfinite(norm):
-            raise ValueError(
-                f"the loss or its gradient is not finite any more in epoch {epoch}, step {steps + 1}: take a smaller "
-                "learning rate, or clip gradients in a hook of the optimiser"
-            )
+            raise _diverged(epoch, steps)
         loss, weight, n, norms, steps = loss + total, weight + w, n + data.count(batch), norms + norm, steps + 1
         found.append(hits)
     if steps == 0:
@@ -210,6 +212,13 @@ def _epoch(objective: Objective, optimizer: Any, loader: Any, epoch: int) -> dic
         weights = float(nn.utils.get_total_norm(list(objective.model.parameters())))
     of = measured(loss / weight if objective.mean else loss, found, n)
     return {**_named("", of), "grad_norm": norms / steps, "weight_norm": weights}
+
+
+def _diverged(epoch: int, steps: int) -> ValueError:
+    return ValueError(
+        f"weights, loss or gradient are not finite any more in epoch {epoch}, step {steps + 1}: take a smaller "
+        "learning rate, or clip gradients in a hook of the optimiser"
+    )
 
 
 def _step(objective: Objective, optimizer: Any, batch: data.Batch) -> tuple[float, float, Hits | None, float]:
@@ -302,8 +311,8 @@ def _resumed(path: Path, objects: dict[str, Any], loader: Any, device: torch.dev
     except (RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines()
         raise ValueError(
-            f"checkpoints: {path} is of another model or optimiser ({lines[min(1, len(lines) - 1)].strip()}): train into "
-            "another folder"
+            f"checkpoints: {path} is of another model or optimiser ({lines[min(1, len(lines) - 1)].strip()}): train "
+            "into another folder"
         ) from error
     if objects["scheduler"] is not None:
         objects["scheduler"].load_state_dict(state["scheduler"])

@@ -1,13 +1,14 @@
 """Networks for small images, of 8 x 8 pixels and more, with any number of channels and classes.
 
-Those of the literature have the published numbers of parameters for images of CIFAR, ``channels=3, size=32``. ``width=``
-scales the number of their filters.
+Those of the literature have the published numbers of parameters for images of CIFAR, ``channels=3, size=32``.
+``width=`` scales the number of their filters.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -50,7 +51,7 @@ def mlp(
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     widths = [inputs, *hidden]
-    for k, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
+    for k, (a, b) in enumerate(pairwise(widths), 1):
         layers[f"linear{k}"] = nn.Linear(a, b)
         layers[f"act{k}"] = activation()
     layers["output"] = nn.Linear(widths[-1], classes)
@@ -408,9 +409,7 @@ def densenet(
         layers: list[nn.Module] = []
         for _ in range((depth - 4) // 6):
             inner = 4 * growth
-            layers.append(
-                Dense(nn.Sequential(*_act(a), _conv(a, inner, 1), *_act(inner), _conv(inner, growth)))
-            )
+            layers.append(Dense(nn.Sequential(*_act(a), _conv(a, inner, 1), *_act(inner), _conv(inner, growth))))
             a += growth
         if k < 2:
             layers += [_act(a), _conv(a, a // 2, 1), nn.AvgPool2d(2)]
