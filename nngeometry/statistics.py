@@ -23,6 +23,7 @@ from .model import data
 from .model.evaluator import check_mode
 from .object import PMat, PMatImplicit, PVector
 from .objective import Measured, Objective, as_found, in_eval_mode
+from .tables import as_html, number
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class LossStatistics(BlockStatistics):
     def __str__(self) -> str:
         return _as_text({"all": self, **self.layers})
 
+    def _repr_html_(self) -> str:
+        return _as_html({"all": self, **self.layers})
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -134,6 +138,9 @@ class Trajectory:
 
     def __str__(self) -> str:
         return _as_text(self.at)
+
+    def _repr_html_(self) -> str:
+        return _as_html(self.at)
 
 
 @arguments.called_as
@@ -391,25 +398,32 @@ def _length(loader: Any, objective: Objective) -> int:
 # Tables
 
 
-def _as_text(rows: Mapping[Any, BlockStatistics]) -> str:
-    """A line for each statistic, a column for each row."""
-    columns = {str(name): of.columns() for name, of in rows.items()}
+def _table(of: Mapping[Any, BlockStatistics]) -> list[list[str]]:
+    """A row for each statistic after the titles of columns."""
+    columns = {str(name): found.columns() for name, found in of.items()}
     names = list(dict.fromkeys(n for column in columns.values() for n in column))
-    table = [["", *columns]]
-    table += [[name, *(_number(column.get(name)) for column in columns.values())] for name in names]
+    rows = [[name, *(_number(column.get(name)) for column in columns.values())] for name in names]
+    return [["", *columns], *rows]
+
+
+def _as_text(of: Mapping[Any, BlockStatistics]) -> str:
+    table = _table(of)
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+    lines = []
+    for first, *others in table:
+        lines.append(
+            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])
         )
-        for row in table
-    ).rstrip()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _as_html(of: Mapping[Any, BlockStatistics]) -> str:
+    header, *rows = _table(of)
+    return as_html("", header, rows)
 
 
 def _number(of: Estimate | None) -> str:
-    if of is None:
-        return ""
-    return f"{float(of.value):.4g}" + (f" ± {float(of.error):.1g}" if float(of.error) else "")
+    return "" if of is None else number(float(of.value), float(of.error))
 
 
 #: The examples of functions that stand wrapped above, for doctest to find.

@@ -13,7 +13,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it. A folder is named as a whole,
 #: or file by file where its files are on several floors.
 FLOORS = [
-    ["spelling", "changes", "memory", "registry", "derivatives", "forms", "layers"],
+    ["tables", "spelling", "changes", "memory", "registry", "derivatives", "forms", "layers"],
     ["model.batch", "model.data", "model.independence", "model.structure", "model.recurrent", "model.weights"],
     ["model.batch_statistics"],
     ["model.refused", "arguments", "linalg", "likelihood", "losses"],

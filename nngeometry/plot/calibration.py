@@ -70,8 +70,8 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
 
 
 def plot_calibration(calibrations: Calibration | Mapping[str, Calibration], path: str | Path | None = None) -> Figure:
-    """Accuracy against confidence; below, how many predictions there are. On the diagonal a model is as often right as
-    it says.
+    """Accuracy against confidence, points as large as there are predictions; below, how many these are. On the diagonal
+    a model is as often right as it says.
 
     Args:
         calibrations: From :func:`calibration`, one or several with titles.
@@ -102,7 +102,9 @@ def plot_calibration(calibrations: Calibration | Mapping[str, Calibration], path
     for (name, c), colour in zip(named.items(), COLOURS * len(named), strict=False):
         used = c.share > 0
         label = f"{name}, error {c.error:.3f}" if name else f"error {c.error:.3f}"
-        above.plot(c.confidence[used], c.accuracy[used], "o-", color=colour, markersize=3, linewidth=1.2, label=label)
+        x, y, size = c.confidence[used].numpy(), c.accuracy[used].numpy(), c.share[used].numpy()
+        above.plot(x, y, color=colour, linewidth=0.8)
+        above.scatter(x, y, 4 + 80 * size, color=colour, label=label, clip_on=False, zorder=3)
         width = 1 / len(c.share)
         edges = torch.arange(len(c.share) + 1) * width
         below.stairs(c.share.numpy(), edges.numpy(), color=colour, linewidth=1.2)

@@ -12,6 +12,9 @@ from .. import arguments
 from ..landscape import Landscape
 from .style import COLOURS, FONT, PANEL, Figure, colour_map, dressed, finished, legend, new_figure, require_matplotlib
 
+#: From which ratio of the largest loss to the smallest on an axis is logarithmic.
+_LOG = 30
+
 
 def plot_landscape(
     landscapes: Landscape | Mapping[Any, Landscape], path: str | Path | None = None, *, surface: bool = False
@@ -71,6 +74,9 @@ def _lines(found: list[Landscape]) -> Figure:
                 if values is not None:
                     ax.plot(x, values.numpy(), style, color=colour, linewidth=1.2, label=label)
         if k == 0:
+            every = torch.cat([f.loss for f in found])
+            if float(every.min()) > 0 and float(every.max()) > _LOG * float(every.min()):
+                ax.set_yscale("log")
             if any(f.test_loss is not None for f in found):
                 ax.plot([], [], "--", color="grey", linewidth=1.2, label="test data")
             legend(ax)
@@ -81,7 +87,7 @@ def _levels(loss: torch.Tensor) -> tuple[Any, bool]:
     """The levels of contours, and whether they are logarithmic."""
     finite = loss[loss.isfinite()]
     low, high = float(finite.min()), float(finite.max())
-    log = low > 0 and high > 30 * low
+    log = low > 0 and high > _LOG * low
     if log:
         return torch.logspace(torch.tensor(low).log10(), torch.tensor(high).log10(), 15).numpy(), True
     return torch.linspace(low, high if high > low else low + 1, 15).numpy(), False
@@ -92,10 +98,10 @@ def _contours(f: Landscape) -> Figure:
 
     test = f.test_loss is not None
     figure = new_figure((2 if test else 1) * 1.65 * PANEL, 1.35 * PANEL)
+    levels, log = _levels(f.loss if f.test_loss is None else torch.cat([f.loss, f.test_loss]))
     for k, (title, values) in enumerate([("training loss", f.loss), ("test loss", f.test_loss)][: 2 if test else 1]):
         assert values is not None
         ax = dressed(figure.add_subplot(1, 2 if test else 1, k + 1), title, f.names[0], f.names[1])
-        levels, log = _levels(values)
         x, y = (p.numpy() for p in f.positions)
         norm = LogNorm(levels[0], levels[-1]) if log else None
         filled = ax.contourf(x, y, values.T.numpy(), levels=levels, norm=norm, cmap=colour_map())
@@ -107,6 +113,8 @@ def _contours(f: Landscape) -> Figure:
 
 
 def _in_space(f: Landscape) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(1.9 * PANEL, 1.7 * PANEL)
     figure.set_layout_engine("none")
     ax: Any = figure.add_axes((0.0, 0.06, 0.88, 0.9), projection="3d")
@@ -114,5 +122,7 @@ def _in_space(f: Landscape) -> Figure:
     ax.plot_surface(x.numpy(), y.numpy(), f.loss.numpy(), cmap=colour_map(), linewidth=0, antialiased=True)
     dressed(ax, "", f.names[0], f.names[1])
     ax.set_zlabel("loss", fontsize=FONT + 1)
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
     ax.view_init(elev=32, azim=-60)
     return figure

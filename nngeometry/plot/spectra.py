@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil, log10
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,22 @@ def plot_spectra(spectra: Mapping[Any, Spectrum], path: str | Path | None = None
         columns.append(density * torch.maximum(middle.abs(), torch.tensor(linear)))  # on this axis
     image = torch.stack(columns, 1).clamp(min=1e-300).log10()
     top = float(image.max())
+    image[image < top - _DECADES] = float("nan")  # white
     drawn = ax.pcolormesh(
         torch.arange(len(spectra) + 1).numpy() - 0.5,
         grid.numpy(),
-        image.clamp(min=top - _DECADES).numpy(),
+        image.numpy(),
         cmap=colour_map().reversed(),
         rasterized=True,
     )
     for k, s in enumerate(spectra.values()):
         ax.plot([k] * len(s.outliers), s.outliers.numpy(), "v", color=COLOURS[1], markersize=3)
     ax.set_yscale("symlog", linthresh=linear)
+    powers = [10.0**k for k in range(ceil(log10(linear)), 1 + ceil(log10(max(abs(low), abs(high), linear))))]
+    ax.set_yticks([-p for p in reversed(powers) if p <= -float(grid[0])] + [0] + [p for p in powers if p <= grid[-1]])
     ax.set_ylim(float(grid[0]), float(grid[-1]))
     ax.set_xticks(range(len(spectra)), [str(k) for k in spectra], rotation=0 if _numbers(spectra) else 30)
-    bar = figure.colorbar(drawn, ax=ax, extend="min")
+    bar = figure.colorbar(drawn, ax=ax)
     bar.set_label(r"$\log_{10}$ density on this axis", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     return finished(figure, path)

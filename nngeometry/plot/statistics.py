@@ -64,9 +64,9 @@ def plot_statistics(
     rows, per_row = grid_of(len(names), ncols)
     figure = new_figure(1.15 * PANEL * per_row, 0.85 * PANEL * rows)
     for k, name in enumerate(names):
-        ax = dressed(
-            figure.add_subplot(rows, per_row, k + 1), name, "epoch" if numbers and k >= len(names) - per_row else ""
-        )
+        last = k >= len(names) - per_row
+        title = name.replace("^2", "²")
+        ax = dressed(figure.add_subplot(rows, per_row, k + 1), title, "epoch" if numbers and last else "")
         values = [float(e.value) for e in columns[name]]
         errors = [2 * float(e.error) for e in columns[name]]
         ax.errorbar(x, values, errors, color=COLOURS[0], linewidth=1.2, marker="o", markersize=3, capsize=2)

@@ -44,7 +44,7 @@ def dressed(ax: Any, title: str = "", x: str = "", y: str = "") -> Any:
     ax.set_title(title, fontsize=FONT + 2)
     ax.set_xlabel(x, fontsize=FONT + 1)
     ax.set_ylabel(y, fontsize=FONT + 1)
-    ax.tick_params(labelsize=FONT)
+    ax.tick_params(which="both", labelsize=FONT)
     for side in ("top", "right"):
         if side in ax.spines:
             ax.spines[side].set_visible(False)
