@@ -98,6 +98,13 @@ class Objective(Evaluator):
             )
         return targets
 
+    def targets_of(self, batch: data.Batch) -> Any:
+        """The one target of a minibatch, None if there are several or none."""
+        if self._own is not None:
+            return None
+        targets = self._targets(batch)
+        return targets[0] if len(targets) == 1 else None
+
     def value(self, batch: data.Batch) -> Tensor:
         """The loss of a minibatch, a scalar."""
         total, weight, _ = self.total(batch)

@@ -478,10 +478,8 @@ class PMat(VectorSpace):
     def __repr__(self) -> str:
         title, rows = self._table()
         widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        lines = [title] + [
-            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join(lines)
+        lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([title, *lines])
 
     def _repr_html_(self) -> str:
         title, rows = self._table()
