@@ -33,6 +33,7 @@ examples: $(READY)
 	$(BIN)/python examples/mislabelled.py --small
 	$(BIN)/python examples/influence.py --small
 	$(BIN)/python examples/huggingface.py --small
+	$(BIN)/python examples/deep_curvature.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

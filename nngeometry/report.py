@@ -95,9 +95,9 @@ def report(
     generator: torch.Generator | None = None,
     verbose: bool = True,
 ) -> Path:
-    """Write a page on a trained model: what its layers are, the density and the ends of the spectrum of the Hessian, its
-    negative part, the noise of gradients, the landscape along the top two eigenvectors, and the alignment of its tangent
-    kernel with the labels; each with a sentence that says what it is.
+    """Write a page on a trained model: what its layers are, the density and the ends of the spectrum of the Hessian,
+    its negative part, the noise of gradients, the landscape along the top two eigenvectors, and the alignment of its
+    tangent kernel with the labels; each with a sentence that says what it is.
 
     The page is one file, with pictures inside, that loads nothing. The Hessian is that of as many examples as the time
     allows, which the page says; a section that does not apply to the model says why.
@@ -228,8 +228,8 @@ def _summary(looked: _Looked, page: _Page, train: Measured, test: Measured | Non
     page.add(
         "Summary",
         f"The model has {_parameters(looked.model)} parameters. Curvature is that of {looked.examples} of the "
-        f"{train.n} training examples, as the time of {looked.budget:g} seconds allows; a product of the Hessian with a "
-        f"vector takes {looked.seconds:.2g} seconds.",
+        f"{train.n} training examples, as the time of {looked.budget:g} seconds allows; a product of the Hessian with "
+        f"a vector takes {looked.seconds:.2g} seconds.",
         as_html("", ["", "examples", "loss", "accuracy", "among first five"], rows),
     )
 
@@ -261,7 +261,7 @@ def _layers(looked: _Looked, page: _Page) -> None:
                 layer.kind_name,
                 str(layer.numel()),
                 number(float(e.value), float(e.error)),
-                number(top[name]) if name in top else "–",
+                number(top[name]) if name in top else "-",
                 number(float(w.to_torch()[slices[name]].norm())),
             ]
         )
@@ -295,8 +295,8 @@ def _spectrum(looked: _Looked, page: _Page) -> None:
     """Spectrum of the Hessian. Its density, its ends."""
     H = looked.hessian()
     products = looked.products("density", 40)
-    probes = 4 if products >= 160 else 2
-    steps = min(80, products // probes, H.size(0))
+    probes = 4
+    steps = max(1, min(80, products // probes, H.size(0)))
     spectrum = spectral_density(H, steps=steps, probes=probes, generator=looked.generator)
     picture = plot_density({"linear": spectrum}), plot_density({"logarithmic": spectrum}, log=True)
     rows = [[name, number(float(e.value), float(e.error))] for name, e in spectrum.table().items()]
@@ -312,8 +312,8 @@ def _spectrum(looked: _Looked, page: _Page) -> None:
     if pairs is None:
         page.add(
             "Extreme eigenvalues",
-            "They did not converge within the time: the largest and the smallest value in the table above are those that "
-            "the density knows.",
+            "They did not converge within the time: the largest and the smallest value in the table above are those "
+            "that the density knows.",
             f"<pre>{escape(problem)}</pre>",
         )
         return
@@ -362,7 +362,7 @@ def _noise(looked: _Looked, page: _Page) -> None:
     ratio = float(found.gradient_variance.value / found.gradient_norm2.value.clamp(min=1e-300))
     page.add(
         "Noise of gradient and curvature",
-        f"Over {found.minibatches} minibatches of about {looked.examples // max(1, len(looked.minibatches))} examples. "
+        f"Over {found.minibatches} minibatches of {data.count(minibatches[0])} examples. "
         f"The variance of the gradient is {ratio:.3g} times the square of its mean: above one, a step is mostly noise. "
         "The shrinkage is the share of the spread of eigenvalues that is not due to the minibatches.",
         as_html("", ["", "value"], rows),
@@ -401,8 +401,8 @@ def _landscape(looked: _Looked, page: _Page) -> None:
     surface = landscape(looked.model, loader, directions, distance=reach, points=points, names=called, **shared)
     page.add(
         "Landscape",
-        "The loss along the two directions in which it is curved most, which have length one, with BatchNorm as it is in "
-        "the middle. The parabolas there have the eigenvalues as second derivatives.",
+        "The loss along the two directions in which it is curved most, which have length one, with BatchNorm as it is "
+        "in the middle. The parabolas there have the eigenvalues as second derivatives.",
         _image(plot_landscape(lines), "the loss along two eigenvectors"),
         _image(plot_landscape(surface), "contours of the loss over their plane"),
     )
@@ -436,8 +436,8 @@ def _kernel(looked: _Looked, page: _Page) -> None:
     page.add(
         "Tangent kernel",
         f"The kernel of {n} examples, which says how a step on one changes the output of another, and its centred "
-        "alignment (CKA) with the labels: one if examples of a class move together and no others. It is the sum of those "
-        "of the layers, each with its share of the trace.",
+        "alignment (CKA) with the labels: one if examples of a class move together and no others. It is the sum of "
+        "those of the layers, each with its share of the trace.",
         as_html("", ["layer", "alignment", "share of the trace"], rows),
     )
 
@@ -450,7 +450,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _image(figure: Figure, alt: str) -> str:
@@ -466,10 +466,12 @@ def _pieces() -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield '<link rel="icon" href="data:,">'  # or browsers ask for one
     yield "<title>{title}</title><style>"
-    yield "body{{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:60rem;margin:0 auto;padding:1rem}}"
+    yield "body{{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fff}}"
+    yield "body{{max-width:60rem;margin:0 auto;padding:1rem}}"
     yield "h1{{font-size:1.6rem;overflow-wrap:anywhere}}h2{{font-size:1.2rem;margin-top:2.5rem}}"
     yield "img{{max-width:100%;height:auto;display:block;margin:.5rem 0}}"
-    yield "table{{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}}"
+    yield "table{{display:block;overflow-x:auto;border-collapse:collapse}}"
+    yield "table{{font-size:.9rem;font-variant-numeric:tabular-nums}}"
     yield "th,td{{padding:.2rem .8rem .2rem 0;white-space:nowrap}}th{{border-bottom:1px solid #999}}"
     yield "td{{border-bottom:1px solid #eee}}pre{{white-space:pre-wrap;background:#f5f5f5;padding:.5rem}}"
     yield "</style></head><body><h1>{title}</h1>"

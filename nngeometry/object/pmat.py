@@ -469,8 +469,8 @@ class PMat(VectorSpace):
             names = [
                 n or "(root)" for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)
             ]
-            title = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
-            rows.append((title, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
+            layer = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+            rows.append((layer, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
         if not parts:
             rows.append(("all", self.root.describe(), str(self.size(0)), str(self.nbytes())))
         return title, rows
