@@ -1,9 +1,9 @@
 """The curvature of a deep net while it is trained: from an architecture to a page that shows what it learnt.
 
 VGG16, narrow by default, on images of digits (or CIFAR-100, if torchvision and the data are there) is trained by SGD
-and, where it is there, by a second-order optimiser. Then its curvature is looked at: the spectrum of the Hessian by Lanczos
-from a few random vectors and from ten, statistics of loss, gradient and curvature over the checkpoints, the landscape
-along eigenvectors, and a report, all in examples/output.
+and, where it is there, by a second-order optimiser. Then its curvature is looked at: the spectrum of the Hessian by
+Lanczos from two random vectors and from ten, statistics of loss, gradient and curvature over the checkpoints, the
+landscape along eigenvectors, and a report, all in examples/output.
 
     python examples/deep_curvature.py                  minutes
     python examples/deep_curvature.py --small          the same code on less data, in seconds
