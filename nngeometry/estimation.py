@@ -52,11 +52,22 @@ class Source(Protocol):
     def stream(
         self, examples: Any, *, by_example: bool = False, join: bool = False, first: int = 0
     ) -> Iterator[Observation]:
-        """The Jacobians of a loader or of one minibatch. first: the position of its first minibatch."""
+        """The Jacobians of a loader or of one minibatch.
+
+        Args:
+            examples: These.
+            by_example: Whether all cotangents of few examples are wanted, rather than few cotangents of all examples.
+            join: Whether neighbouring minibatches may be observed as one.
+            first: The position of the first minibatch, from which random cotangents are drawn.
+        """
         ...
 
     def operator(self, examples: Any) -> Operator:
-        """The matrix of a loader or of one minibatch by its products."""
+        """The matrix of a loader or of one minibatch by its products.
+
+        Args:
+            examples: These.
+        """
         ...
 
 
@@ -152,9 +163,12 @@ class Estimator:
 class Refinement:
     """A second estimate, in the eigenbasis of the first one.
 
-    first: of the block in that basis, from the examples that it is of. later: from others, which may have something
-    outside of its span. carried: from another basis and a state in it to what that is in this one, as far as it is
-    known without the data.
+    Args:
+        basis: The eigenbasis.
+        first: Estimates the block in that basis from the examples that it is of.
+        later: Estimates it from others, which may have something outside of its span.
+        carried: From another basis and a state in it to what that is in this one, as far as it is known without the
+            data.
     """
 
     basis: Block
@@ -218,8 +232,10 @@ class Samples(Deferred):
 class Rows(Deferred):
     """All vectors ``(N, d)`` whose second moment is a statistic.
 
-    most: how many are kept at least; twice as many are replaced by the ``most`` that are best in the sense of least
-    squares, by a singular value decomposition.
+    Args:
+        pieces: The vectors.
+        most: How many are kept at least; twice as many are replaced by the ``most`` that are best in the sense of least
+            squares, by a singular value decomposition. None keeps all.
     """
 
     def __init__(self, pieces: list[Tensor], most: int | None = None) -> None:
@@ -275,7 +291,12 @@ class Contracted(Deferred):
 
 
 def merge(a: State, b: State) -> State:
-    """The statistic of the union of what a and b saw, entry by entry; a is written into."""
+    """The statistic of the union of what two have seen, entry by entry.
+
+    Args:
+        a: The one, which is written into.
+        b: The other one.
+    """
     return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -319,9 +340,8 @@ def _of_plain(value: Any) -> State | None:
 
 
 class Estimation(ABC):
-    """A matrix while it is estimated: what was seen so far, from which it can be made at any time.
-
-    seen: how many examples, those of the past for less where they were decayed.
+    """A matrix while it is estimated: what was seen so far, from which it can be made at any time. ``seen`` is how many
+    examples that were, those of the past for less where they were decayed.
     """
 
     source: Source
@@ -329,21 +349,36 @@ class Estimation(ABC):
 
     @abstractmethod
     def update(self, examples: Any, last: bool = False) -> None:
-        """Fold in a loader or one minibatch, as a whole: after an exception nothing has changed. last: nothing more
-        will follow, so that what only that would need is not kept.
+        """Fold in a loader or one minibatch, as a whole: after an exception nothing has changed.
+
+        Args:
+            examples: These.
+            last: Whether nothing more will follow, so that what only that would need is not kept.
         """
 
     @abstractmethod
     def root(self, last: bool = False) -> Block:
-        """The matrix of what was seen. last: it is not asked for again, and may take over what is held."""
+        """The matrix of what was seen.
+
+        Args:
+            last: Whether it is not asked for again, and may take over what is held.
+        """
 
     @abstractmethod
     def decay(self, weight: float) -> None:
-        """What was seen counts ``weight`` as much from now on."""
+        """What was seen counts less from now on.
+
+        Args:
+            weight: What it counts, between 0 and 1.
+        """
 
     @abstractmethod
     def absorb(self, other: Any) -> None:
-        """Add what another one of the same kind has seen, which is left as it is."""
+        """Add what another one of the same kind has seen, which is left as it is.
+
+        Args:
+            other: The other one.
+        """
 
     @abstractmethod
     def fresh(self) -> Estimation:
@@ -366,7 +401,12 @@ class OfJacobians(Estimation):
     """Blocks from a stream of Jacobians, in one pass over the examples, and at first a second one for those that
     refine; later these are refined in the basis that they have.
 
-    estimators: one for each block.
+    Args:
+        source: What the matrix is made from.
+        estimators: One for each block.
+
+    Raises:
+        NotImplementedError: If the matrix is centred, and one of them does not say how that is done.
     """
 
     def __init__(self, source: Source, estimators: Sequence[Estimator]) -> None:
@@ -594,8 +634,11 @@ class _Sums:
 class OfProducts(Estimation):
     """A representation of a matrix that is known by its products: those of its entries that the representation has.
 
-    project: from the matrix to the representation. Where the matrix is a mean, the mean over all that was seen is held,
-    and otherwise the sum.
+    Where the matrix is a mean, the mean over all that was seen is held, and otherwise the sum.
+
+    Args:
+        source: What the matrix is made from.
+        project: From the matrix to the representation.
     """
 
     def __init__(self, source: Source, project: Callable[[Block], Block]) -> None:

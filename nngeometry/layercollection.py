@@ -260,6 +260,11 @@ class LayerCollection:
 
         Raises:
             KeyError: For a selector that matches nothing.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+            >>> list(LayerCollection.from_model(model).select(nn.Linear))
+            ['0', '2']
         """
         for selector in selectors:
             if not (isinstance(selector, str | type) or callable(selector)):

@@ -65,6 +65,8 @@ class Cotangents:
         Args:
             several: The cotangents of each minibatch.
         """
+        for one in several:
+            as_cotangents(one)
         if len(several) == 1:
             return several[0]
         return cls(several[0].count, lambda start, stop: torch.cat([c.take(start, stop) for c in several], 1))
@@ -77,6 +79,16 @@ class Cotangents:
             last: The end of them, which is not included.
         """
         return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
+
+
+def as_cotangents(found: Any) -> Cotangents:
+    """What a likelihood or the user's function gives as cotangents, checked to be some."""
+    if not isinstance(found, Cotangents):
+        raise TypeError(
+            f"cotangents: expected Cotangents, got {arguments.described(found)}: the sqrt and sample of a Likelihood, "
+            "and the function of a Generator, return Cotangents.of(s) with s of shape (C, *outputs)"
+        )
+    return found
 
 
 def diagonal_cotangents(scale: Tensor) -> Cotangents:
@@ -401,7 +413,14 @@ def of_covariance(variant: str | Likelihood, covariance: Any) -> Gaussian:
 
 
 def likelihood_of(variant: str | Likelihood) -> Likelihood:
-    """A :class:`Likelihood` as it is, or the one that a variant's name stands for."""
+    """A :class:`Likelihood` as it is, or the one that a variant's name stands for.
+
+    Args:
+        variant: A likelihood, or one of the names in ``VARIANTS``.
+
+    Raises:
+        ValueError: For a name that is none of these.
+    """
     if isinstance(variant, Likelihood):
         return variant
     if variant in VARIANTS:

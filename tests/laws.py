@@ -54,6 +54,8 @@ HELD = {
     "half-diagonal": PMatHalfDiagonal,
     "tridiagonal": PMatTridiagonal,
 }
+#: Those whose sums are of another structure: a sum of Kronecker products is none, and one block has no ``plus``.
+OPEN = ["kfac", "ekfac", "mixed", "half-diagonal", "tridiagonal"]
 
 
 def quasidiag(M, lc):

@@ -580,9 +580,9 @@ def test_what_is_registered_is_a_type_of_modules_with_names():
     for names in ((), ("a", "a"), (1,)):
         with pytest.raises(ValueError, match="must be different names"):
             kind(Adapter, parameters=names)
-    with pytest.raises(TypeError, match="is not a function"):
+    with pytest.raises(TypeError, match="expected a function"):
         kind(Adapter)(None)
-    with pytest.raises(TypeError, match=r"packing=.* must be a function"):
+    with pytest.raises(TypeError, match=r"packing: expected a function"):
         kind(Adapter, packing=Packing.flat(3))
     for wrong in ("Linear", int):
         with pytest.raises(TypeError, match=r"whole: .* is not a type of modules"):

@@ -22,6 +22,8 @@ FLOORS = [
     ["model.evaluator", "model.recording", "model.remedies"],
     ["linearisation"],
     ["model.mixing"],
+    ["model.layer_jacobians"],
+    ["model.probing"],
     ["generator", "minibatchloss"],
     ["estimation"],
     ["object"],

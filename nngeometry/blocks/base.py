@@ -31,7 +31,29 @@ CLASSES: Registry[Block] = Registry("block")
 
 @dataclass(frozen=True, eq=False)
 class Block(ABC):
-    """A linear map on tensors of shape ``(..., *shape)``."""
+    """A linear map on tensors of shape ``(..., *shape)``, symmetric unless it says otherwise.
+
+    A structure is a frozen dataclass of tensors, blocks and plain values, and must give :attr:`shape` and :meth:`mv`.
+    It may give whatever it has something better for than the defaults: ``diag``, ``to_dense``, ``eig``, ``solve``,
+    ``inv``, ``logdet``, ``scale``, ``plus``, ``times``, ``congruence`` and ``restrict`` above all. The defaults make it
+    dense, within the memory budget.
+
+    Example:
+        >>> @dataclass(frozen=True, eq=False)
+        ... class Reversed(Block):
+        ...     "c times the matrix that turns a vector round."
+        ...     c: Tensor
+        ...     size: int
+        ...     @property
+        ...     def shape(self):
+        ...         return (self.size,)
+        ...     def mv(self, V):
+        ...         return self.c * V.flip(-1)
+        >>> Reversed(torch.tensor(2.0), 3).to_dense()
+        tensor([[0., 0., 2.],
+                [0., 2., 0.],
+                [2., 0., 0.]])
+    """
 
     def __init_subclass__(cls) -> None:
         CLASSES.add(cls)
@@ -45,18 +67,34 @@ class Block(ABC):
 
     @abstractmethod
     def mv(self, V: Tensor) -> Tensor:
-        """``M V`` for V of shape ``(..., *shape)``. Differentiable in V."""
+        """The product ``M V``, differentiable in V.
+
+        Args:
+            V: Vectors ``(..., *shape)``.
+        """
 
     def once(self, V: Tensor) -> Tensor:
-        """``M V`` where it may be the only product: nothing is made for the sake of later ones."""
+        """The product ``M V`` where it may be the only one: nothing is made for the sake of later ones.
+
+        Args:
+            V: Vectors ``(..., *shape)``.
+        """
         return self.mv(V)
 
     def on_columns(self, V: Tensor) -> Tensor:
-        """A block on ``(G, cols)`` along the last axis of V ``(..., G, rows, cols)``."""
+        """The product of a block on ``(G, cols)`` along the last axis.
+
+        Args:
+            V: ``(..., G, rows, cols)``.
+        """
         return self.mv(V.transpose(-3, -2)).transpose(-3, -2)
 
     def on_rows(self, V: Tensor) -> Tensor:
-        """A block on ``(G, rows)`` along the second last axis of V ``(..., G, rows, cols)``."""
+        """The product of a block on ``(G, rows)`` along the second last axis.
+
+        Args:
+            V: ``(..., G, rows, cols)``.
+        """
         return self.mv(V.movedim(-1, 0)).movedim(0, -1)
 
     def to_dense(self) -> Tensor:
@@ -101,8 +139,13 @@ class Block(ABC):
         return self.eig().eigenvalues()
 
     def top(self, k: int | None) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues (None: all that it holds), descending, and their eigenvectors: ``(k,)``, ``(k,
-        *shape)``.
+        """The largest eigenvalues, descending, and their eigenvectors.
+
+        Args:
+            k: How many, None for all that it holds.
+
+        Returns:
+            ``(k,)``, and ``(k, *shape)``.
         """
         if not self.matrix_free:
             return self.eig().top(k)
@@ -114,10 +157,16 @@ class Block(ABC):
         return pairs.values, pairs.vectors
 
     def trace(self) -> Tensor:
+        """The trace, a scalar."""
         return self.diag().sum()
 
     def norm(self, ord: int | float | str | None = None) -> Tensor:
-        """Frobenius (None, "fro"), spectral (2), smallest singular value (-2), or nuclear norm ("nuc")."""
+        """A norm of the matrix.
+
+        Args:
+            ord: Frobenius (None, the default, or "fro"), spectral (2), smallest singular value (-2), or nuclear
+                ("nuc").
+        """
         check_order(ord)
         if ord is None or ord == "fro":
             return self._frobenius()
@@ -133,11 +182,23 @@ class Block(ABC):
         return torch.linalg.vector_norm(self._as_dense("norm").data)
 
     def apply(self, f: Map) -> Block:
-        """f(M), with f applied to the eigenvalues."""
+        """The matrix f(M).
+
+        Args:
+            f: A function of a tensor of eigenvalues, entry by entry.
+        """
         return Derived.function(self, f) if self.matrix_free else self.eig().apply(f)
 
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
-        """``(M + regul)^-1 V``. Raises ``ValueError`` if that is singular to working precision."""
+        """``(M + regul)^-1 V``.
+
+        Args:
+            V: Vectors ``(..., *shape)``.
+            regul: One number, however it was given to the matrix; by default 0.
+
+        Raises:
+            ValueError: If that is singular to working precision.
+        """
         solved: Tensor = self.iterate(V, regul) if self.matrix_free else self._as_dense("solve").solve(V, regul)
         return solved
 
@@ -146,8 +207,15 @@ class Block(ABC):
     ) -> Tensor:
         """``(M + shift)^-1 V`` by conjugate gradients, or by MINRES where M may be indefinite.
 
-        shift: a number, or a flat one for each coordinate. rtol: of the true residual, by default 1e-6 (100 eps if that
-        is more). precondition: approximates ``(M + shift)^-1`` on ``(k, p)``; for conjugate gradients.
+        Args:
+            V: Vectors ``(..., *shape)``.
+            shift: A number, or a flat one for each coordinate.
+            rtol: The true relative residual to reach, by default 1e-6 (100 eps if that is more).
+            precondition: An approximation of ``(M + shift)^-1`` on ``(k, p)``, for conjugate gradients.
+
+        Raises:
+            RuntimeError: If rtol is not reached.
+            NotImplementedError: For a matrix that is not symmetric.
         """
         if not self.symmetric:
             raise NotImplementedError(
@@ -176,12 +244,26 @@ class Block(ABC):
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def inv(self, regul: float = 0.0) -> Block:
-        """``(M + regul)^-1``. Raises ``ValueError`` if that is singular to working precision."""
+        """``(M + regul)^-1`` as a block.
+
+        Args:
+            regul: As in :meth:`solve`.
+
+        Raises:
+            ValueError: If that is singular to working precision.
+        """
         inverse: Block = Derived.inverse(self, regul) if self.matrix_free else self._as_dense("inverse").inv(regul)
         return inverse
 
     def logdet(self, regul: float = 0.0) -> Tensor:
-        """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        """``log det(M + regul)``.
+
+        Args:
+            regul: As in :meth:`solve`.
+
+        Raises:
+            ValueError: If that is not positive definite.
+        """
         l = self.eigenvalues()
         check_invertible(l, regul)
         if bool((l + regul < 0).any()):
@@ -192,14 +274,25 @@ class Block(ABC):
         return (l + regul).log().sum()
 
     def pinv(self, rtol: float | None = None) -> Block:
-        """Pseudo-inverse: eigenvalues below ``rtol`` (by default p eps) times the largest are dropped."""
+        """The pseudo-inverse.
+
+        Args:
+            rtol: Eigenvalues below this times the largest are dropped, by default p eps.
+        """
         largest = self.norm(2)
         eps = torch.finfo(self.dtype).eps
         cut = (self.numel * eps if rtol is None else rtol) * largest
         return self.apply(lambda l: torch.where(l.abs() > cut, l.abs().clamp(min=cut).reciprocal() * l.sign(), 0.0))
 
     def pow(self, exponent: float) -> Block:
-        """M**exponent. Raises ``ValueError`` where an eigenvalue makes it undefined."""
+        """``M**exponent``.
+
+        Args:
+            exponent: Any number.
+
+        Raises:
+            ValueError: Where an eigenvalue makes it undefined.
+        """
         if exponent == 1:
             return self
         if self.matrix_free:
@@ -216,18 +309,31 @@ class Block(ABC):
         return spectral.apply(lambda l: l.clamp(min=0) ** exponent)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Vectors with covariance M from white noise of shape ``(..., *shape)``."""
+        """Vectors with covariance M.
+
+        Args:
+            noise: White noise ``(..., *shape)``.
+        """
         return self.pow(0.5).mv(noise)
 
     def congruence(self, s: Tensor) -> Block:
-        """``diag(s) M diag(s)``."""
+        """The matrix ``diag(s) M diag(s)``.
+
+        Args:
+            s: The diagonal, of shape ``shape``.
+        """
         return self._as_dense("rescaling").congruence(s)
 
     def restrict(self, s: slice) -> Block:
-        """The diagonal sub-block of the flat coordinates s."""
+        """The diagonal sub-block of some flat coordinates.
+
+        Args:
+            s: These coordinates.
+        """
         return Derived.compression(self, s.start, s.stop)
 
     def transpose(self) -> Block:
+        """The transpose."""
         return self
 
     def map_square(self) -> Block:
@@ -235,15 +341,33 @@ class Block(ABC):
         return Derived.dense(self.to_dense().square(), self.shape)
 
     def scale(self, c: float) -> Block:
-        """c M."""
+        """The matrix ``c M``.
+
+        Args:
+            c: A number.
+        """
         return Derived.sum((self,), (c,))
 
     def plus(self, other: Block) -> Block | None:
-        """M + other if the sum has a closed form here, otherwise None."""
+        """M + other.
+
+        Args:
+            other: A block on the same vectors.
+
+        Returns:
+            The sum if it has a closed form here, otherwise None.
+        """
         return None
 
     def times(self, other: Block) -> Block | None:
-        """M other if the product has a closed form here, otherwise None."""
+        """M other.
+
+        Args:
+            other: A block on the same vectors.
+
+        Returns:
+            The product if it has a closed form here, otherwise None.
+        """
         return None
 
     # What every block can do because its fields are tensors, blocks and plain values.
@@ -276,11 +400,19 @@ class Block(ABC):
         return type(self).__name__
 
     def map(self, fn: Map) -> Block:
-        """The same block with ``fn`` applied to every tensor."""
+        """The same block with a function applied to every tensor.
+
+        Args:
+            fn: The function.
+        """
         return type(self)(**{f.name: _map(fn, getattr(self, f.name)) for f in fields(self)})
 
     def state(self) -> dict[str, Any]:
-        """Plain dict of tensors, numbers and strings, from which :meth:`from_state` makes the block again."""
+        """A plain dict of tensors, numbers and strings, from which :meth:`from_state` makes the block again.
+
+        Raises:
+            TypeError: For a field that files do not hold.
+        """
         return {"block": CLASSES.name_of(type(self)), **self._fields()}
 
     def _fields(self) -> dict[str, Any]:
@@ -288,6 +420,11 @@ class Block(ABC):
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Block:
+        """The block of what :meth:`state` gave.
+
+        Args:
+            state: That.
+        """
         return CLASSES.find(state["block"])._rebuild({k: v for k, v in state.items() if k != "block"})
 
     @classmethod
@@ -331,7 +468,15 @@ def check_order(ord: Any) -> None:
 
 
 def check_invertible(l: Tensor, regul: float) -> None:
-    """Raise ``ValueError`` unless ``l + regul`` stays away from zero by more than rounding."""
+    """Check that ``l + regul`` stays away from zero by more than rounding.
+
+    Args:
+        l: Eigenvalues.
+        regul: What is added to them.
+
+    Raises:
+        ValueError: If it does not, with a regul that would do.
+    """
     if l.numel() == 0:
         return
     largest = float(l.abs().max())

@@ -16,7 +16,13 @@ from .spectral import Eye
 
 @dataclass(frozen=True, eq=False)
 class Compression(Block):
-    """The diagonal sub-block ``start:stop`` of the flat coordinates of another block, by products with it."""
+    """The diagonal sub-block ``start:stop`` of the flat coordinates of another block, by products with it.
+
+    Args:
+        inner: The other block.
+        start: The first of the coordinates.
+        stop: The end of them.
+    """
 
     inner: Block
     start: int
@@ -120,7 +126,12 @@ class Adjointed(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Block):
-    """A linear combination of unlike blocks."""
+    """A linear combination of unlike blocks.
+
+    Args:
+        terms: The blocks.
+        weights: The weight of each.
+    """
 
     terms: tuple[Block, ...]
     weights: tuple[float, ...]
@@ -170,7 +181,12 @@ class Sum(Block):
 
 @dataclass(frozen=True, eq=False)
 class Product(Block):
-    """``left right``: in general not symmetric, so it has no eigendecomposition here."""
+    """The product ``left right``: in general it is not symmetric, so it has no eigendecomposition here.
+
+    Args:
+        left: The one block.
+        right: The other one, which acts first.
+    """
 
     left: Block
     right: Block
@@ -215,7 +231,16 @@ Derived.function, Derived.inverse, Derived.compression, Derived.sum = Function, 
 
 
 def add(one: Block, other: Block, weight: float = 1.0) -> Block:
-    """``one + weight other``, in closed form where there is one."""
+    """The sum ``one + weight other``, in closed form where there is one.
+
+    Args:
+        one: A block.
+        other: A block on the same vectors.
+        weight: A number, by default 1.
+
+    Raises:
+        ValueError: If they act on different vectors.
+    """
     if one.shape != other.shape:
         raise ValueError(f"cannot add blocks of shapes {one.shape} and {other.shape}")
     scaled = other if weight == 1 else other.scale(weight)
@@ -232,7 +257,12 @@ def _terms(block: Block) -> tuple[tuple[Block, ...], tuple[float, ...]]:
 
 
 def matmul(one: Block, other: Block) -> Block:
-    """``one other``, in closed form where there is one."""
+    """The product ``one other``, in closed form where there is one.
+
+    Args:
+        one: A block.
+        other: A block on the same vectors, which acts first.
+    """
     closed = one.times(other)
     if closed is None and isinstance(other, Eye):
         closed = one.scale(float(other.c))

@@ -15,10 +15,15 @@ from .spectral import Diag, Eye, Spectral
 
 @dataclass(frozen=True, eq=False)
 class Dense(Block):
-    """A dense matrix, or a batch of them along leading axes of the vectors: data ``(*batch, p, p)``.
+    """A dense matrix, or a batch of them along leading axes of the vectors.
 
-    out: shape of the vectors, ``(*batch, ...)`` with p elements after the batch. A basis has data ``(*batch, p,
-    k)`` and takes vectors of shape ``into``.
+    A basis has data ``(*batch, p, k)`` and takes vectors of shape ``into``.
+
+    Args:
+        data: The entries ``(*batch, p, p)``.
+        out: The shape of the vectors, ``(*batch, ...)`` with p elements after the batch; by default ``(*batch, p)``.
+        is_symmetric: Whether it equals its transpose, by default True.
+        into: The shape of the vectors that it takes, by default that of those that it returns.
     """
 
     data: Tensor

@@ -19,8 +19,10 @@ from .spectral import Spectral
 class Part:
     """One block and the flat coordinates it acts on.
 
-    slices: (start, stop) of the coordinates, one pair for each run of neighbours. packing: how they become a vector
-    of the block.
+    Args:
+        slices: (start, stop) of the coordinates, one pair for each run of neighbours.
+        packing: How they become a vector of the block.
+        block: The block.
     """
 
     slices: tuple[tuple[int, int], ...]
@@ -28,13 +30,21 @@ class Part:
     block: Block
 
     def take(self, V: Tensor) -> Tensor:
-        """The part's share of flat vectors ``(..., p)``, in the block's shape."""
+        """The part's share of flat vectors, in the block's shape.
+
+        Args:
+            V: Flat vectors ``(..., p)``.
+        """
         pieces = [V[..., a:b] for a, b in self.slices]
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         return self.packing.pack(flat).reshape(*V.shape[:-1], *self.block.shape)
 
     def give(self, W: Tensor) -> list[tuple[int, Tensor]]:
-        """From the block's shape back to flat pieces, each with where it starts."""
+        """From the block's shape back to flat pieces, each with where it starts.
+
+        Args:
+            W: Vectors of the block.
+        """
         lead = W.shape[: W.ndim - len(self.block.shape)]
         flat = self.packing.unpack(W.reshape(*lead, *self.packing.shape))
         lengths = [b - a for a, b in self.slices]
@@ -46,7 +56,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class DirectSum(Block):
-    """The direct sum of the blocks of its parts, which together cover the coordinates once."""
+    """The direct sum of the blocks of its parts, which together cover the coordinates once.
+
+    Args:
+        parts: The parts.
+    """
 
     parts: tuple[Part, ...]
 
@@ -62,7 +76,11 @@ class DirectSum(Block):
         return DirectSum(tuple(part.with_block(fn(part.block)) for part in self.parts))
 
     def join(self, fn: Callable[[Part], Tensor]) -> Tensor:
-        """Flat vectors from one vector for each part."""
+        """Flat vectors from one vector for each part.
+
+        Args:
+            fn: From a part to that vector.
+        """
         pieces = [piece for part in self.parts for piece in part.give(fn(part))]
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -1)
 

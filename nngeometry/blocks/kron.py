@@ -16,11 +16,15 @@ from .spectral import Eye, Spectral
 
 @dataclass(frozen=True, eq=False)
 class Kron(Block):
-    """``left (x) right`` on vectors ``(G, rows, cols)``: left acts on the rows, right on the columns, for each of G
-    groups.
+    """The Kronecker product ``left (x) right`` on vectors ``(G, rows, cols)``: left acts on the rows, right on the
+    columns, for each of G groups.
 
-    left: a block on ``(G, rows)``; right: a block on ``(G, cols)``. They may be of any structure: with a diagonal
-    right factor this is KFAC of an embedding, with two bases it is the eigenbasis of EKFAC.
+    The factors may be of any structure: with a diagonal right factor this is KFAC of an embedding, with two bases it is
+    the eigenbasis of EKFAC.
+
+    Args:
+        left: A block on ``(G, rows)``.
+        right: A block on ``(G, cols)``.
     """
 
     left: Block

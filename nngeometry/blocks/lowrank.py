@@ -15,7 +15,12 @@ from .spectral import Spectral
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Block):
-    """``sum_k w_k r_k r_k^T``: rows ``(k, p)``, weights ``(k,)`` of any sign."""
+    """A weighted sum of outer products, ``sum_k w_k r_k r_k^T``.
+
+    Args:
+        rows: The vectors ``(k, p)``.
+        weights: Their weights ``(k,)``, of any sign.
+    """
 
     rows: Tensor
     weights: Tensor

@@ -30,10 +30,22 @@ class Functions:
 class Operator(Functions, Block):
     """A symmetric matrix given as functions.
 
-    matvec: ``(k, p) -> (k, p)``; trace_of and diag_of compute the exact trace and diagonal, None if there is no way
-    but p products; like: an empty tensor of its dtype and device; psd: whether it is positive semidefinite; single: the
-    same products, each as if it were the only one, None if there is no difference; weight_of: what the data that it is
-    of count, which is known after a first product.
+    Args:
+        matvec: The product with rows, ``(k, p) -> (k, p)``.
+        size: The number of rows of the matrix, p.
+        trace_of: Computes the exact trace; None if there is no way but p products.
+        diag_of: Computes the exact diagonal; None if there is no way but p products.
+        like: An empty tensor of its dtype and device.
+        psd: Whether it is positive semidefinite.
+        single: The same products, each as if it were the only one; None, the default, if there is no difference.
+        weight_of: What the data that it is of count in a mean, which is known after a first product; None, the default,
+            if it is not averaged.
+
+    Example:
+        >>> import torch
+        >>> A = Operator(lambda V: 2 * V, 3, None, None, like=torch.empty(0), psd=True)
+        >>> A.solve(torch.ones(3), regul=2.0)
+        tensor([0.2500, 0.2500, 0.2500])
     """
 
     matvec: Map
@@ -75,7 +87,11 @@ class Operator(Functions, Block):
         return super().trace() if self.trace_of is None else self.trace_of()
 
     def weight(self) -> float:
-        """What the data that it is of count, after a product with it."""
+        """What the data that it is of count, after a product with it.
+
+        Raises:
+            ValueError: If it was not told.
+        """
         if self.weight_of is None:
             raise ValueError("an average of matrices known by their products needs what each counts: give weight_of=")
         return self.weight_of()
@@ -106,7 +122,15 @@ class Operator(Functions, Block):
 
 @dataclass(frozen=True, eq=False)
 class Rectangular(Functions, Block):
-    """Any linear map, given as functions: matvec ``(k, c) -> (k, r)`` and rmatvec, its transpose."""
+    """Any linear map, given as functions.
+
+    Args:
+        matvec: The product with rows, ``(k, c) -> (k, r)``.
+        rmatvec: That with its transpose, ``(k, r) -> (k, c)``.
+        out: The shape of the vectors that it returns, of r elements.
+        into: The shape of those that it takes, of c elements.
+        like: An empty tensor of its dtype and device.
+    """
 
     matvec: Map
     rmatvec: Map

@@ -15,9 +15,15 @@ from .spectral import Diag, Eye, Spectral
 
 @dataclass(frozen=True, eq=False)
 class QuasiDiag(Block):
-    """For each row an arrowhead matrix, ``[[diag(d[:-1]), cross], [cross^T, d[-1]]]`` (Ollivier 2015, 1303.0818).
+    """For each row an arrowhead matrix, ``[[diag(d[:-1]), cross], [cross^T, d[-1]]]``. It may be indefinite although
+    the whole matrix is not.
 
-    d: ``(..., cols)``; cross: ``(..., cols - 1)``. It may be indefinite although the whole matrix is not.
+    Args:
+        d: The diagonal ``(..., cols)``.
+        cross: The products with the last column, ``(..., cols - 1)``.
+
+    Source:
+        Ollivier (2015), 1303.0818.
     """
 
     d: Tensor

@@ -13,7 +13,11 @@ from .direct import DirectSum, Part
 
 @dataclass(frozen=True)
 class Uniform:
-    """A multiple of the identity."""
+    """A multiple of the identity.
+
+    Args:
+        number: The multiple.
+    """
 
     number: float
 
@@ -37,10 +41,13 @@ class Uniform:
 
 @dataclass(frozen=True, eq=False)
 class Varying:
-    """A diagonal, d in the shape of a vector.
+    """A diagonal matrix.
 
     A direct sum takes it part by part, so that a block on which it is constant is inverted as it is. For others,
     ``M + R = R^1/2 (R^-1/2 M R^-1/2 + 1) R^1/2``, which takes a positive R.
+
+    Args:
+        d: The diagonal, in the shape of a vector.
     """
 
     d: Tensor

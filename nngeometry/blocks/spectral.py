@@ -15,11 +15,15 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Spectral(Block):
-    """``Q diag(l) Q^T + rest (1 - Q Q^T)`` with orthonormal columns Q: an eigendecomposition, possibly of a part of
-    the space.
+    """An eigendecomposition, possibly of a part of the space: ``Q diag(l) Q^T + rest (1 - Q Q^T)`` with orthonormal
+    columns Q.
 
-    EKFAC is one with Q a Kronecker product. basis: Q, a block from vectors of the shape of l; rest: the eigenvalue
-    outside its span.
+    EKFAC is one with Q a Kronecker product.
+
+    Args:
+        basis: Q, a block from vectors of the shape of l.
+        l: The eigenvalues.
+        rest: The eigenvalue outside of the span of Q.
     """
 
     basis: Block
@@ -81,7 +85,11 @@ class Spectral(Block):
         return l[:k], self.columns(index[:k])
 
     def columns(self, index: Tensor) -> Tensor:
-        """The eigenvectors of the flat indices of l: ``(k, *shape)``."""
+        """Some of the eigenvectors, ``(k, *shape)``.
+
+        Args:
+            index: Flat indices of l.
+        """
         one_hot = self.l.new_zeros(len(index), self.l.numel())
         one_hot[torch.arange(len(index), device=index.device), index] = 1.0
         return self.basis.mv(one_hot.view(-1, *self.l.shape))
@@ -118,7 +126,12 @@ class Spectral(Block):
 
 @dataclass(frozen=True, eq=False)
 class Eye(Block):
-    """``c`` times the identity."""
+    """``c`` times the identity.
+
+    Args:
+        c: The multiple, a scalar tensor.
+        size: The shape of the vectors.
+    """
 
     c: Tensor
     size: tuple[int, ...]
@@ -182,7 +195,11 @@ class Eye(Block):
 
 @dataclass(frozen=True, eq=False)
 class Diag(Block):
-    """A diagonal matrix: d, in the shape of a vector."""
+    """A diagonal matrix.
+
+    Args:
+        d: The diagonal, in the shape of a vector.
+    """
 
     d: Tensor
 

@@ -25,7 +25,15 @@ ColumnViews = Callable[[Tensor], Places]
 
 
 class LayerJacobian(ABC):
-    """``J[c, b]`` for ``cotangents`` cotangents and ``examples`` examples, each of packed shape ``shape``."""
+    """``J[c, b]`` for several cotangents and examples, each of a packed shape.
+
+    Args:
+        cotangents: How many cotangents, C.
+        examples: How many examples, B.
+        shape: The packed shape.
+        dtype: The dtype of its entries.
+        device: Where they are.
+    """
 
     def __init__(
         self, cotangents: int, examples: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -167,7 +175,11 @@ def tiling(size: int, cotangents: int, examples: int, device: torch.device) -> I
 
 
 class Dense(LayerJacobian):
-    """The Jacobian itself, for layers with few parameters: j ``(C, B, *shape)``."""
+    """The Jacobian itself, for layers with few parameters.
+
+    Args:
+        j: The entries ``(C, B, *shape)``.
+    """
 
     def __init__(self, j: Tensor) -> None:
         super().__init__(j.shape[0], j.shape[1], tuple(j.shape[2:]), j.dtype, j.device)

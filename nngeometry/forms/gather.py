@@ -12,10 +12,13 @@ from .moments import second_moment
 
 
 class Gather(LayerJacobian):
-    """An :class:`Outer` whose ``a`` is one-hot and is never built: the rows of an embedding table.
+    """An :class:`Outer` whose ``a`` is one-hot and is never built: the rows of an embedding table. The packed shape is
+    ``(1, rows, size)``.
 
-    ids: ``(B, T)``, negative where the look-up has no derivative (padding); g: ``(C, B, T, rows)``, zero there;
-    packed shape ``(1, rows, size)``.
+    Args:
+        ids: Which row, ``(B, T)``, negative where the look-up has no derivative (padding).
+        g: Output gradients ``(C, B, T, rows)``, zero there.
+        size: The number of rows of the table.
     """
 
     def __init__(self, ids: Tensor, g: Tensor, size: int) -> None:

@@ -17,12 +17,22 @@ from .moments import moment_of_columns, outer_sum, second_moment, sum_of_squares
 class Outer(LayerJacobian):
     """Sums over positions of outer products, ``J[c, b] = sum_t g[c, b, t] a[b, t]^T``, one for each group.
 
-    The form of linear maps with shared weights: ``nn.Linear`` (T: all axes between the first and the last),
-    convolutions (T: pixels; a: patches) and bilinear maps. With a bias the last entry of ``a`` is one.
+    This is the form of linear maps with shared weights: ``nn.Linear`` (T: all axes between the first and the last),
+    convolutions (T: pixels; a: patches) and bilinear maps. With a bias the last entry of ``a`` is one. The packed shape
+    is ``(G, rows, cols)``.
 
-    inputs: ``(B, ...)``, from which ``expand`` makes a ``(B, T, G, cols)`` when it is needed (by default they are a);
-    g: ``(C, B, T, G, rows)``; moment: from inputs to the sum of a a^T over examples and positions, ``(G, cols, cols)``,
-    if there is a faster way than from a; packed shape ``(G, rows, cols)``.
+    Args:
+        inputs: ``(B, ...)``, from which ``expand`` makes a ``(B, T, G, cols)`` when it is needed; by default they are
+            a.
+        g: Output gradients ``(C, B, T, G, rows)``.
+        expand: From the inputs of some examples to a.
+        cols: The number of columns, if there is an ``expand``.
+        moment: From inputs to the sum of a a^T over examples and positions, ``(G, cols, cols)``, if there is a faster
+            way than from a.
+
+    Example:
+        >>> Outer(torch.ones(5, 1, 1, 3), torch.ones(4, 5, 1, 1, 2)).dense().shape
+        torch.Size([4, 5, 1, 2, 3])
     """
 
     def __init__(

@@ -22,8 +22,20 @@ class Packing:
     """A bijection between the flat parameters of a layer (in order) and a tensor of shape ``shape``.
 
     With ``view=None`` the flat parameters are kept, ``shape = (p,)``. Otherwise the first parameter (the weight) is
-    viewed as ``view``, its axes permuted by ``perm``, reshaped to ``shape``, and a bias, if there is one, becomes
-    the last column.
+    viewed as ``view``, its axes permuted by ``perm``, reshaped to ``shape``, and a bias, if there is one, becomes the
+    last column. :meth:`flat` and :meth:`matrix` make the two sorts.
+
+    Args:
+        shape: The shape of the tensor.
+        view: The axes of the weight, None to keep the flat parameters.
+        perm: Their order in the tensor.
+        bias: Whether a bias is the last column.
+
+    Example:
+        >>> packing = Packing.matrix((1, 2, 3), (0, 1, 2), (1, 2), bias=True)
+        >>> packing.pack(torch.arange(8))
+        tensor([[[0, 1, 2, 6],
+                 [3, 4, 5, 7]]])
     """
 
     shape: tuple[int, ...]
@@ -33,6 +45,11 @@ class Packing:
 
     @classmethod
     def flat(cls, numel: int) -> Packing:
+        """The flat parameters as they are.
+
+        Args:
+            numel: How many there are.
+        """
         return cls((numel,))
 
     @classmethod
@@ -43,7 +60,14 @@ class Packing:
         rows: tuple[int, ...],
         bias: bool,
     ) -> Packing:
-        """The weight viewed as ``view``, permuted by ``perm``, as ``(*rows, cols)`` plus a column for the bias."""
+        """The weight as ``(*rows, cols)``, plus a column for the bias.
+
+        Args:
+            view: The shape in which the weight is seen.
+            perm: The order of these axes in the matrix.
+            rows: The shape of the rows, ``(groups, rows of each)`` for a form with Kronecker factors.
+            bias: Whether there is a bias, of one number for each row.
+        """
         return cls((*rows, prod(view) // prod(rows) + bias), view, perm, bias)
 
     def numel(self) -> int:
@@ -60,7 +84,14 @@ class Packing:
         return list(self.perm) == sorted(self.perm)
 
     def pack(self, v: Tensor) -> Tensor:
-        """``(..., p) -> (..., *shape)``."""
+        """From flat parameters to the tensor.
+
+        Args:
+            v: ``(..., p)``.
+
+        Returns:
+            ``(..., *shape)``.
+        """
         if self.view is None:
             return v
         lead = v.shape[:-1]
@@ -75,7 +106,14 @@ class Packing:
         return torch.cat([weight, bias], -1)
 
     def unpack(self, m: Tensor) -> Tensor:
-        """``(..., *shape) -> (..., p)``, the inverse of :meth:`pack`."""
+        """From the tensor to flat parameters, the inverse of :meth:`pack`.
+
+        Args:
+            m: ``(..., *shape)``.
+
+        Returns:
+            ``(..., p)``.
+        """
         if self.view is None:
             return m
         lead = m.shape[: m.ndim - len(self.shape)]
@@ -90,7 +128,11 @@ class Packing:
         return torch.cat([weight, m[..., -1].reshape(*lead, prod(self.shape[:-1]))], -1)
 
     def places(self, v: Tensor) -> Places:
-        """Where the columns of what :meth:`unpack` takes are in what it returns, ``(..., p)``: views of that."""
+        """Where the columns of the tensor are in flat parameters, as views of these.
+
+        Args:
+            v: Flat parameters ``(..., p)``.
+        """
         if self.view is None:
             return [(slice(None), v)]
         lead, n = v.shape[:-1], v.ndim - 1
@@ -115,11 +157,16 @@ _USUAL = ("weight", "bias")
 class Kind:
     """How modules of one exact type give their Jacobian.
 
-    function: from the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of the packing; None
-    for the generic kind, which differentiates the module itself. packing: see :func:`kind`. kronecker: the form has
-    Kronecker factors. whole: the module owns all parameters below it (its children are not layers). parameters: the
-    names of those that the form is with respect to, in its order. ours: one of the library's own, whose Jacobians are
-    known to be right; others are compared with autograd.
+    Args:
+        function: From the module, ``gy (C, B, *y)`` and its inputs ``(B, *x)`` to a form in the shape of the packing;
+            None for the generic kind, which differentiates the module itself.
+        packing: See :func:`kind`.
+        kronecker: Whether the form has Kronecker factors.
+        features_last: Whether the function takes any number of axes in front of the last one.
+        whole: Whether the module owns all parameters below it, so that its children are not layers.
+        parameters: The names of those that the form is with respect to, in its order.
+        ours: Whether it is one of the library's own, whose Jacobians are known to be right; others are compared with
+            autograd.
     """
 
     function: KindFunction | None
@@ -167,29 +214,38 @@ def kind(
 
     The function receives ``(module, gy, *inputs)``: the cotangents of the module's output, ``(C, B, *y)``, and its
     tensor inputs, ``(B, *x)``, and returns a form of :mod:`nngeometry.forms`. It is compared with autograd on a few
-    examples before it is used.
+    examples before it is used. A module that has collected parameters with other names, or has them in its children, is
+    an error of :meth:`LayerCollection.from_model`.
 
-    parameters: the names of the module's own parameters that the form is with respect to, in its order, frozen ones
-    too: what is not collected is cut out. A module may lack some of them (a bias that is None). It may have others if
-    they are not collected, e.g. because they are frozen. packing: from the module, and whether it has the last
-    of these parameters, to how they are laid out in the form; by default end to end, ``(C, B, p)``. kronecker: the form
-    has Kronecker factors (an ``Outer`` of a first parameter, and maybe a bias in its last column). features_last: the
-    function takes any number of axes in front of the last one.
+    Args:
+        *types: The types of modules.
+        packing: From the module, and whether it has the last of several parameters, to how they are laid out in the
+            form; by default end to end, ``(C, B, p)``.
+        parameters: The names of the module's own parameters that the form is with respect to, in its order, frozen ones
+            too: what is not collected is cut out. A module may lack some of them (a bias that is None). It may have
+            others if they are not collected, e.g. because they are frozen. By default they are weight and bias.
+        kronecker: Whether the form has Kronecker factors (an ``Outer`` of a first parameter, and maybe a bias in its
+            last column); by default not.
+        features_last: Whether the function takes any number of axes in front of the last one; by default not.
 
-    Raises ``TypeError`` for what is not a type of modules or not a function, ``ValueError`` for names that are none. A
-    module that has collected parameters with other names, or has them in its children, is an error of
-    :meth:`LayerCollection.from_model`.
+    Returns:
+        A decorator, which returns the function as it is.
 
-    >>> class Scale(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.factor = nn.Parameter(torch.ones(1))
-    ...     def forward(self, x):
-    ...         return self.factor * x
-    >>> from nngeometry.forms import Dense
-    >>> @kind(Scale, parameters=["factor"])
-    ... def scale(module, gy, x):
-    ...     return Dense((gy * x).flatten(2).sum(2, keepdim=True))
+    Raises:
+        TypeError: For what is not a type of modules or not a function.
+        ValueError: For names that are none.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factor = nn.Parameter(torch.ones(1))
+        ...     def forward(self, x):
+        ...         return self.factor * x
+        >>> from nngeometry.forms import Dense
+        >>> @kind(Scale, parameters=["factor"])
+        ... def scale(module, gy, x):
+        ...     return Dense((gy * x).flatten(2).sum(2, keepdim=True))
     """
     _check_types("kind", types, "write @kind(TheModule, ...) above the function")
     if packing is not None and not callable(packing):
@@ -227,7 +283,7 @@ def built_in(*types: type[nn.Module], **options: Any) -> Callable[[KindFunction]
 def _check_types(what: str, types: Sequence[Any], remedy: str) -> None:
     for t in types:
         if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"{what}: {t!r} is not a type of modules: {remedy}")
+            raise TypeError(f"{what}: {described(t)} is not a type of modules: {remedy}")
     if not types:
         raise TypeError(f"{what}: name the types of modules: {remedy}")
 
@@ -235,9 +291,16 @@ def _check_types(what: str, types: Sequence[Any], remedy: str) -> None:
 def whole(*types: type[nn.Module]) -> None:
     """Declare that modules of these types use the parameters of their children without calling them: each is one layer.
 
-    >>> class Block(nn.Module):
-    ...     pass
-    >>> whole(Block)
+    Args:
+        *types: The types of modules.
+
+    Raises:
+        TypeError: For what is not a type of modules.
+
+    Example:
+        >>> class Block(nn.Module):
+        ...     pass
+        >>> whole(Block)
     """
     _check_types("whole", types, "write whole(TheModule)")
     for t in types:

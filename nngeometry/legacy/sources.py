@@ -76,11 +76,11 @@ class TorchHooksJacobianBackend(Generator):
 
     def get_jacobian(self, examples: Any = None, layer_collection: LayerCollection | None = None) -> Tensor:
         """``(C, n, P)``."""
-        return self.on_layers(layer_collection).map(PFMapDense, self._given(examples)).to_torch()
+        return self.on_layers(layer_collection).map(PFMapDense, self._data(examples)).to_torch()
 
     def get_gram_matrix(self, examples: Any = None, layer_collection: LayerCollection | None = None) -> Tensor:
         """``(C, n, C, n)``."""
-        return self.on_layers(layer_collection).kernel(self._given(examples)).to_torch()
+        return self.on_layers(layer_collection).kernel(self._data(examples)).to_torch()
 
     def implicit_mv(self, v: PVector, examples: Any = None, layer_collection: LayerCollection | None = None) -> PVector:
         """``M v`` by products."""
@@ -98,18 +98,18 @@ class TorchHooksJacobianBackend(Generator):
 
     def implicit_Jv(self, v: PVector, examples: Any = None, layer_collection: LayerCollection | None = None) -> FVector:
         """``J v``."""
-        return self.on_layers(layer_collection).map(PFMapImplicit, self._given(examples)).jvp(v)
+        return self.on_layers(layer_collection).map(PFMapImplicit, self._data(examples)).jvp(v)
 
     def on_layers(self, layer_collection: LayerCollection | None) -> TorchHooksJacobianBackend:
         """:meth:`on`, of the layers of this one by default."""
         return self if layer_collection is None else self.on(layer_collection)
 
-    def _given(self, examples: Any) -> Any:
+    def _data(self, examples: Any) -> Any:
         return self.examples if examples is None else examples
 
     def _matrix(self, kind: type[PMat], examples: Any, lc: LayerCollection | None) -> PMat:
         lc = self.layer_collection if lc is None else lc
-        return kind(layer_collection=lc, generator=self, examples=self._given(examples))
+        return kind(layer_collection=lc, generator=self, examples=self._data(examples))
 
     def map(self, kind: Any, examples: Any) -> Any:
         """The Jacobian in a representation."""
@@ -153,7 +153,7 @@ def _get_kfe_diag(
     diags: Any = {name: one if kfe[name] is not None else one.diag() for name, one in ones.items()}
     M = PMatEKFAC(lc, data=(kfe, diags))
     M.generator = self.on(lc)
-    return dict(M.update_diag(self._given(examples)).data[1])
+    return dict(M.update_diag(self._data(examples)).data[1])
 
 
 #: What a backend gave the tensors of.

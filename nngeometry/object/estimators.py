@@ -23,7 +23,11 @@ def _flat(layers: Sequence[Layer]) -> Packing:
 
 
 def dense(layers: Sequence[Layer]) -> Estimator:
-    """The exact dense block of one or several layers, cross terms included."""
+    """The exact dense block of one or several layers, cross terms included.
+
+    Args:
+        layers: The layers.
+    """
     places = [layer.packing.places for layer in layers]
 
     def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
@@ -60,7 +64,11 @@ def dense(layers: Sequence[Layer]) -> Estimator:
 
 
 def diag(layer: Layer) -> Estimator:
-    """The exact diagonal."""
+    """The exact diagonal of one layer.
+
+    Args:
+        layer: The layer.
+    """
     return Estimator(
         (layer,),
         _flat([layer]),
@@ -72,8 +80,11 @@ def diag(layer: Layer) -> Estimator:
 
 
 def quasidiag(layer: Layer) -> Estimator:
-    """The exact diagonal and products of each weight with the bias of its row; the diagonal for a layer without
-    bias.
+    """The exact diagonal of one layer and the products of each weight with the bias of its row; the diagonal if it has
+    no bias.
+
+    Args:
+        layer: The layer.
     """
     if not layer.packing.bias:
         return diag(layer)
@@ -93,7 +104,12 @@ def quasidiag(layer: Layer) -> Estimator:
 
 
 def lowrank(layers: Sequence[Layer], rows: int | None = None) -> Estimator:
-    """The Jacobian itself, ``(C n, P)``: exact, of rank at most C n. rows: how many are kept at least, all if None."""
+    """The Jacobian itself of one or several layers, ``(C n, P)``: exact, of rank at most C n.
+
+    Args:
+        layers: The layers.
+        rows: How many rows are kept at least, all if None, the default.
+    """
     places = [layer.packing.places for layer in layers]
     most = rows
 
@@ -115,7 +131,15 @@ def lowrank(layers: Sequence[Layer], rows: int | None = None) -> Estimator:
 
 
 def exact_block(layer: Layer, representation: str) -> Estimator:
-    """The dense block of a layer that has no Kronecker form, if it fits the memory budget."""
+    """The dense block of a layer that has no Kronecker form, if it fits the memory budget.
+
+    Args:
+        layer: The layer.
+        representation: What it is for, for the message.
+
+    Raises:
+        MemoryError: When it is estimated, if it does not fit.
+    """
     exact, p = dense([layer]), layer.numel()
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
@@ -133,9 +157,12 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
 
 
 def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
-    """KFAC: ``G (x) A``, the second moments of output gradients and of inputs.
+    """KFAC of one layer, ``G (x) A``: the second moments of output gradients and of inputs.
 
-    thin: A is held by the inputs themselves, where they are few.
+    Args:
+        layer: A layer with ``layer.kronecker``.
+        reduce: Whether positions that share the weight are reduced first; by default each counts.
+        thin: Whether A is held by the inputs themselves, where they are few; by default it is.
     """
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
@@ -173,7 +200,12 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
 
 
 def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
-    """EKFAC: the eigenbasis of KFAC, then in a second pass the exact second moments in it."""
+    """EKFAC of one layer: the eigenbasis of KFAC, then in a second pass the exact second moments in it.
+
+    Args:
+        layer: A layer with ``layer.kronecker``.
+        reduce: As in :func:`kron`.
+    """
     first = kron(layer, reduce, thin=not reduce)  # the span of averaged inputs does not hold the inputs
 
     def refine(basis: Block) -> Refinement:
@@ -189,9 +221,13 @@ def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
 
 
 def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estimator:
-    """The exact diagonal in a given Kronecker basis.
+    """The exact diagonal of one layer in a given Kronecker basis.
 
-    elsewhere: other data than the basis is of, so that there may be something outside of its span: the mean of that.
+    Args:
+        layer: A layer with ``layer.kronecker``.
+        basis: The basis, a Kronecker product of orthogonal factors.
+        elsewhere: Whether it is estimated from other data than the basis is of, so that there may be something outside
+            of its span: the mean of that. By default it is not.
     """
     left, right = basis.left.transpose(), basis.right.transpose()  # type: ignore[attr-defined]
     to_left = None if not isinstance(left, Dense) else left.mv
@@ -235,7 +271,11 @@ def _squares(new: Block, old: Block, size: int) -> Tensor:
 
 
 def eye(layers: Sequence[Layer]) -> Estimator:
-    """The multiple of the identity with the exact trace."""
+    """The multiple of the identity with the exact trace over several layers.
+
+    Args:
+        layers: The layers.
+    """
     packing = _flat(layers)
     (p,) = packing.shape
     return Estimator(
@@ -249,7 +289,16 @@ def eye(layers: Sequence[Layer]) -> Estimator:
 
 
 def columns(operator: Block, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    """The columns ``start:stop`` of a matrix known by its products, a few at a time: (first of them, ``(k, P)``)."""
+    """Columns of a matrix known by its products, a few at a time.
+
+    Args:
+        operator: The matrix.
+        start: The first of the columns.
+        stop: The end of them.
+
+    Yields:
+        The first of these columns, and as many of them, ``(k, P)``.
+    """
     p = operator.numel
     step = chunk_length(4 * p * operator.dtype.itemsize, stop - start, operator.device)
     for first in range(start, stop, step):
@@ -260,7 +309,13 @@ def columns(operator: Block, start: int, stop: int) -> Iterator[tuple[int, Tenso
 
 
 def principal(operator: Block, start: int, stop: int) -> Tensor:
-    """The diagonal sub-block of the coordinates ``start:stop``, by as many products."""
+    """The diagonal sub-block of some coordinates, by as many products.
+
+    Args:
+        operator: The matrix.
+        start: The first of them.
+        stop: The end of them.
+    """
     block = torch.cat([rows[:, start:stop] for _, rows in columns(operator, start, stop)])
     return (block + block.T) / 2
 

@@ -22,9 +22,12 @@ from .vector import FVector
 class FMat(VectorSpace):
     """A kernel between outputs of examples, ``K[c, x, d, y] = J[c, x] M J'[d, y]^T``, or what a layout keeps of it.
 
-    root: the block that holds it; layout: what its rows and columns are. ``output="full"`` is seen as
-    ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as ``(n, n')``, which acts on every
-    output of an FVector alike. Operations return new matrices.
+    ``output="full"`` is seen as ``(C, n, C', n')``, "diag" as ``(C, n, n')``, "trace", "mean_trace" and "sum" as
+    ``(n, n')``, which acts on every output of an FVector alike. Operations return new matrices.
+
+    Args:
+        root: The block that holds it.
+        layout: What its rows and columns are.
     """
 
     _remedy = "a kernel goes (@) with an FVector or FMat, (+) with an FMat of the same shape and (*) with a number"
@@ -36,7 +39,11 @@ class FMat(VectorSpace):
     # Products
 
     def mv(self, u: FVector) -> FVector:
-        """``K u``."""
+        """The product ``K u``.
+
+        Args:
+            u: A vector in function space, ``(C', n')``.
+        """
         return self._unpack(self.root.mv(self._pack(u, self.layout.transpose(), "columns")))
 
     def __matmul__(self, other: Any) -> Any:
@@ -72,7 +79,12 @@ class FMat(VectorSpace):
         return kernel_of((power + power.T).view_as(entries) / 2 if self.root.symmetric else power.view_as(entries))
 
     def vTMv(self, u: FVector, v: FVector | None = None) -> Tensor:
-        """``u^T K v``, a scalar, v being u if it is left out."""
+        """The bilinear form ``u^T K v``, a scalar.
+
+        Args:
+            u: A vector of the rows.
+            v: A vector of the columns, by default u.
+        """
         self._pack(u, self.layout)  # for the checks in there
         return u.dot(self.mv(u if v is None else v))
 
@@ -86,12 +98,22 @@ class FMat(VectorSpace):
     def solve(
         self, b: Any = None, regul: float | Relative = 1e-8, impl: Any = None, *, rtol: float | None = None, **old: Any
     ) -> Any:
-        """``(K + regul)^-1 b`` for an FVector, or on each column of an FMat.
+        """``(K + regul)^-1 b``.
 
-        regul: a number or ``Relative(factor)``, in units of the mean eigenvalue. rtol: the relative residual to reach
-        by conjugate gradients (MINRES) for a kernel that is not in memory, by default 1e-6 (1e-5 in float32);
-        otherwise the solution is exact. Raises ``ValueError`` if K + regul is singular to working precision,
-        ``RuntimeError`` if rtol is not reached. impl, old: what NNGeometry took, see :doc:`/from-nngeometry`.
+        Args:
+            b: An FVector, or an FMat, for each of whose columns it is solved.
+            regul: A number or ``Relative(factor)``, in units of the mean eigenvalue; by default 1e-8.
+            impl: What NNGeometry took, see :doc:`/from-nngeometry`.
+            rtol: The relative residual to reach by conjugate gradients (MINRES) for a kernel that is not in memory, by
+                default 1e-6 (1e-5 in float32). Otherwise the solution is exact.
+            **old: What NNGeometry took, see :doc:`/from-nngeometry`.
+
+        Returns:
+            An object of the kind of b.
+
+        Raises:
+            ValueError: If K + regul is singular to working precision, or the kernel is rectangular.
+            RuntimeError: If rtol is not reached.
         """
         if impl is not None or old:
             return old_arguments.solve_kernel(self, b, regul, impl, rtol=rtol, **old)
@@ -111,20 +133,33 @@ class FMat(VectorSpace):
         return self.root.iterate(V, regul, rtol) if self.root.matrix_free else self.root.solve(V, regul)
 
     def inv(self, regul: float | Relative = 1e-8) -> FMat:
-        """``(K + regul)^-1``."""
+        """``(K + regul)^-1`` as a kernel.
+
+        Args:
+            regul: As in :meth:`solve`.
+        """
         self._check_square("inv")
         return self._with(self.root.inv(self._regul(regul)), self.layout)
 
     def logdet(self, regul: float | Relative = 0.0) -> Tensor:
-        """``log det(K + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        """``log det(K + regul)``.
+
+        Args:
+            regul: As in :meth:`solve`, by default 0.
+
+        Raises:
+            ValueError: If that is not positive definite.
+        """
         self._check_square("logdet")
         return self.root.logdet(self._regul(regul))
 
     # Spectrum
 
     def eig(self, k: int | None = None) -> tuple[Tensor, list[FVector]]:
-        """The k largest eigenvalues (all by default), descending, and their eigenvectors. (Those of
-        ``output="trace"`` are of one output.)
+        """The largest eigenvalues, descending, and their eigenvectors. (Those of ``output="trace"`` are of one output.)
+
+        Args:
+            k: How many, by default all.
         """
         self._check_square("eig")
         l, vectors = self.root.top(arguments.how_many("eig: k", k, self.root.numel))
@@ -147,13 +182,21 @@ class FMat(VectorSpace):
         return s[0] / s[-1]
 
     def effective_rank(self) -> Tensor:
-        """``exp`` of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+        """``exp`` of the entropy of the normalised singular values.
+
+        Source:
+            Roy and Vetterli (2007), EUSIPCO.
+        """
         s = self.singular_values()
         p = s / s.sum()
         return torch.exp(-torch.special.xlogy(p, p).sum())
 
     def norm(self, ord: int | str | None = None) -> Tensor:
-        """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
+        """A norm of the matrix.
+
+        Args:
+            ord: Frobenius (None, the default, or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc").
+        """
         if self.root.symmetric:
             return self.root.norm(ord)
         if ord is None or ord == "fro":
@@ -181,7 +224,12 @@ class FMat(VectorSpace):
         return self.layout.view(self._held("to_torch")).contiguous()
 
     def submatrix(self, examples: Any, others: Any = None) -> FMat:
-        """The kernel of some examples (a slice or indices) with some others, by default the same."""
+        """The kernel of some examples with some others.
+
+        Args:
+            examples: The rows, a slice or indices.
+            others: The columns, by default the same.
+        """
         rows = positions(examples, self.layout.examples[0], self.device)
         cols = rows if others is None else positions(others, self.layout.examples[1], self.device)
         entries = take(self.to_torch(), self.layout.axes, rows, cols)
@@ -190,7 +238,11 @@ class FMat(VectorSpace):
         return FMatDense(dense_root(layout.unview(entries), layout, symmetric), layout)
 
     def size(self, dim: int | None = None) -> Any:
-        """The shape of :meth:`to_torch`, or the length of one axis."""
+        """The shape of :meth:`to_torch`, or the length of one axis.
+
+        Args:
+            dim: The axis, None for all.
+        """
         shape = torch.Size(self.layout.seen)
         return shape if dim is None else shape[dim]
 
@@ -241,8 +293,11 @@ class FMat(VectorSpace):
     def align(self, other: FMat | FVector | Tensor) -> Tensor:
         """Alignment with another kernel, ``<K, K'> / (|K| |K'|)``, or with that of labels, ``y y^T``.
 
-        other: an FMat; an FVector of labels; or a tensor of integer classes ``(n,)``, taken one-hot. (Cristianini et
-        al. 2001.)
+        Args:
+            other: An FMat; an FVector of labels; or a tensor of integer classes ``(n,)``, taken one-hot.
+
+        Source:
+            Cristianini et al. (2001), NIPS 14.
         """
         if isinstance(other, FMat):
             if self.layout != other.layout:
@@ -258,9 +313,13 @@ class FMat(VectorSpace):
         return inner / (self.norm() * torch.linalg.vector_norm(torch.einsum("kgr,lgr->gkl", rows, rows)))
 
     def cka(self, other: FMat | FVector | Tensor) -> Tensor:
-        """Centred alignment: that of both kernels centred (Cortes, Mohri and Rostamizadeh 2012; Kornblith et al. 2019).
+        """Centred alignment: that of both kernels centred.
 
-        Arguments as in :meth:`align`.
+        Args:
+            other: As in :meth:`align`.
+
+        Source:
+            Cortes, Mohri and Rostamizadeh (2012), JMLR 13; Kornblith et al. (2019), 1905.00414.
         """
         if isinstance(other, FMat):
             return self.centred().align(other.centred())
@@ -268,7 +327,14 @@ class FMat(VectorSpace):
         return self.centred().align(FVector(y - y.mean(1, keepdim=True)))
 
     def distance(self, other: FMat) -> Tensor:
-        """``1 - align``: the kernel distance of Fort et al. (2020), 2010.15110."""
+        """The kernel distance, ``1 - align``.
+
+        Args:
+            other: Another kernel.
+
+        Source:
+            Fort et al. (2020), 2010.15110.
+        """
         return (1 - self.align(other)).clamp(min=0)
 
     def regress(
@@ -283,12 +349,30 @@ class FMat(VectorSpace):
     ) -> FVector:
         """Kernel regression, or where gradient flow on the linearised model is at a time.
 
-        targets: y at the training examples, of which self is the kernel. cross: the kernel of the query examples with
-        the training ones (by default the training ones themselves). start, cross_start: the outputs f_0 of the model at
-        both, by default zero. Returns ``f_0(x) + K_xX (K + regul)^-1 (y - f_0)``; with a time t, gradient flow on
-        ``sum (f - y)^2 / 2``: ``f_0(x) + K_xX K^-1 (1 - exp(-K t)) (y - f_0)``, without regul.
+        It is ``f_0(x) + K_xX (K + regul)^-1 (y - f_0)``; with a time t, gradient flow on ``sum (f - y)^2 / 2``:
+        ``f_0(x) + K_xX K^-1 (1 - exp(-K t)) (y - f_0)``, without regul.
 
-        Source: Jacot, Gabriel and Hongler (2018), 1806.07572; Lee et al. (2019), 1902.06720.
+        Args:
+            targets: y at the training examples, of which self is the kernel.
+            cross: The kernel of the query examples with the training ones, by default the training ones themselves.
+            regul: As in :meth:`solve`.
+            start: The outputs f_0 of the model at the training examples, by default zero.
+            cross_start: Its outputs at the queries, by default zero.
+            time: The time t, by default none.
+
+        Returns:
+            The outputs at the queries.
+
+        Example:
+            >>> from nngeometry import GramMatrix
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+            >>> K = GramMatrix(model, (torch.randn(4, 2).double(),))
+            >>> y = FVector(torch.ones(1, 4).double())
+            >>> torch.allclose(K.regress(y, regul=1e-9).to_torch(), y.to_torch(), atol=1e-4)
+            True
+
+        Source:
+            Jacot, Gabriel and Hongler (2018), 1806.07572; Lee et al. (2019), 1902.06720.
         """
         self._check_square("regress")
         for vector in [targets] if start is None else [targets, start]:
@@ -313,11 +397,19 @@ class FMat(VectorSpace):
         return found if base is None else found + base
 
     def gp_posterior(self, targets: FVector, cross: FMat, prior: FMat, noise: float | Relative) -> tuple[FVector, FMat]:
-        """The posterior of a Gaussian process: its mean and covariance at queries.
+        """The posterior of a Gaussian process at queries. The kernel is that of the training examples.
 
-        The kernel is that of the training examples. targets: at the training examples. cross: kernel of queries with
-        training examples; prior: of the queries. noise: variance of the targets about the function. (Rasmussen and
-        Williams 2006, section 2.2.)
+        Args:
+            targets: Those of the training examples.
+            cross: The kernel of queries with training examples.
+            prior: The kernel of the queries.
+            noise: The variance of the targets about the function.
+
+        Returns:
+            The mean, and the covariance.
+
+        Source:
+            Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, section 2.2.
         """
         self._check_columns(cross, "gp_posterior")
         if not isinstance(prior, FMat):
@@ -340,7 +432,12 @@ class FMat(VectorSpace):
         return self.root.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FMat:
-        """The same matrix on another device or in another dtype."""
+        """The same matrix on another device or in another dtype.
+
+        Args:
+            device: Where to, by default where it is.
+            dtype: In which dtype, by default its own.
+        """
         arguments.device(device)
         arguments.dtype(dtype, real=True)
         return self._with(self.root.map(lambda t: t.to(device=device, dtype=dtype)), self.layout)
@@ -463,8 +560,13 @@ class FMat(VectorSpace):
 class FMatDense(FMat):
     """All entries, in memory.
 
-    root, layout: as of :class:`FMat`. Or in NNGeometry's words generator and examples, or data, the entries
-    ``(C, n, C', n')``, with or without a layer collection before them.
+    Args:
+        root: As of :class:`FMat`; or a layer collection, in NNGeometry's words.
+        layout: As of :class:`FMat`; or a generator, in NNGeometry's words.
+        data: Instead, the entries ``(C, n, C', n')``.
+        examples: The loader of that generator.
+        generator: The generator, by name.
+        layer_collection: The layer collection, by name.
     """
 
     def __init__(

@@ -17,10 +17,17 @@ from .pmat import PMat
 class PMatImplicit(PMat):
     """``M v`` by automatic differentiation: free of the number of outputs and of P**2.
 
-    Holds the model and the data, which it reads again for every product, and a copy of the parameters as they are
-    now: it stays the matrix at these when the model moves on. Once products are repeated, the forward pass is kept
-    from one to the next while what autograd needs fits the memory budget. Trace and diagonal are exact, from the
-    stream of Jacobians; solve is by conjugate gradients.
+    It holds the model and the data, which it reads again for every product, and a copy of the parameters as they are
+    now: it stays the matrix at these when the model moves on. Once products are repeated, the forward pass is kept from
+    one to the next while what autograd needs fits the memory budget. Trace and diagonal are exact, from the stream of
+    Jacobians; solve is by conjugate gradients.
+
+    Example:
+        >>> from nngeometry import FIM, PVector
+        >>> model = torch.nn.Linear(4, 3)
+        >>> F = FIM(model, (torch.randn(20, 4),), PMatImplicit)
+        >>> F.mv(PVector.from_model(model).detach()).size()
+        torch.Size([15])
     """
 
     @classmethod

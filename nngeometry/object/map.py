@@ -60,7 +60,14 @@ class PFMap(VectorSpace, ABC):
     def device(self) -> torch.device: ...
 
     def jvp(self, v: PVector) -> FVector:
-        """``J v``."""
+        """The product ``J v``.
+
+        Args:
+            v: A vector in parameter space.
+
+        Returns:
+            A vector in function space, ``(C, n)``.
+        """
         if not isinstance(v, PVector):
             raise TypeError(
                 f"jvp: expected a PVector, got {arguments.described(v)}: make one with "
@@ -71,7 +78,14 @@ class PFMap(VectorSpace, ABC):
         return FVector(self._jvp(v.to_torch().unsqueeze(0))[0])
 
     def vjp(self, u: FVector) -> PVector:
-        """``J^T u``."""
+        """The product ``J^T u``.
+
+        Args:
+            u: A vector in function space, ``(C, n)``.
+
+        Returns:
+            A vector in parameter space.
+        """
         if not isinstance(u, FVector):
             raise TypeError(
                 f"vjp: expected an FVector, got {arguments.described(u)}: make one with FVector(tensor) of shape (C, n)"
@@ -98,7 +112,11 @@ class PFMap(VectorSpace, ABC):
         return Adjoint(self)
 
     def to_dense(self) -> PFMapDense:
-        """All entries. Raises ``MemoryError`` if they do not fit the memory budget."""
+        """All entries.
+
+        Raises:
+            MemoryError: If they do not fit the memory budget.
+        """
         c, n, p = self.shape
         require(c * n * p * self.dtype.itemsize, f"the dense form of {self}", "use jvp and vjp", self.device)
         step = chunk_length(2 * p * self.dtype.itemsize, c * n, self.device)
@@ -151,7 +169,11 @@ class PFMap(VectorSpace, ABC):
         return (rows.flatten(0, 1) @ right.flatten(0, 1).T).view(*rows.shape[:2], *right.shape[:2])
 
     def through(self, block: Block) -> PFMap:
-        """The map with rows ``M j`` for the rows j of this one; M the root of a PMat."""
+        """The map with rows ``M j`` for the rows j of this one.
+
+        Args:
+            block: M, the root of a PMat.
+        """
         return self._composed(self.shape[:2], lambda t: t, lambda s: s, block)
 
     def __getitem__(self, examples: Any) -> PFMap:
@@ -164,7 +186,11 @@ class PFMap(VectorSpace, ABC):
         return self._composed((self.shape[0], len(index)), lambda t: t[:, :, index], spread)
 
     def layer(self, name: str) -> PFMap:
-        """The columns of one layer, as a map from its parameters alone."""
+        """The columns of one layer, as a map from its parameters alone.
+
+        Args:
+            name: The name of the layer.
+        """
         lc = LayerCollection({name: self.layer_collection.layer(name, "layer")})
         where, p = self.layer_collection.slices()[name], self.shape[2]
 
@@ -236,7 +262,11 @@ class Adjoint:
         self.map = map
 
     def mv(self, u: FVector) -> PVector:
-        """``J^T u``."""
+        """The product ``J^T u``.
+
+        Args:
+            u: A vector in function space, ``(C, n)``.
+        """
         return self.map.vjp(u)
 
     def __matmul__(self, other: Any) -> Any:
@@ -260,13 +290,22 @@ class Adjoint:
 
 
 class PFMapDense(FlatArray, PFMap):
-    """All entries of a map: ``PFMapDense(layer_collection, data)`` with data ``(C, n, P)``. Every PMat takes it as many
-    right-hand sides. generator, examples: a backend of NNGeometry's and its loader, in place of data.
+    """All entries of a map: ``PFMapDense(layer_collection, data)``. Every PMat takes it as many right-hand sides.
 
-    >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
-    >>> J = PFMapDense(lc, torch.ones(4, 5, 3))
-    >>> J.jvp(PVector(lc, torch.ones(3))).to_torch().shape
-    torch.Size([4, 5])
+    Args:
+        layer_collection: The columns.
+        generator: A backend of NNGeometry's, with examples, in place of data.
+        data: The entries ``(C, n, P)``.
+        examples: Its loader.
+
+    Raises:
+        ValueError: For entries of another shape.
+
+    Example:
+        >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
+        >>> J = PFMapDense(lc, torch.ones(4, 5, 3))
+        >>> J.jvp(PVector(lc, torch.ones(3))).to_torch().shape
+        torch.Size([4, 5])
     """
 
     _remedy = PFMap._remedy
@@ -290,7 +329,12 @@ class PFMapDense(FlatArray, PFMap):
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapDense:
-        """The Jacobian that a generator streams."""
+        """The Jacobian that a generator streams.
+
+        Args:
+            generator: The generator.
+            examples: A loader, or one minibatch.
+        """
         lc = generator.layer_collection
         batches = data.Minibatches(generator.minibatches(examples))
         n = sum(map(data.count, batches))
@@ -340,8 +384,12 @@ class PFMapDense(FlatArray, PFMap):
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
-    layer_collection: the columns. pieces: the Jacobians of neighbouring examples, layer by layer. Or a generator and
-    examples, as of :class:`PFMapDense`.
+    Args:
+        layer_collection: The columns.
+        pieces: The Jacobians of neighbouring examples, layer by layer; or a generator, as of :class:`PFMapDense`.
+        data: Leave it out.
+        examples: As of :class:`PFMapDense`.
+        generator: As of :class:`PFMapDense`.
     """
 
     def __init__(
@@ -361,7 +409,12 @@ class PFMapFactored(PFMap):
 
     @classmethod
     def of(cls, generator: Generator, examples: Any) -> PFMapFactored:
-        """The Jacobian that a generator streams."""
+        """The Jacobian that a generator streams.
+
+        Args:
+            generator: The generator.
+            examples: A loader, or one minibatch.
+        """
         own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
         pieces = list(batch_jacobians(generator, own))  # inputs are held: not those of the user
         if any(isinstance(form, forms.Lazy) for piece in pieces for form in piece.forms.values()):
@@ -453,7 +506,12 @@ class PFMapFactored(PFMap):
         return PFMapFactored(self.layer_collection, pieces)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapFactored:
-        """The same map on another device or in another dtype."""
+        """The same map on another device or in another dtype.
+
+        Args:
+            device: Where to, by default where it is.
+            dtype: In which dtype, by default its own.
+        """
         arguments.device(device)
         arguments.dtype(dtype, real=True)
         return self._each(lambda f: f.to(device, dtype))
@@ -475,8 +533,15 @@ def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
 class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 
-    layer_collection: the columns. outputs: ``(C, n)``. jvp_of: ``(k, P) -> (k, C, n)``; vjp_of: ``(k, C, n) -> (k,
-    P)``; like: an empty tensor of its dtype and device. Or a generator and examples, as of :class:`PFMapDense`.
+    Args:
+        layer_collection: The columns.
+        outputs: ``(C, n)``; or a generator, as of :class:`PFMapDense`.
+        jvp_of: The product, ``(k, P) -> (k, C, n)``.
+        vjp_of: That with its transpose, ``(k, C, n) -> (k, P)``.
+        like: An empty tensor of its dtype and device.
+        generator: As of :class:`PFMapDense`.
+        data: Leave it out.
+        examples: As of :class:`PFMapDense`.
     """
 
     def __init__(
@@ -516,6 +581,10 @@ class PFMapImplicit(PFMap):
         """The Jacobian of the model of a generator at its parameters as they are now.
 
         While what autograd needs fits the memory budget, the forward pass is kept from one product to the next.
+
+        Args:
+            generator: The generator.
+            examples: A loader, or one minibatch.
         """
         maps = jacobians(generator, examples)
         shapes = [(len(linear.f), linear.f[0].numel()) for linear, _, _ in maps]
@@ -563,7 +632,15 @@ class PFMapImplicit(PFMap):
         return self._vjp_of(S.detach())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PFMapImplicit:
-        """The same map in another dtype, on the device where its model is."""
+        """The same map in another dtype, on the device where its model is.
+
+        Args:
+            device: That of the model.
+            dtype: In which dtype, by default its own.
+
+        Raises:
+            ValueError: For another device.
+        """
         arguments.device(device)
         arguments.dtype(dtype, real=True)
         if device is not None and torch.device(device) != self.device:

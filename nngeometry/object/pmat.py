@@ -40,9 +40,25 @@ CLASSES: Registry[PMat] = Registry("representation")
 class PMat(VectorSpace):
     """A P x P matrix in parameter space, in some representation.
 
-    layer_collection: its coordinates. Either generator and examples, from which it is estimated; or data, the block
-    that it consists of, or the tensors of :attr:`data`. options: of the representation. Operations return new matrices
-    and leave this one as it is.
+    Operations return new matrices and leave this one as it is. A representation is a subclass with :meth:`plan`, see
+    :doc:`/extending`; users make one with FIM and the like. The class itself holds a block of any structure.
+
+    Args:
+        layer_collection: The coordinates.
+        generator: The source that it is estimated from, together with examples.
+        data: Instead, the block that it consists of, of shape ``(P,)``, or the tensors of :attr:`data`.
+        examples: A loader, or one minibatch.
+        **options: Those of the representation.
+
+    Raises:
+        ValueError: If not just one of data and examples is given, or the block has another shape.
+        TypeError: For what is no source, or options that are not known.
+
+    Example:
+        >>> from nngeometry import blocks
+        >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
+        >>> PMat(lc, data=blocks.Diag(torch.tensor([1.0, 2.0, 3.0]))).trace()
+        tensor(6.)
     """
 
     _tensors: ClassVar[tensors.TensorLayout | None] = None
@@ -128,7 +144,15 @@ class PMat(VectorSpace):
 
     @classmethod
     def estimation(cls, source: Source, **options: Any) -> Estimation:
-        """This representation of the matrix of a source, of which nothing was seen yet, to be estimated in pieces."""
+        """This representation of the matrix of a source, of which nothing was seen yet, to be estimated in pieces.
+
+        Args:
+            source: What the matrix is made from.
+            **options: Those of the representation.
+
+        Raises:
+            NotImplementedError: If it has no average.
+        """
         return cls._begun(source, **options)
 
     @classmethod
@@ -140,7 +164,15 @@ class PMat(VectorSpace):
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer]) -> Block:
-        """This representation of a matrix that is known by its products."""
+        """This representation of a matrix that is known by its products.
+
+        Args:
+            operator: The matrix, of shape ``(P,)``.
+            layers: The layers, in flat order.
+
+        Raises:
+            NotImplementedError: By default, since a representation need not have one.
+        """
         raise NotImplementedError(
             f"{cls.__name__} is made of per-example Jacobians, which a Hessian is not: use PMatImplicit, PMatDense, "
             "PMatBlockDiag, PMatDiag or PMatLowRank, or GGN instead of Hessian"
@@ -148,7 +180,14 @@ class PMat(VectorSpace):
 
     @classmethod
     def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
-        """How this representation estimates a set of layers: one estimator for each of its blocks."""
+        """How this representation estimates a set of layers. Further arguments, with defaults, are its options.
+
+        Args:
+            layers: The layers, in flat order.
+
+        Returns:
+            One estimator for each of its blocks, which together have every layer once.
+        """
         raise NotImplementedError(
             f"{cls.__name__} cannot be estimated from data: use one of {', '.join(CLASSES.ours())}"
         )
@@ -156,10 +195,19 @@ class PMat(VectorSpace):
     # Products
 
     def mv(self, v: Any) -> Any:
-        """``M v`` for a PVector, or ``M`` on each row of a map (PFMap). Differentiable in v.
+        """The product ``M v``, differentiable in v.
 
         Here and in the other products and :meth:`solve`, of a vector with more layers than the matrix has those of the
         matrix count, and the result has no others.
+
+        Args:
+            v: A PVector, or a map (PFMap), on each of whose rows M acts.
+
+        Returns:
+            An object of the same kind.
+
+        Raises:
+            ValueError: If it has other layers, or is of another dtype or device.
         """
         if isinstance(v, PFMap) and not isinstance(v, FlatArray):
             check_same_space(self.layer_collection, v.layer_collection, arguments.name_of(v))
@@ -169,15 +217,27 @@ class PMat(VectorSpace):
         return v._like(self.root.once(flat), self.layer_collection)
 
     def vTMv(self, v: PVector, per_layer: bool = False) -> Any:
-        """``v^T M v``, a scalar, differentiable in v. per_layer: a dict of the shares ``v_l . (M v)_l``, which sum
-        to it.
+        """The quadratic form ``v^T M v``, differentiable in v.
+
+        Args:
+            v: The vector.
+            per_layer: Whether to return a dict of the shares ``v_l . (M v)_l``, which sum to it; by default not.
+
+        Returns:
+            A scalar.
         """
         flat = self._of(v)
         return self._per_layer(flat * self.root.once(flat), per_layer)
 
     def mapTMmap(self, pfmap: PFMapDense, reduction: str = "sum") -> Tensor:
-        """``j^T M j`` for the rows j of a map ``(C, n, P)``: ``(n,)``, summed over the outputs of each example, or
-        ``(C, n)`` for reduction="diag". Differentiable in the map.
+        """The quadratic forms ``j^T M j`` of the rows j of a map, differentiable in the map.
+
+        Args:
+            pfmap: The map ``(C, n, P)``.
+            reduction: "sum", the default, over the outputs of each example, or "diag" for each of them.
+
+        Returns:
+            ``(n,)``, or ``(C, n)``.
         """
         if reduction not in ("sum", "diag"):
             raise ValueError(f"mapTMmap: reduction={reduction!r} is not 'sum' or 'diag'")
@@ -186,18 +246,26 @@ class PMat(VectorSpace):
         return forms.sum(0) if reduction == "sum" else forms
 
     def matvec(self, V: Tensor) -> Tensor:
-        """``M`` times each row of a tensor ``(..., P)`` in flat parameter order, for algorithms that know nothing of
-        layers. Differentiable in V.
+        """``M`` times each row of a tensor in flat parameter order, for algorithms that know nothing of layers. It is
+        differentiable in V.
 
-        Raises ``ValueError`` for rows of another length, dtype or device.
+        Args:
+            V: Rows ``(..., P)``.
 
-        >>> from nngeometry import PMatEye, linalg
-        >>> F = PMatEye(LayerCollection.from_model(torch.nn.Linear(2, 1)), scaling=2.0)
-        >>> F.matvec(torch.ones(2, 3))
-        tensor([[2., 2., 2.],
-                [2., 2., 2.]])
-        >>> linalg.eigsh(F.matvec, F.size(0), 1, like=F.like).values
-        tensor([2.])
+        Returns:
+            Rows ``(..., P)``.
+
+        Raises:
+            ValueError: For rows of another length, dtype or device.
+
+        Example:
+            >>> from nngeometry import PMatEye, linalg
+            >>> F = PMatEye(LayerCollection.from_model(torch.nn.Linear(2, 1)), scaling=2.0)
+            >>> F.matvec(torch.ones(2, 3))
+            tensor([[2., 2., 2.],
+                    [2., 2., 2.]])
+            >>> linalg.eigsh(F.matvec, F.size(0), 1, like=F.like).values
+            tensor([2.])
         """
         if not isinstance(V, Tensor):
             raise TypeError(f"matvec: expected a tensor (..., {self.size(0)}), got {arguments.described(V)}: use mv")
@@ -241,15 +309,35 @@ class PMat(VectorSpace):
         preconditioner: PMat | None = None,
         **old: Any,
     ) -> Any:
-        """``(M + regul)^-1 b`` for a PVector, or on each row of a PFMapDense, whatever the representation.
+        """``(M + regul)^-1 b``, whatever the representation.
 
-        regul: a number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each
-        layer. A matrix known by its products alone is solved by conjugate gradients (MINRES where it may be
-        indefinite): rtol is the relative residual to reach, by default 1e-6 (1e-5 in float32), and preconditioner
-        another representation, whose own solve with the same regul guides the iteration. All others are exact. impl
-        and old: what NNGeometry took, see :doc:`/from-nngeometry`.
+        A matrix known by its products alone is solved by conjugate gradients, or MINRES where it may be indefinite. All
+        others are solved exactly.
 
-        Raises ``ValueError`` if M + regul is singular to working precision, ``RuntimeError`` if rtol is not reached.
+        Args:
+            b: A PVector, or a PFMapDense, for each of whose rows it is solved.
+            regul: A number; ``Relative(factor)``, in units of the mean eigenvalue; or a dict with one of these for each
+                layer. By default it is 1e-8.
+            impl: What NNGeometry took, see :doc:`/from-nngeometry`.
+            rtol: The relative residual to reach by an iteration, by default 1e-6 (1e-5 in float32).
+            preconditioner: Another representation, whose own solve with the same regul guides the iteration.
+            **old: What NNGeometry took, see :doc:`/from-nngeometry`.
+
+        Returns:
+            An object of the kind of b.
+
+        Raises:
+            ValueError: If M + regul is singular to working precision.
+            RuntimeError: If rtol is not reached.
+
+        Example:
+            >>> from nngeometry import FIM, PMatKFAC
+            >>> model = torch.nn.Linear(4, 3)
+            >>> F = FIM(model, (torch.randn(20, 4),), PMatKFAC)
+            >>> b = PVector.from_model(model).detach()
+            >>> x = F.solve(b, regul=0.1)
+            >>> torch.allclose((F.mv(x) + 0.1 * x).to_torch(), b.to_torch(), atol=1e-5)
+            True
         """
         if impl is not None or old:
             return old_arguments.solve(self, b, regul, impl, rtol=rtol, preconditioner=preconditioner, **old)
@@ -265,12 +353,24 @@ class PMat(VectorSpace):
         return b._like(x, self.layer_collection)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:
-        """``(M + regul)^-1``, regul as in :meth:`solve`."""
+        """``(M + regul)^-1`` as a matrix.
+
+        Args:
+            regul: As in :meth:`solve`.
+
+        Raises:
+            ValueError: If M + regul is singular to working precision.
+        """
         return self._with(self._regul(regul).inv(self.root))
 
     def pinv(self, cut: None = None, /, *, rtol: float | None = None, atol: float | None = None) -> PMat:
-        """Pseudo-inverse. Eigenvalues up to ``atol``, or up to ``rtol`` times the largest, in magnitude count as zero;
-        by default those of the size of the rounding error.
+        """The pseudo-inverse.
+
+        Args:
+            cut: It is there for a message alone: say which of the two it is.
+            rtol: Eigenvalues up to this times the largest, in magnitude, count as zero; by default those of the size of
+                the rounding error do.
+            atol: Eigenvalues up to this, in magnitude, count as zero.
         """
         if cut is not None:
             raise TypeError(f"pinv({cut}): write rtol={cut}, in units of the largest eigenvalue, or atol={cut}")
@@ -282,16 +382,31 @@ class PMat(VectorSpace):
         return self._with(self.root.apply(lambda l: torch.where(l.abs() > bound, 1 / l, 0.0)))
 
     def logdet(self, regul: RegulLike = 0.0) -> Tensor:
-        """``log det(M + regul)``. Raises ``ValueError`` if that is not positive definite."""
+        """``log det(M + regul)``.
+
+        Args:
+            regul: As in :meth:`solve`, by default 0.
+
+        Raises:
+            ValueError: If that is not positive definite.
+        """
         return self._regul(regul).logdet(self.root)
 
     # Spectrum
 
     def pow(self, exponent: float | None = None, *old: Any, **named: Any) -> PMat:
-        """``M**exponent``; negative and fractional exponents need eigenvalues that allow them, otherwise
-        ``ValueError``: of a matrix known by its products alone, when it is multiplied with a vector and an eigenvalue
-        that the vector meets is zero to working precision. Such products also raise ``RuntimeError`` where the
-        iteration does not converge. old, named: what NNGeometry took, see :doc:`/from-nngeometry`.
+        """``M**exponent``.
+
+        Args:
+            exponent: Any number. Negative and fractional ones need eigenvalues that allow them.
+            *old: What NNGeometry took, see :doc:`/from-nngeometry`.
+            **named: What NNGeometry took, see :doc:`/from-nngeometry`.
+
+        Raises:
+            ValueError: If an eigenvalue makes it undefined: of a matrix known by its products alone, when it is
+                multiplied with a vector and an eigenvalue that the vector meets is zero to working precision.
+            RuntimeError: Of a matrix known by its products alone, when it is multiplied with a vector and the iteration
+                does not converge.
         """
         if exponent is None or old or named:
             found: PMat = old_arguments.pow(self, exponent, *old, **named)
@@ -301,8 +416,13 @@ class PMat(VectorSpace):
     __pow__ = pow
 
     def eig(self, k: int | None = None) -> tuple[Tensor, list[PVector]]:
-        """The k largest eigenvalues (all by default; of a low-rank matrix, those it holds), descending, and their
-        eigenvectors.
+        """The largest eigenvalues, descending, and their eigenvectors.
+
+        Args:
+            k: How many, by default all; of a low-rank matrix, those it holds.
+
+        Returns:
+            Eigenvalues ``(k,)``, and eigenvectors of norm one.
         """
         l, vectors = self.root.top(arguments.how_many("eig: k", k, self.size(0)))
         return l, [PVector(self.layer_collection, v) for v in vectors]
@@ -312,14 +432,22 @@ class PMat(VectorSpace):
         return self.root.eigenvalues().sort(descending=True).values
 
     def norm(self, ord: int | str | None = None) -> Tensor:
-        """Frobenius (None or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc")."""
+        """A norm of the matrix.
+
+        Args:
+            ord: Frobenius (None, the default, or "fro"), spectral (2), smallest singular value (-2) or nuclear ("nuc").
+        """
         return self.root.norm(ord)
 
     def trace(self, per_layer: bool = False, estimator: Estimator | None = None) -> Any:
-        """Trace, a scalar, exact. per_layer: a dict of the traces of the diagonal blocks of the layers.
+        """The trace, exact unless it is estimated.
 
-        estimator: for a matrix known by its products only, e.g. ``functools.partial(linalg.xtrace, products=60)``;
-        the result is then an :class:`~nngeometry.linalg.Estimate`, with its standard error.
+        Args:
+            per_layer: Whether to return a dict of the traces of the diagonal blocks of the layers; by default not.
+            estimator: For a matrix known by its products only, e.g. ``functools.partial(linalg.xtrace, products=60)``.
+
+        Returns:
+            A scalar, or the :class:`~nngeometry.linalg.Estimate` of the estimator, with its standard error.
         """
         arguments.flag("trace: per_layer", per_layer)
         if estimator is not None and per_layer:
@@ -329,7 +457,20 @@ class PMat(VectorSpace):
         return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
 
     def sample(self, generator: torch.Generator | None = None) -> PVector:
-        """A vector from the normal distribution with mean zero and covariance M. generator: on any device."""
+        """A vector from the normal distribution with mean zero and covariance M.
+
+        Args:
+            generator: The source of randomness, on any device, by default torch's global one.
+
+        Raises:
+            ValueError: If M has negative eigenvalues.
+
+        Example:
+            >>> from nngeometry import FIM, PMatKFAC
+            >>> F = FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatKFAC)
+            >>> F.inv(0.1).sample(generator=torch.Generator().manual_seed(0)).size()  # from a Laplace posterior
+            torch.Size([15])
+        """
         arguments.generator(generator)
         (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
         return PVector(self.layer_collection, self.root.sample(noise))
@@ -337,9 +478,11 @@ class PMat(VectorSpace):
     # Entries
 
     def get_diag(self, estimator: Estimator | bool | None = None, split_weight_bias: bool = True) -> Any:
-        """The diagonal ``(P,)``, in flat parameter order. estimator: as in :meth:`trace`, e.g. ``linalg.xdiag``.
+        """The diagonal ``(P,)``, in flat parameter order.
 
-        split_weight_bias: if False, each bias stands behind the row of its weight, as in NNGeometry.
+        Args:
+            estimator: As in :meth:`trace`, e.g. ``linalg.xdiag``.
+            split_weight_bias: If False, each bias stands behind the row of its weight, as in NNGeometry.
         """
         if isinstance(estimator, bool):
             return self.get_diag(split_weight_bias=estimator)
@@ -347,7 +490,11 @@ class PMat(VectorSpace):
         return diag if split_weight_bias else old_arguments.rows_first(self, diag)
 
     def to_torch(self, split_weight_bias: bool = True) -> Tensor:
-        """The dense matrix ``(P, P)``. split_weight_bias: as in :meth:`get_diag`."""
+        """The dense matrix ``(P, P)``.
+
+        Args:
+            split_weight_bias: As in :meth:`get_diag`.
+        """
         entries = self.root.to_dense()
         return entries if split_weight_bias else old_arguments.rows_first(self, entries)
 
@@ -363,13 +510,27 @@ class PMat(VectorSpace):
         return LinearOperator(self.size(), matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype=dtype)
 
     def block(self, name: str) -> PMat:
-        """The diagonal block of one layer, as a matrix on that layer alone."""
+        """The diagonal block of one layer, as a matrix on that layer alone.
+
+        Args:
+            name: The name of the layer.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
         lc = LayerCollection({name: self.layer_collection.layer(name, "block")})
         root = self.root.restrict(self.layer_collection.slices()[name])
         return PMat(lc, data=root) if type(self) is PMat else type(self)._of_blocks(lc, root)
 
     def size(self, dim: int | None = None) -> Any:
-        """``(P, P)``, whatever is held in memory, or P."""
+        """Its shape, whatever is held in memory.
+
+        Args:
+            dim: The axis, None for both.
+
+        Returns:
+            ``(P, P)``, or P.
+        """
         p = self.layer_collection.numel()
         return (p, p) if dim is None else p
 
@@ -396,13 +557,25 @@ class PMat(VectorSpace):
         return self.root.nbytes()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same matrix on another device or in another dtype."""
+        """The same matrix on another device or in another dtype.
+
+        Args:
+            device: Where to, by default where it is.
+            dtype: In which dtype, by default its own.
+        """
         arguments.device(device)
         arguments.dtype(dtype, real=True)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
     def save(self, path: str | Path) -> None:
-        """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read."""
+        """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read.
+
+        Args:
+            path: The name of the file, or an open one.
+
+        Raises:
+            TypeError: For a matrix that is known by its products alone.
+        """
         if not hasattr(path, "write"):
             arguments.path("save: path", path, "where to write the file")
         layers = [
@@ -429,10 +602,15 @@ class PMat(VectorSpace):
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> PMat:
-        """Read what :meth:`save` wrote, onto ``device``. Only tensors and plain values are read, no code is run.
+        """Read what :meth:`save` wrote. Only tensors and plain values are read, no code is run.
 
-        Raises ``ValueError`` if the file is cut short, changed, of a newer version or something else, or has a block or
-        representation of yours whose module is not imported.
+        Args:
+            path: The name of the file.
+            device: Where to, by default where it was.
+
+        Raises:
+            ValueError: If the file is cut short, changed, of a newer version or something else, or has a block or
+                representation of yours whose module is not imported.
         """
         arguments.path("PMat.load: path", path, "of a file that save(path) wrote")
         arguments.device(device)

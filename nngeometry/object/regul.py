@@ -10,20 +10,30 @@ from .. import arguments
 
 @dataclass(frozen=True)
 class Relative:
-    """A regularisation of ``factor`` times the mean eigenvalue (of the matrix, or of a layer's block when given for
-    a layer).
+    """A regularisation in units of the mean eigenvalue of the matrix, or of a layer's block when given for a layer.
 
-    >>> Relative(1e-3)
-    Relative(factor=0.001)
+    Args:
+        factor: How many times the mean eigenvalue it is.
+
+    Example:
+        >>> Relative(1e-3)
+        Relative(factor=0.001)
     """
 
     factor: float
 
 
 def regul_number(what: str, regul: Any, mean: float) -> float:
-    """What a regularisation is as a number; mean: the mean eigenvalue, which ``Relative`` is in units of.
+    """What a regularisation is as a number.
 
-    Raises ``TypeError`` or ``ValueError``, naming what it is, if that is no finite number.
+    Args:
+        what: What asks for it, for the message.
+        regul: A number or :class:`Relative`.
+        mean: The mean eigenvalue, which ``Relative`` is in units of.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is not finite.
     """
     if isinstance(regul, type):
         raise TypeError(f"{what}: expected a number or Relative(factor), got {arguments.described(regul)}")

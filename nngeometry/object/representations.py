@@ -24,7 +24,13 @@ from .vector import PVector
 
 
 class PMatDense(PMat):
-    """All P x P entries. Exact; memory P**2."""
+    """All P x P entries: exact, in memory for P**2 numbers.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatDense).to_torch().shape
+        torch.Size([15, 15])
+    """
 
     _tensors = tensors.DENSE
 
@@ -38,7 +44,14 @@ class PMatDense(PMat):
 
 
 class PMatBlockDiag(PMat):
-    """One dense block for each layer. Exact inside of layers; memory the sum of the squared sizes."""
+    """One dense block for each layer: exact inside of layers, in memory for the sum of the squared sizes.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        >>> FIM(model, (torch.randn(20, 4),), PMatBlockDiag).block("2").size()
+        (18, 18)
+    """
 
     _tensors = tensors.BLOCKS
 
@@ -54,7 +67,13 @@ class PMatBlockDiag(PMat):
 
 
 class PMatDiag(PMat):
-    """The diagonal. Memory P."""
+    """The diagonal, in memory for P numbers.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatDiag).get_diag().shape
+        torch.Size([15])
+    """
 
     _tensors = tensors.DIAG
 
@@ -69,9 +88,19 @@ class PMatDiag(PMat):
 
 
 class PMatQuasiDiag(PMat):
-    """The diagonal, and the products of each weight with the bias of its row (Ollivier 2015, 1303.0818). Memory 2 P.
+    """The diagonal, and the products of each weight with the bias of its row, in memory for 2 P numbers.
 
-    Only a part of the entries of a positive matrix, it may be indefinite: sample, logdet and roots then raise.
+    Since it has only a part of the entries of a positive matrix, it may be indefinite: sample, logdet and roots then
+    raise.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> F = FIM(torch.nn.Linear(4, 3), (torch.randn(20, 4),), PMatQuasiDiag)
+        >>> F.inv(1e-2).size()
+        (15, 15)
+
+    Source:
+        Ollivier (2015), 1303.0818.
     """
 
     _tensors = tensors.QUASIDIAG
@@ -82,12 +111,26 @@ class PMatQuasiDiag(PMat):
 
 
 class PMatKFAC(PMat):
-    """A Kronecker product ``G (x) A`` for each layer, weight and bias together (Martens and Grosse 2015, 1503.05671).
+    """A Kronecker product ``G (x) A`` for each layer, weight and bias together.
 
-    sharing: how positions (tokens, pixels) that share a weight are treated, "expand" or "reduce" (Eschenhagen et
-    al. 2023, 2311.00636). The groups of a convolution have a product each. A of few inputs, fewer than half of its
-    columns, is held by these. A layer without Kronecker form (normalisation, attention, bare parameters, ...) has its
-    exact dense block, if it fits the memory budget; ``repr`` shows which.
+    The groups of a convolution have a product each. A of few inputs, fewer than half of its columns, is held by these.
+    A layer without Kronecker form (normalisation, attention, bare parameters, ...) has its exact dense block, if it
+    fits the memory budget; ``repr`` shows which.
+
+    Args:
+        sharing: How positions (tokens, pixels) that share a weight are treated, "expand" (the default) or "reduce".
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+        >>> FIM(model, (torch.randn(20, 1, 4, 4),), PMatKFAC, sharing="reduce")
+        PMatKFAC of 47 parameters, torch.float32, 776 bytes
+          layer  block               parameters  bytes
+          0      Kron(Dense, Dense)  20          416
+          2      Kron(Dense, Dense)  27          360
+
+    Source:
+        Martens and Grosse (2015), 1503.05671; Eschenhagen et al. (2023), 2311.00636, for sharing.
     """
 
     _tensors = tensors.KFAC
@@ -101,16 +144,31 @@ class PMatKFAC(PMat):
         ]
 
     def inv(self, regul: RegulLike = 1e-8, use_pi: bool | None = None) -> PMat:
-        """``(M + regul)^-1``. use_pi: if given, with the factors damped one by one instead, as in NNGeometry."""
+        """``(M + regul)^-1`` as a matrix.
+
+        Args:
+            regul: As in :meth:`solve`.
+            use_pi: If given, the factors are damped one by one instead, as in NNGeometry.
+        """
         inverse: PMat = super().inv(regul) if use_pi is None else old_arguments.factored(self, regul, use_pi)
         return inverse
 
 
 class PMatEKFAC(PMat):
-    """The eigenbasis of KFAC with the exact second moments in it (George et al. 2018, 1806.03884). Reads the data
-    twice.
+    """The eigenbasis of KFAC with the exact second moments in it. It reads the data twice.
 
-    sharing: as in :class:`PMatKFAC`, for the basis.
+    Args:
+        sharing: As in :class:`PMatKFAC`, for the basis.
+
+    Example:
+        >>> from nngeometry import FIM, PMatDense
+        >>> model, x = torch.nn.Linear(4, 3), torch.randn(20, 4)
+        >>> exact, F = FIM(model, (x,), PMatDense), FIM(model, (x,), PMatEKFAC)
+        >>> torch.allclose(F.trace(), exact.trace(), rtol=1e-4)
+        True
+
+    Source:
+        George et al. (2018), 1806.03884.
     """
 
     _tensors = tensors.EKFAC
@@ -125,15 +183,27 @@ class PMatEKFAC(PMat):
 
     @classmethod
     def factored(cls, layer: Layer) -> bool:
-        """Whether a layer has a Kronecker-factored basis; otherwise it has its exact block."""
+        """Whether a layer has a Kronecker-factored basis; otherwise it has its exact block.
+
+        Args:
+            layer: The layer.
+        """
         return layer.kronecker
 
     def update_diag(self, examples: Any = None) -> PMatEKFAC:
-        """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved. Returns
-        itself. examples: by default the loader of the estimation, if that was a DataLoader.
+        """Estimate the second moments again in the same basis, in place, e.g. after the parameters moved.
 
         A basis of fewer inputs than the layer has columns does not span them: what is outside has one eigenvalue, its
         mean second moment.
+
+        Args:
+            examples: A loader, or one minibatch.
+
+        Returns:
+            The matrix itself.
+
+        Raises:
+            ValueError: If it was loaded or derived, so that it has no generator.
         """
         if not hasattr(self.generator, "jacobians"):  # a source
             raise ValueError("update_diag: the matrix was loaded or derived, it has no generator to estimate with")
@@ -155,19 +225,27 @@ class PMatEKFAC(PMat):
 
 
 class PMatLowRank(PMat):
-    """The Jacobian itself, ``M = J^T J / n``. Exact; memory C n P: for few examples.
+    """The Jacobian itself, ``M = J^T J / n``: exact, in memory for C n P numbers, for few examples.
 
-    rows: how many rows of the Jacobian are kept at least, by default all. Whenever there are more than twice as many,
-    they are replaced by the ``rows`` that are nearest to them in least squares (a truncated singular value
-    decomposition): an approximation from below.
-
-    Of a Hessian, which has none, the ``rank`` eigenpairs of largest magnitude (10 by default). Of any matrix, an
-    approximation from products with random vectors: :meth:`nystrom`, :meth:`randomised`.
+    Of a Hessian, which has none, it has the eigenpairs of largest magnitude. Of any matrix, :meth:`nystrom` and
+    :meth:`randomised` make an approximation from products with random vectors.
 
     As the preconditioner of a ``solve`` with A it solves the directions that it holds and divides the others by regul.
     That leaves a condition number of about ``1 + norm(A - M, 2) / regul``, whatever the large eigenvalues of A are.
     (Frangella, Tropp, Udell 2021, 2110.02820, take the smallest eigenvalue held for the others instead, as
     :func:`nngeometry.linalg.nystrom_preconditioner` does, to much the same effect.)
+
+    Args:
+        rows: How many rows of the Jacobian are kept at least, by default all. Whenever there are more than twice as
+            many, they are replaced by the ``rows`` that are nearest to them in least squares (a truncated singular
+            value decomposition): an approximation from below.
+        rank: Of a Hessian, how many eigenpairs, by default 10.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> F = FIM(torch.nn.Linear(40, 3), (torch.randn(10, 40),), PMatLowRank)
+        >>> F.size(), F.eig()[0].shape
+        ((123, 123), torch.Size([20]))
     """
 
     _tensors = tensors.LOWRANK
@@ -189,7 +267,13 @@ class PMatLowRank(PMat):
 
     @classmethod
     def project(cls, operator: Block, layers: Sequence[Layer], rank: int = 10) -> Block:
-        """The ``rank`` eigenpairs of largest magnitude."""
+        """The eigenpairs of largest magnitude of a matrix that is known by its products.
+
+        Args:
+            operator: The matrix.
+            layers: The layers, in flat order.
+            rank: How many, by default 10.
+        """
         arguments.integer("PMatLowRank: rank", rank, least=1)
         like = torch.empty(0, dtype=operator.dtype, device=operator.device)
         pairs = eigsh(operator.mv, operator.numel, rank, which="magnitude", like=like)
@@ -205,16 +289,27 @@ class PMatLowRank(PMat):
         iterations: int = 0,
         generator: torch.Generator | None = None,
     ) -> PMatLowRank:
-        """The Nystrom approximation of a positive semidefinite matrix, from ``rank + oversampling`` products. Options
-        as of :func:`nngeometry.linalg.nystrom`.
+        """The Nystrom approximation of a positive semidefinite matrix, from ``rank + oversampling`` products.
 
-        >>> from nngeometry import GGN, PMatImplicit, PVector
-        >>> model = torch.nn.Linear(20, 3)
-        >>> G = GGN(model, (torch.randn(50, 20), torch.randint(3, (50,))), PMatImplicit)
-        >>> near = PMatLowRank.nystrom(G, 20)
-        >>> x = G.solve(PVector.from_model(model).detach(), 1e-2, preconditioner=near)
+        Args:
+            matrix: The matrix, in any representation.
+            rank: The rank of the result.
+            oversampling: How many rows the sketch has beyond that, by default 10.
+            iterations: How often the sketch is multiplied with the matrix first, by default 0.
+            generator: The source of randomness, by default torch's global one.
 
-        Source: Tropp, Yurtsever, Udell, Cevher (2017), 1706.05736.
+        Raises:
+            ValueError: If the matrix is not symmetric, or is seen not to be positive semidefinite.
+
+        Example:
+            >>> from nngeometry import GGN, PMatImplicit, PVector
+            >>> model = torch.nn.Linear(20, 3)
+            >>> G = GGN(model, (torch.randn(50, 20), torch.randint(3, (50,))), PMatImplicit)
+            >>> near = PMatLowRank.nystrom(G, 20)
+            >>> x = G.solve(PVector.from_model(model).detach(), 1e-2, preconditioner=near)
+
+        Source:
+            Tropp, Yurtsever, Udell, Cevher (2017), 1706.05736.
         """
         return cls._sketched(nystrom, matrix, rank, oversampling, iterations, generator)
 
@@ -228,16 +323,28 @@ class PMatLowRank(PMat):
         iterations: int = 1,
         generator: torch.Generator | None = None,
     ) -> PMatLowRank:
-        """About the ``rank`` eigenpairs of largest magnitude of a symmetric matrix, by ``(iterations + 2) (rank +
-        oversampling)`` products. Options as of :func:`nngeometry.linalg.randomised_eigh`.
+        """About the ``rank`` eigenpairs of largest magnitude of a symmetric matrix, by
+        ``(iterations + 2) (rank + oversampling)`` products.
 
-        >>> from nngeometry import Hessian, PMatImplicit
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-        >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
-        >>> PMatLowRank.randomised(H, 7).eig()[0].shape
-        torch.Size([7])
+        Args:
+            matrix: The matrix, in any representation.
+            rank: How many.
+            oversampling: How many rows the sketch has beyond that, by default 10.
+            iterations: How often the sketch is multiplied with the matrix beyond once, by default 1.
+            generator: The source of randomness, by default torch's global one.
 
-        Source: Halko, Martinsson, Tropp (2011), 0909.4061.
+        Raises:
+            ValueError: If the matrix is not symmetric.
+
+        Example:
+            >>> from nngeometry import Hessian, PMatImplicit
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+            >>> H = Hessian(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatImplicit)
+            >>> PMatLowRank.randomised(H, 7).eig()[0].shape
+            torch.Size([7])
+
+        Source:
+            Halko, Martinsson, Tropp (2011), 0909.4061.
         """
         return cls._sketched(randomised_eigh, matrix, rank, oversampling, iterations, generator)
 
@@ -268,12 +375,27 @@ class PMatLowRank(PMat):
 
 
 class PMatMixed(Mixture, PMat):
-    """A representation for each layer, all in one pass: use ``PMatMixed.of(PMatKFAC, {nn.LayerNorm: PMatBlockDiag})``.
+    """A representation for each layer, all in one pass.
 
-    default: for the layers that no rule selects. rules: from a layer name, module type or predicate to a
-    representation; the first that selects a layer counts. Layers that share a joint representation (PMatDense,
-    PMatLowRank) keep their cross terms. default_representation, map_layers_to: the same in NNGeometry's words, where a
-    rule may select nothing. sub_pmats, layer_map: matrices that it is put together of, and which layers have which.
+    Layers that share a joint representation (PMatDense, PMatLowRank) keep their cross terms.
+
+    Args:
+        default: For the layers that no rule selects, by default PMatDiag.
+        rules: From a layer name, module type or predicate to a representation; the first that selects a layer counts.
+        default_representation: ``default`` in NNGeometry's words.
+        map_layers_to: ``rules`` in NNGeometry's words, which may select nothing.
+        sub_pmats: Matrices that it is put together of.
+        layer_map: Which layers have which of these.
+
+    Raises:
+        KeyError: For a rule that selects no layer.
+
+    Example:
+        >>> from nngeometry import FIM
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+        >>> mixed = PMatMixed.of(PMatKFAC, {torch.nn.LayerNorm: PMatBlockDiag})
+        >>> FIM(model, (torch.randn(20, 4),), mixed).size()
+        (53, 53)
     """
 
     def __init__(
@@ -300,7 +422,12 @@ class PMatMixed(Mixture, PMat):
     @classmethod
     @arguments.called_as
     def of(cls, default: Any, rules: Mapping[Any, Any]) -> Any:
-        """The mixed representation as one object, to pass wherever a representation is expected."""
+        """The mixed representation as one object, to pass wherever a representation is expected.
+
+        Args:
+            default: For the layers that no rule selects.
+            rules: From a layer name, module type or predicate to a representation.
+        """
         _check_rules(default, rules)
         return partial(cls, default=default, rules=rules)
 
@@ -365,14 +492,18 @@ def _chosen(
 
 
 class PMatEye(PMat):
-    """A multiple of the identity: ``PMatEye(layer_collection, scaling=1.0)``. Estimated from data, trace(M) / P
-    times it.
+    """A multiple of the identity. Estimated from data, it is the one with the trace of the matrix.
 
-    dtype, device: if neither is given, it takes vectors and matrices of any.
+    Args:
+        layer_collection: The coordinates.
+        scaling: The multiple, by default 1.
+        dtype: Its dtype. If neither that nor device is given, it takes vectors and matrices of any.
+        device: Where it is.
 
-    >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
-    >>> PMatEye(lc, scaling=2.0).trace()
-    tensor(6.)
+    Example:
+        >>> lc = LayerCollection.from_model(torch.nn.Linear(2, 1))
+        >>> PMatEye(lc, scaling=2.0).trace()
+        tensor(6.)
     """
 
     _free: float | None = None  # the scaling, of one that has no dtype and device of its own

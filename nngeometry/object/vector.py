@@ -119,7 +119,11 @@ class Array:
         return self._flat
 
     def norm(self, p: float = 2) -> Tensor:
-        """The p-norm of all entries, for every p (``float("inf")`` included)."""
+        """The p-norm of all entries.
+
+        Args:
+            p: Any number, ``float("inf")`` included, by default 2.
+        """
         if arguments.scalar(p) is None:
             raise TypeError(f"norm: p: expected a number, got {arguments.described(p)}")
         return torch.linalg.vector_norm(self._flat, p)
@@ -133,7 +137,12 @@ class Array:
         return self._like(self._flat.detach())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The same values on another device or in another dtype."""
+        """The same values on another device or in another dtype.
+
+        Args:
+            device: Where to, by default where it is.
+            dtype: In which dtype, by default its own.
+        """
         arguments.device(device)
         arguments.dtype(dtype)
         return self._like(self._flat.to(device=device, dtype=dtype))
@@ -147,7 +156,11 @@ class Array:
         return self._flat.device
 
     def size(self, dim: int | None = None) -> Any:
-        """Shape, or the length of one axis."""
+        """Its shape, or the length of one axis.
+
+        Args:
+            dim: The axis, None for all.
+        """
         return self._flat.shape if dim is None else self._flat.shape[dim]
 
 
@@ -168,7 +181,14 @@ class FlatArray(Array):
         check_same_space(self.layer_collection, other.layer_collection, arguments.name_of(other))
 
     def on(self, layer_collection: LayerCollection) -> Self:
-        """The part on some of the layers. Raises ``ValueError`` for a layer that this one does not have."""
+        """The part on some of the layers.
+
+        Args:
+            layer_collection: These layers.
+
+        Raises:
+            ValueError: For a layer that this one does not have.
+        """
         arguments.instance("layer_collection", layer_collection, LayerCollection, "take part of one with select(...)")
         for name, layer in layer_collection.layers.items():
             if name not in self.layer_collection or self.layer_collection[name] != layer:
@@ -189,14 +209,22 @@ class FlatArray(Array):
 class PVector(FlatArray):
     """A vector in parameter space: one number for each parameter of a layer collection.
 
-    layer_collection: the coordinates. vector_repr: flat values ``(P,)``; or dict_repr: for each layer a tuple of
-    tensors in the shapes of its parameters. Gradients flow through both. Raises ``ValueError`` if shapes, devices
-    or dtypes do not fit.
+    It has arithmetic with numbers and with other vectors of the same layers, and ``v @ w`` is their inner product.
+    Gradients flow through it.
 
-    >>> model = nn.Linear(2, 1)
-    >>> w = PVector.from_model(model)
-    >>> torch.allclose((w - 0.1 * w).norm(), 0.9 * w.norm())
-    True
+    Args:
+        layer_collection: The coordinates.
+        vector_repr: Flat values ``(P,)``.
+        dict_repr: Instead, for each layer a tuple of tensors in the shapes of its parameters.
+
+    Raises:
+        ValueError: If not just one of them is given, or shapes, devices or dtypes do not fit.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> w = PVector.from_model(model)
+        >>> torch.allclose((w - 0.1 * w).norm(), 0.9 * w.norm())
+        True
     """
 
     _remedy = "a PVector goes with a number or another PVector of the same layers, PVector(layer_collection, tensor)"
@@ -226,24 +254,38 @@ class PVector(FlatArray):
     def from_model(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
         """The parameters of a model, inside the autograd graph: gradients of functions of it reach the model.
 
-        It has the values that the model has at the time of each use, so one vector serves all steps of a training.
-        What is made of it (``clone``, ``detach``, ``to``, arithmetic, ``w += d`` too, a pickle) stays as it is, and the
-        model with it. Raises ``ValueError`` if the model does not have the layers of the collection.
+        It has the values that the model has at the time of each use, so one vector serves all steps of a training. What
+        is made of it (``clone``, ``detach``, ``to``, arithmetic, ``w += d`` too, a pickle) stays as it is, and the
+        model with it.
 
-        >>> model = nn.Linear(2, 1)
-        >>> w = PVector.from_model(model)
-        >>> start = w.clone().detach()
-        >>> nn.init.zeros_(model.weight) is nn.init.zeros_(model.bias)
-        False
-        >>> w.norm(), torch.equal((w - start).norm(), start.norm())
-        (tensor(0., grad_fn=<LinalgVectorNormBackward0>), True)
+        Args:
+            model: The model.
+            layer_collection: Which parameters, by default all trainable ones.
+
+        Raises:
+            ValueError: If the model does not have the layers of the collection.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> w = PVector.from_model(model)
+            >>> start = w.clone().detach()
+            >>> nn.init.zeros_(model.weight) is nn.init.zeros_(model.bias)
+            False
+            >>> w.norm(), torch.equal((w - start).norm(), start.norm())
+            (tensor(0., grad_fn=<LinalgVectorNormBackward0>), True)
         """
         return _OfModel(model, _collection(model, layer_collection))
 
     @classmethod
     def from_model_grad(cls, model: nn.Module, layer_collection: LayerCollection | None = None) -> PVector:
-        """The ``.grad`` of the parameters of a model (a copy). Raises ``ValueError`` naming a parameter that has
-        none.
+        """The ``.grad`` of the parameters of a model, as a copy.
+
+        Args:
+            model: The model.
+            layer_collection: Which parameters, by default all trainable ones.
+
+        Raises:
+            ValueError: If a parameter has none, with its name.
         """
         lc = _collection(model, layer_collection)
         grads = []
@@ -259,19 +301,31 @@ class PVector(FlatArray):
     @alone
     @unrecorded
     def copy_to_model(self, model: nn.Module) -> None:
-        """Overwrite the collected parameters of the model, in place."""
+        """Overwrite the collected parameters of a model, in place.
+
+        Args:
+            model: The model.
+        """
         for p, v in self._of(model):
             p.copy_(v)
 
     @alone
     @unrecorded
     def add_to_model(self, model: nn.Module) -> None:
-        """Add to the collected parameters of the model, in place."""
+        """Add to the collected parameters of a model, in place.
+
+        Args:
+            model: The model.
+        """
         for p, v in self._of(model):
             p.add_(v)
 
     def to_model_grad(self, model: nn.Module) -> None:
-        """Overwrite the ``.grad`` of the collected parameters of the model, for an optimiser to use."""
+        """Overwrite the ``.grad`` of the collected parameters of a model, for an optimiser to use.
+
+        Args:
+            model: The model.
+        """
         for p, v in self._of(model):
             p.grad = v.detach().to(p).clone()
 
@@ -280,7 +334,11 @@ class PVector(FlatArray):
         return list(zip(self.layer_collection.parameters(model), values, strict=True))
 
     def dot(self, other: PVector) -> Tensor:
-        """Inner product of two vectors, a scalar."""
+        """The inner product of two vectors, a scalar.
+
+        Args:
+            other: A vector of the same layers.
+        """
         if not isinstance(other, PVector):
             arguments.instance(
                 "dot: the other vector", other, PVector, "make one with PVector(layer_collection, tensor)"
@@ -350,11 +408,18 @@ class _OfModel(PVector):
 
 
 class FVector(Array):
-    """A vector in function space: vector_repr ``(C, n)``, one number for each of C outputs of n examples.
+    """A vector in function space: one number for each of C outputs of n examples. It has arithmetic as a PVector has.
 
-    >>> u = FVector(torch.ones(3, 5))
-    >>> (2 * u - u).dot(u)
-    tensor(15.)
+    Args:
+        vector_repr: The values ``(C, n)``.
+
+    Raises:
+        ValueError: For another number of axes.
+
+    Example:
+        >>> u = FVector(torch.ones(3, 5))
+        >>> (2 * u - u).dot(u)
+        tensor(15.)
     """
 
     _remedy = "an FVector goes with a number or another FVector of the same shape, FVector(tensor)"
@@ -382,7 +447,11 @@ class FVector(Array):
             )
 
     def dot(self, other: FVector) -> Tensor:
-        """Inner product of two vectors, a scalar."""
+        """The inner product of two vectors, a scalar.
+
+        Args:
+            other: A vector of the same shape.
+        """
         if not isinstance(other, FVector):
             arguments.instance("dot: the other vector", other, FVector, "make one with FVector(tensor) of shape (C, n)")
         return (self._flat * self._operand(other)).sum()
@@ -405,11 +474,18 @@ def random_pvector(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> PVector:
-    """A vector of independent standard normal entries. generator: on any device; they are drawn there.
+    """A vector of independent standard normal entries.
 
-    >>> lc = LayerCollection.from_model(nn.Linear(2, 1))
-    >>> random_pvector(lc, generator=torch.Generator().manual_seed(0)).size()
-    torch.Size([3])
+    Args:
+        layer_collection: The coordinates.
+        device: Where, by default on the CPU.
+        dtype: In which dtype, by default torch's default.
+        generator: The source of randomness, on any device; they are drawn there. By default it is torch's global one.
+
+    Example:
+        >>> lc = LayerCollection.from_model(nn.Linear(2, 1))
+        >>> random_pvector(lc, generator=torch.Generator().manual_seed(0)).size()
+        torch.Size([3])
     """
     arguments.instance("layer_collection", layer_collection, LayerCollection, _COLLECTION)
     arguments.device(device)
@@ -453,7 +529,16 @@ def _flatten(layer_collection: LayerCollection, values: Mapping[str, tuple[Tenso
 
 
 def check_same_space(mine: LayerCollection, other: LayerCollection, what: str) -> None:
-    """Raise ``ValueError`` unless both are the same layers in the same order."""
+    """Check that two collections are the same layers in the same order.
+
+    Args:
+        mine: The one.
+        other: The other one.
+        what: What the other one belongs to, for the message.
+
+    Raises:
+        ValueError: If they are not.
+    """
     if mine is other or mine == other:
         return
     names = [n for n in mine if n not in other] + [n for n in other if n not in mine]

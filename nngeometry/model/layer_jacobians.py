@@ -1,0 +1,251 @@
+"""One run of a model as the Jacobian of each of its layers, in the form that the layer has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import forms
+from ..changes import Borrowed, Change, entered, no_grad, trainable
+from ..derivatives.composites import OneExample
+from ..forms import Gather, LayerJacobian, Outer
+from ..kinds import is_ours
+from ..kinds.generic import generic
+from ..layercollection import Layer, LayerCollection, Site
+from . import data
+from .evaluator import (
+    DryRun,
+    Evaluator,
+    State,
+)
+from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
+from .refused import EXCLUDE, Refused
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the types of the modules, or a probe of the model on a few examples, told.
+
+    layouts: of every call, None for one that nothing comes of. names: the layers in the order of calls. aligned:
+    whether all tensors of a minibatch have a row for each example, so that it can be taken apart. axes: how many each
+    tensor of the minibatch had; a model may do something else with more or fewer. whole: where there are tensors as
+    long as the minibatch that are none of examples. trial: of two examples, if what is made of them was counted.
+    looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
+    something is normalised as one example however many there are. repeated: whether it saw one example several times,
+    by which one cannot tell whether a model mixes examples.
+    """
+
+    layouts: tuple[Layout | None, ...]
+    names: tuple[str, ...]
+    aligned: bool
+    axes: tuple[int, ...]
+    whole: frozenset[data.Path] = frozenset()
+    trial: DryRun | None = None
+    looked: bool = True
+    one: bool = False
+    normalises_one: bool = False
+    repeated: bool = False
+
+    def read(self, batch: data.Batch) -> data.Batch:
+        """A minibatch, with what was found about those like it."""
+        return data.reread(batch, self.whole) if self.whole else batch
+
+    def fits(self, batch: data.Batch) -> bool:
+        """Whether it is for minibatches like this one."""
+        return self.axes == data.axes(batch) and not (self.repeated and data.count(batch) > 1)
+
+
+class Recorded(Evaluator):
+    """A model whose layers are recorded while it runs: every call, with what goes in and the gradients that come back,
+    becomes the Jacobian of a layer. Arguments as of :class:`Evaluator`.
+    """
+
+    def __init__(self, model: nn.Module, layer_collection: LayerCollection, **options: Any) -> None:
+        super().__init__(model, layer_collection, **options)
+        self.ignore_uncalled = layer_collection.ignore_uncalled
+
+    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None) -> tuple[Tensor, list[Call]]:
+        """Run the model once and record every call of the sites."""
+        n = data.count(batch)
+        recorder = Recorder(n, () if plan is None else [None if x is None else x.expand for x in plan.layouts])
+        changes: list[Change] = [*recorder.hooks(sites), trainable(_collected(sites))]
+        state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
+        if state is not None:
+            changes.append(state)
+        if n == 1 or plan is None or plan.normalises_one:
+            changes.append(entered(OneExample()))
+        self.within(batch)  # what is looked for there is none of the calls
+        with self.running(*changes):
+            f = self.outputs_of(batch)
+            calls = list(recorder.calls)
+            if state is not None:
+                state.check(lambda: self.outputs_of(batch))
+        recorder.check()
+        if plan is not None:
+            if [c.site.name for c in calls] != list(plan.names):
+                raise ValueError(
+                    "the model calls its layers differently for different minibatches, which is not supported"
+                )
+            for call, layout in zip(calls, plan.layouts, strict=True):
+                if layout is not None:
+                    layout.check(call)
+        return f, calls
+
+    def _back(self, calls: Sequence[Call], within: Sequence[Change]) -> Borrowed:
+        """What is in force on the way back, where activation checkpoints run modules again."""
+        frozen = [p for p in _collected([call.site for call in calls]) if not p.requires_grad]
+        if frozen or self.device.type == "cuda":
+            return self.running(trainable(frozen), *within, record=False)
+        return Borrowed(*within)
+
+    def _forms(
+        self,
+        calls: Sequence[Call],
+        layouts: Sequence[Layout | None],
+        grads: Sequence[Tensor | None],
+        cotangents: int,
+        examples: int,
+    ) -> dict[str, LayerJacobian]:
+        """One form for each layer, of all calls and all modules through which its parameters act."""
+        of_site: dict[str, list[LayerJacobian]] = {}
+        sites = {call.site.name: call.site for call in calls}
+        remaining = iter(grads)
+        for call, layout in zip(calls, layouts, strict=True):
+            gys = [next(remaining) for _ in call.edges]
+            used = [False] * len(gys) if layout is None else layout.used
+            if any(g is not None and not u for g, u in zip(gys, used, strict=False)):
+                raise ValueError(
+                    f"{call.what}: what it returns reaches the output of the model for some minibatches only, which is "
+                    "not supported: leave it out with LayerCollection.exclude"
+                )
+            if layout is not None:
+                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
+        of_layer: dict[str, list[LayerJacobian]] = {name: [] for name in self.layer_collection}
+        for name, of_calls in of_site.items():
+            form = forms.add(of_calls)
+            for layer, names in sites[name].routes:
+                of_layer[layer.name].append(_routed(form, sites[name], layer, names))
+        return {
+            name: forms.add(of_sites) if of_sites else self._nothing(self.layer_collection[name], cotangents, examples)
+            for name, of_sites in of_layer.items()
+        }
+
+    def _nothing(self, layer: Layer, cotangents: int, examples: int) -> LayerJacobian:
+        """The Jacobian of a layer of which nothing comes."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        shape = layer.packing.shape
+        if not layer.kronecker:
+            return forms.Dense(zero.expand(cotangents, examples, *shape))
+        groups, rows, cols = shape
+        if groups == 1:
+            nowhere = torch.full((examples, 1), -1, device=self.device)
+            return Gather(nowhere, zero.expand(cotangents, examples, 1, rows), cols)
+        return Outer(zero.expand(examples, 1, groups, cols), zero.expand(cotangents, examples, 1, groups, rows))
+
+    def _form(
+        self, call: Call, layout: Layout, gys: Sequence[Tensor | None], cotangents: int, examples: int
+    ) -> LayerJacobian:
+        """The Jacobian of one call of a module with respect to all of its parameters."""
+        site = call.site
+        if not call.outputs:
+            raise Refused(
+                [site.name],
+                f"{call.what} returned no tensor that can be differentiated (a {type(site.module).__name__} that "
+                "returns its own class of output, or a detached one)",
+                EXCLUDE,
+            )
+        leaves = leaves_of(call.inputs)
+        outputs = [(y, axis) for y, axis, used in zip(call.outputs, layout.outputs, layout.used, strict=True) if used]
+        inputs = zip(leaves, layout.inputs, strict=True)
+        axes = [(t.shape, axis) for t, axis in (*inputs, *outputs) if axis is not None]
+        lengths = {shape[axis] for shape, axis in axes}
+        length = lengths.pop() if lengths else examples
+        if lengths or length % examples:
+            raise Refused(
+                [site.name], f"{call.what}: its inputs and outputs split {examples} examples differently", EXCLUDE
+            )
+        fronts = []
+        used_gys = [gy for gy, used in zip(gys, layout.used, strict=True) if used]
+        for (y, axis), gy in zip(outputs, used_gys, strict=True):
+            if gy is None:
+                zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
+                gy = zero.expand(cotangents, *y.shape)
+            fronts.append(_to_front(gy.reshape(cotangents, *y.shape), axis or 0, 1))
+        if site.kind.function is None:
+            of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
+            form: LayerJacobian = generic(
+                site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype
+            )
+        else:
+            (gy,) = fronts
+            for _, axis in axes:
+                if axis and not site.kind.features_last:
+                    raise Refused(
+                        [site.name], f"{call.what}: its examples are along axis {axis}, expected axis 0", EXCLUDE
+                    )
+            where = {id(x): axis for x, axis in zip(leaves, layout.inputs, strict=True)}
+            given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
+            with no_grad():
+                form = site.kind.function(site.module, self._cast(gy), *given)
+            if not is_ours(site.kind) and form.shape != site.packing.shape:
+                raise ValueError(
+                    f"{call.what}: its registered kind {site.kind.name!r} returned a Jacobian in the shape "
+                    f"{form.shape}, but its parameters {', '.join(site.params)} are packed in {site.packing.shape}"
+                )
+        return form if length == examples else form.fold(length // examples)
+
+    def _cast(self, t: Tensor) -> Tensor:
+        return t.to(self.dtype) if t.is_floating_point() else t
+
+
+def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
+    return [s.params[k] for s in sites for _, names in s.routes for k in names]
+
+
+def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
+    """Move an axis, counted after ``lead`` leading axes, to just behind them."""
+    return t if axis == 0 else t.movedim(lead + axis, lead)
+
+
+def _examples_first(x: Tensor, axis: int | None, examples: int) -> Tensor:
+    """An input with a row for each example, of which one without an axis of examples has copies."""
+    if axis is not None:
+        return _to_front(x, axis, 0)
+    return in_first(x, examples) if x.ndim > 0 and x.shape[0] == 1 else in_front(x, examples)
+
+
+def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]) -> LayerJacobian:
+    """The part of a module's Jacobian that belongs to one layer, in that layer's packing."""
+    positions = list(names.values())
+    if (
+        list(names) == list(site.params)
+        and positions == list(range(len(layer.params)))
+        and form.shape == layer.packing.shape
+    ):
+        return form
+    if isinstance(form, Outer) and layer.kronecker:
+        return form.without_last_column()
+    if layer.kronecker:
+        raise NotImplementedError(
+            f"layer {layer.name!r} ({layer.kind_name}): the factors of a {type(form).__name__} cannot be cut to "
+            f"{', '.join(names)}: collect all of {', '.join(site.params)}, or register the kind without kronecker=True"
+        )
+    numel = [p.numel() for p in site.params.values()]
+    sizes = [prod(shape) for _, shape in layer.params]
+
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        flat = site.packing.unpack(form.narrow(start, stop, first, last).dense())
+        whole = dict(zip(site.params, flat.split(numel, -1), strict=True))
+        mine: dict[int, Tensor] = {}
+        for name, k in names.items():  # a parameter may have several names
+            mine[k] = mine[k] + whole[name] if k in mine else whole[name]
+        zero = flat.new_zeros(1)
+        pieces = [mine.get(k, zero.expand(*flat.shape[:-1], size)) for k, size in enumerate(sizes)]
+        return layer.packing.pack(torch.cat(pieces, -1))
+
+    return forms.Lazy(compute, form.cotangents, form.examples, layer.packing.shape, form.dtype, form.device)

@@ -1,0 +1,348 @@
+"""A look at a model before it is believed: where its examples are, whether they are apart, and what the forms are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice, product
+from math import hypot
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..changes import no_grad
+from ..derivatives.composites import normalises_one, require_derivative
+from ..derivatives.pulling import coarsest, nodes, operations_named
+from ..forms import LayerJacobian
+from ..kinds import is_ours
+from ..layercollection import LayerCollection, Site
+from ..memory import BytesMade
+from . import data, remedies
+from .evaluator import (
+    MIXES,
+    DryRun,
+    State,
+    check_same,
+    same_up_to_rounding,
+    tolerance,
+)
+from .layer_jacobians import Plan, Recorded
+from .mixing import check_apart, every_other, powers, weighted
+from .recording import Call, Layout
+from .refused import EXCLUDE, Refused, named
+from .structure import Structure
+from .weights import Weights
+
+
+class _Gradients(NamedTuple):
+    """Gradients in the outputs of calls and in the parameters, of one example between others, and of all."""
+
+    alone: Sequence[Tensor | None]
+    truth_alone: Sequence[Tensor | None]
+    of_all: Sequence[Tensor | None]
+    truth: Sequence[Tensor | None]
+
+
+class Probed(Recorded):
+    """A model that is looked at, on a few examples and at a copy of its tensors, before it is believed. Arguments as of
+    :class:`~nngeometry.model.evaluator.Evaluator`.
+    """
+
+    def __init__(self, model: nn.Module, layer_collection: LayerCollection, **options: Any) -> None:
+        super().__init__(model, layer_collection, **options)
+        #: What was found when the model was looked at last, and what it was then.
+        self._looked: tuple[Structure, Plan] | None = None
+        #: How many examples minibatches had that were found to keep them apart, with the axes of their tensors.
+        self._apart: set[tuple[int, tuple[int, ...]]] = set()
+
+    def plan(self, batch: data.Batch) -> Plan:
+        """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
+        self.check_mode()
+        return self._plan(self.layer_collection.sites(self.model), batch)
+
+    def _plan(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
+        if data.count(batch) == 0:
+            raise ValueError("a minibatch has no example")
+        called = self.called_apart(batch)
+        if called is None or not all(is_ours(site.kind) for site in sites):
+            return self.probe(sites, batch, measure)
+        names = {id(site.module): site.name for site in sites}
+        order = tuple(names[id(module)] for module in called if id(module) in names)
+        return Plan((Layout((0,), (0,)),) * len(order), order, data.aligned(batch), data.axes(batch), looked=False)
+
+    def _remembered(self) -> Plan | None:
+        """What was found when the model was looked at last, if it is still the same."""
+        if self._looked is None:
+            return None
+        then, plan = self._looked
+        return plan if then.same(Structure(self.model)) else None
+
+    def probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool = False) -> Plan:
+        """Find where the examples are in every tensor, and check that the derivative of each is what the forms say.
+
+        The model, at a copy of its parameters and buffers, is run on two examples, and on three in another order: the
+        axis whose length changes is that of examples, and an output that changes has others mixed into it. Then
+        :meth:`_check_derivatives`.
+
+        measure: whether to count what the model makes.
+        """
+        self._apart.clear()
+        try:
+            return self.apart(batch, lambda b: self._probe(sites, b, measure))
+        except Refused as error:
+            refused = error
+
+        def look(at: LayerCollection) -> Plan:
+            other = Probed(
+                self.model,
+                at,
+                function=self.function,
+                device=self.device,
+                batch_statistics=self.batch_statistics,
+            )
+            return other.apart(batch, lambda b: other._probe(at.sites(self.model), b, False))
+
+        raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
+
+    def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
+        n = data.count(batch)
+        for site in sites:
+            require_derivative(site.module)
+        parameters = self.layer_collection.parameters(self.model)
+        weights, state = Weights([self.model], parameters), State(self.model, values=True)
+        before = weights.norm()
+        with self.running(weights.in_place, *self.within(batch), state):
+            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
+            with BytesMade() if measure else nullcontext() as made:
+                f2, two = self._forward(sites, few[0], None)
+            f3, three = self._forward(sites, few[1], None)
+            graph = list(nodes([f3]))
+            state.check(lambda: self._forward(sites, few[1], None))
+            weights.check(before)
+            check_same(
+                f2,
+                f3[[1, 0]],
+                f3,
+                "the output of the model for an example depends on the others, or is random",
+                MIXES,
+            )
+            if [c.site.name for c in two] != [c.site.name for c in three]:
+                raise ValueError("the model calls different layers for different numbers of examples")
+            self._check_called(sites, {c.site.name for c in two})
+            probed = self._probed(f3, three, parameters)
+            reached = iter(g is not None for g in probed.of_all)
+            layouts = tuple(
+                Layout.of(one, other, list(islice(reached, len(other.edges))))
+                for one, other in zip(two, three, strict=True)
+            )
+            plan = Plan(
+                layouts,
+                tuple(c.site.name for c in two),
+                data.aligned(batch),
+                data.axes(batch),
+                data.whole(batch),
+                None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
+                normalises_one=any(map(normalises_one, graph)),
+                repeated=n == 1,
+            )
+            if any(layout is not None and layout.constant for layout in layouts):
+                plan = self._with_copies(sites, few[1], plan, f3, parameters)
+            else:
+                self._check_derivatives(f3, three, plan, parameters, probed)
+        if three or not self.ignore_uncalled:
+            weights.check_reached(graph, parameters, self._name_of)
+        return plan
+
+    def _with_one(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> Plan:
+        """The plan, checked with a minibatch of one example, for which a model may compute otherwise."""
+        parameters = self.layer_collection.parameters(self.model)
+        weights = Weights([self.model], parameters)
+        with self.running(weights.in_place, *self.within(batch), State(self.model)):
+            f, calls = self._forward(sites, batch, plan)
+            self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters))
+        return replace(plan, one=True)
+
+    def _forward_apart(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> tuple[Tensor, list[Call]]:
+        """Run the model once. For the first minibatch of so many examples raise if these are not apart where the probe
+        has found them: a model may do something else with more than it has seen, or with other entries.
+        """
+        f, calls = self._forward(sites, batch, plan)
+        like = len(f), plan.axes
+        if plan.looked and len(f) > _PROBED and calls and like not in self._apart:
+            s, weights = _generic_cotangent(f), powers(f)
+            edges = [e for c in calls for e in c.edges]
+            with self._back(calls, self.within(batch)), operations_named():
+                grads, others = (
+                    torch.autograd.grad(f, edges, one, retain_graph=True, allow_unused=True)
+                    for one in (s, weighted(s, weights))
+                )
+            check_apart(calls, plan.layouts, grads, others, weights)
+            self._apart.add(like)
+        return f, calls
+
+    def _name_of(self, parameter: Tensor) -> str:
+        return next(name for name, p in self.layer_collection.named_parameters(self.model) if p is parameter)
+
+    def _check_called(self, sites: Sequence[Site], called: set[str]) -> None:
+        if self.ignore_uncalled:
+            return
+        through = {id(p) for site in sites if site.name in called for p in site.params.values()}
+        missing = [
+            site  # a tied module that is not used is no harm
+            for site in sites
+            if site.name not in called
+            and any(id(site.params[k]) not in through for _, names in site.routes for k in names)
+        ]
+        if missing:
+            what = named(missing[0].name, missing[0].module, len(missing) - 1)
+            raise Refused(
+                [site.name for site in missing], f"{what} was never called, so its Jacobian is unknown", EXCLUDE
+            )
+
+    def _with_copies(
+        self,
+        sites: Sequence[Site],
+        batch: data.Batch,
+        plan: Plan,
+        expected: Tensor,
+        parameters: Sequence[Tensor],
+    ) -> Plan:
+        """The plan with a way to give each example a copy of the outputs that have no axis of examples: one that
+        changes neither what the model returns nor that examples are apart.
+        """
+        constant = [k for k, layout in enumerate(plan.layouts) if layout is not None and layout.constant]
+        names = list(dict.fromkeys(plan.names[k] for k in constant))
+        first = next(site.module for site in sites if site.name == names[0])
+        refused = Refused(
+            names,
+            f"{named(names[0], first, len(names) - 1)}: its output has no axis of examples, and giving it one changes "
+            "what the model does",
+            "call it with one input for each example (e.g. position ids expanded to the batch)",
+            EXCLUDE,
+        )
+        ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
+        wrong: Exception | None = None
+        for way in islice(product(*ways), _MOST_WAYS):
+            layouts = list(plan.layouts)
+            for k, expand in zip(constant, way, strict=True):
+                layouts[k] = replace(layouts[k], expand=expand)  # type: ignore[type-var]
+            tried = replace(plan, layouts=tuple(layouts))
+            try:
+                f, calls = self._forward(sites, batch, tried)
+            except Exception:
+                wrong = wrong or refused
+                continue
+            if f.shape != expected.shape or not same_up_to_rounding(f, expected, expected):
+                wrong = wrong or refused
+                continue
+            try:
+                self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters))
+            except Refused as error:
+                wrong = refused if error.layers[0] in names else error
+            except ValueError as error:
+                wrong = error
+            else:
+                return tried
+        assert wrong is not None
+        raise wrong
+
+    def _probed(self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]) -> _Gradients:
+        """The gradients of a few examples in the outputs of calls and in the parameters."""
+        edges = [e for c in calls for e in c.edges]
+        uncalled = not calls and self.ignore_uncalled
+        if uncalled and not f.requires_grad:
+            return _Gradients([], [None] * len(parameters), [], [None] * len(parameters))
+        if not f.requires_grad or not (edges or uncalled):
+            raise ValueError("the output of the model does not depend on the collected parameters")
+        cotangent = _generic_cotangent(f)
+        several = len(f) > 1
+        every: list[Any] = [*edges, *parameters]
+        with operations_named():
+            found = torch.autograd.grad(f, every, cotangent, retain_graph=several, allow_unused=True)
+        of_all, truth = found[: len(edges)], found[len(edges) :]
+        if not several:
+            return _Gradients(of_all, truth, of_all, truth)
+        found = torch.autograd.grad(f, every, weighted(cotangent, every_other(f)), allow_unused=True)
+        return _Gradients(found[: len(edges)], found[len(edges) :], of_all, truth)
+
+    def _check_derivatives(
+        self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor], probed: _Gradients
+    ) -> None:
+        """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
+
+        The gradient of one example, between others, may reach none of these, and its forms must add up to the gradient
+        in the parameters. So must those of all, since the one may have no derivative; only less precisely, for sums of
+        several may be made in a lower precision than the output has.
+        """
+        if len(f) > 1:
+            check_apart(calls, plan.layouts, probed.of_all, probed.alone, every_other(f))
+        exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
+        for grads, truth, most in (
+            (probed.alone, probed.truth_alone, exact),
+            (probed.of_all, probed.truth, max(exact, _OF_SUMS)),
+        ):
+            batched = [None if g is None else g.unsqueeze(0) for g in grads]
+            self._check_sum(
+                self._forms(calls, plan.layouts, batched, 1, len(f)),
+                [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
+                most,
+                f,
+            )
+
+    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], most: float, f: Tensor) -> None:
+        """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters.
+
+        most: how far they may be from that, relative to these. f: the output of the model.
+        """
+        norm = torch.linalg.vector_norm
+        layers = self.layer_collection.layers
+        remaining = iter(truth)
+        every = [torch.cat([g.flatten() for g in islice(remaining, len(one.params))]) for one in layers.values()]
+        sizes = [float(norm(expected, dtype=self.dtype)) for expected in every]
+        floor = 1e-3 * hypot(*sizes)
+        for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
+            with no_grad():
+                wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
+            if wrong > most * max(floor, size):
+                what = f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient"
+                coarse = coarsest([f], self.dtype)
+                if most < tolerance(coarse) and wrong <= tolerance(coarse) * max(floor, size):
+                    cast = f"cast model and data to {coarse}, or " if coarse == torch.float32 else ""
+                    raise NotImplementedError(
+                        f"{what} more precisely than in {coarse}, in which the model computes somewhere (.float(), "
+                        f".half(), autocast) though its parameters are {truth[0].dtype}: {cast}leave such casts and "
+                        f"autocast out of the forward, or {remedies.PRODUCTS}"
+                    )
+                raise Refused(
+                    [name],
+                    f"{what} of the model, so its parameters also act outside of its forward (used by another module, "
+                    "a cached or stored tensor), or what it returns for one example alone differs",
+                    EXCLUDE,
+                )
+
+
+def _generic_cotangent(f: Tensor) -> Tensor:
+    """One cotangent without structure, the same every time."""
+    dtype = torch.promote_types(f.dtype, torch.float32)  # half precision does not count far
+    return torch.cos(torch.arange(1, f.numel() + 1, dtype=dtype, device=f.device)).view(f.shape).to(f.dtype)
+
+
+def _dense(g: Tensor | None, p: Tensor) -> Tensor:
+    """A gradient of p as a plain tensor."""
+    if g is None:
+        return torch.zeros_like(p)
+    return g.to_dense() if g.is_sparse else g
+
+
+#: How many examples the largest minibatch of a probe has.
+_PROBED = 3
+
+
+#: What counts as equal in sums that may be made in single precision.
+_OF_SUMS = 1e-4
+
+
+#: How many ways of giving examples copies of what is alike for them are tried.
+_MOST_WAYS = 16
