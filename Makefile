@@ -38,6 +38,7 @@ examples: $(READY)
 	$(BIN)/python examples/autoencoder.py --small
 	$(BIN)/python examples/pinn.py --small
 	$(BIN)/python examples/variational.py --small
+	$(BIN)/python examples/deep_curvature.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -109,17 +109,17 @@ def train(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, epochs:
 
 
 def draw(predictions: dict[str, tuple[Tensor, Tensor]], errors: dict[str, list[float]], epochs: int) -> None:
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained", dpi=200)
-    left, right = figure.subplots(1, 2)
-    plot_calibration(predictions, ax=left, bins=10)
-    left.set_title(f"after {epochs} epochs, one net", fontsize=10)
+    PICTURE.parent.mkdir(exist_ok=True)
+    diagram = PICTURE.with_stem(PICTURE.stem + "_calibration")
+    plot_calibration({name: calibration(p, y, 10) for name, (p, y) in predictions.items()}, diagram)
+    figure = Figure(figsize=(4.2, 3.6), layout="constrained", dpi=200)
+    ax = figure.subplots()
     at = [epochs * (k + 1) / 10 for k in range(10)]
     for name, values in errors.items():
-        right.plot(at, values, ".-", linewidth=1, markersize=4, label=name)
-    right.set(xlabel="epochs", ylabel="expected calibration error", ylim=(0, None))
-    right.set_title("while training, mean over nets", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
-    PICTURE.parent.mkdir(exist_ok=True)
+        ax.plot(at, values, ".-", linewidth=1, markersize=4, label=name)
+    ax.set(xlabel="epochs", ylabel="expected calibration error", ylim=(0, None))
+    ax.set_title("while training, mean over nets", fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
     figure.savefig(PICTURE)
 
 

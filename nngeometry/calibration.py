@@ -24,6 +24,11 @@ class Calibration(NamedTuple):
     counts: Tensor
     error: float
 
+    @property
+    def shares(self) -> Tensor:
+        """Which share of all predictions each bin has."""
+        return self.counts / self.counts.sum()
+
 
 @arguments.called_as
 def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibration:

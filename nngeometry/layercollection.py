@@ -15,6 +15,7 @@ from . import arguments
 from .changes import alone
 from .kinds import Kind, Packing, is_ours, kind_of, own_parameters, serving
 from .spelling import warn
+from .tables import as_html
 from .wrappers import BareNames, require_whole_parameters, unwrapped
 
 
@@ -471,6 +472,14 @@ class LayerCollection:
             served = "" if layer.served_by == "?" else f", {layer.served_by}"
             lines.append(f"  {name.ljust(widths[0])} {layer.kind_name.ljust(widths[1])} ({shapes}){served}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name, layer in self.layers.items():
+            shapes = ", ".join(f"{pname} {shape}" for pname, shape in layer.params)
+            rows.append([name or "(root)", layer.kind_name, shapes, str(layer.numel())])
+        title = f"LayerCollection of {len(self)} layers, {self.numel()} parameters"
+        return as_html(title, ["layer", "kind", "shapes", "parameters"], rows)
 
 
 def split(layer: Layer, flat: Tensor) -> list[Tensor]:

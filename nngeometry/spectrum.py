@@ -19,6 +19,7 @@ from .linalg.base import Matvec
 from .linalg.lanczos import Which
 from .object.pmat import PMat
 from .object.vector import PVector
+from .tables import as_html, number
 
 #: A default smoothing width is this fraction of the range of the eigenvalues; on a logarithmic axis, in decades.
 _WIDTH, LOG_WIDTH = 1 / 200, 0.1
@@ -185,6 +186,39 @@ class Spectrum:
             pairs.append(self._smooth(points, bulk, (sign * self.outliers[beyond]).log10(), width))
         value, error = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return Density(10**points, value, error)
+
+    def table(self) -> dict[str, Estimate]:
+        """What a person asks first: extreme Ritz values or outliers, the negative part, trace and log-determinant;
+        absolute, and in the rows that say so per parameter, i.e. divided by the size.
+
+        The log-determinant is there if the matrix is seen to be positive definite.
+
+        Returns:
+            From names to estimates, with error zero for what is one value.
+        """
+        low, high = self.range()
+        below, total = self.negative()
+        of = {"trace": self.trace(), "negative eigenvalues": below, "sum of negative eigenvalues": total}
+        if min(float(self.nodes.min()), *self.outliers.tolist(), inf) > self.bulk.rounding:
+            of["log-determinant"] = self.logdet()
+        found = {
+            name: Estimate(torch.tensor(value), torch.tensor(0.0), 0)
+            for name, value in (("largest", high), ("smallest", low))
+        }
+        for name, e in of.items():
+            found[name] = e
+            found[f"{name} per parameter"] = Estimate(e.value / self.size, e.error / self.size, e.products)
+        return found
+
+    def __repr__(self) -> str:
+        probes = len(self.nodes)
+        return (
+            f"Spectrum of {self.size} eigenvalues, {probes} probes of {self.steps} steps, {len(self.outliers)} outliers"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [[name, number(float(e.value), float(e.error))] for name, e in self.table().items()]
+        return as_html(repr(self), ["", "value"], rows)
 
     def width(self) -> float:
         """The default width of the smoothing."""

@@ -13,7 +13,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: From the ground up; a file may import from its own line's left and from lines above it. A folder is named as a whole,
 #: or file by file where its files are on several floors.
 FLOORS = [
-    ["spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
+    ["tables", "spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
     ["model.batch", "model.data", "model.independence", "model.structure", "model.recurrent", "model.weights"],
     ["model.batch_statistics"],
     ["identity", "team", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
@@ -35,8 +35,12 @@ FLOORS = [
     ["hessian", "jacobian"],
     ["optim"],
     ["gram", "influence"],
-    ["spectrum", "hierarchy", "calibration"],
+    ["objective", "minibatches"],
+    ["statistics", "spectrum", "hierarchy", "calibration"],
+    ["landscape"],
     ["plot"],
+    ["training"],
+    ["report"],
     ["legacy"],
     ["maths", "utils", "backend", "solve"],
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory import chunk_length, tuning
+from ..tables import number
 from ..team import SENT
 
 #: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
@@ -252,6 +253,13 @@ class Estimate(NamedTuple):
     value: Tensor
     error: Tensor
     products: int
+
+    def _repr_html_(self) -> str:
+        after = f"after {self.products} products"
+        if self.value.numel() == 1:
+            return f"<p>{number(float(self.value), float(self.error))}, {after}</p>"
+        largest = float(self.error.max()) if self.error.numel() else 0.0
+        return f"<p>{tuple(self.value.shape)} values, standard errors up to {largest:.1g}, {after}</p>"
 
 
 def mean_of(samples: Tensor, products: int) -> Estimate:

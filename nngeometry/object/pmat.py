@@ -21,6 +21,7 @@ from ..linalg import gaussian
 from ..passes import update
 from ..reading import Reading
 from ..registry import Registry, Unknown
+from ..tables import as_html
 from . import old_arguments, tensors
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
@@ -654,22 +655,31 @@ class PMat(VectorSpace):
         held = {"_held": None, "_root": self.root}  # tensors that were read stay with the matrix that they were read of
         return {**vars(self), **held, "generator": None}  # a generator holds the model and user functions
 
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"]
-        rows = [("layer", "block", "parameters", "bytes")]
+    def _table(self) -> tuple[str, list[tuple[str, ...]]]:
+        """What it is, and a row for each block, after the titles of columns."""
+        title = f"{type(self).__name__} of {self.size(0)} parameters, {self.dtype}, {self.nbytes()} bytes"
+        rows: list[tuple[str, ...]] = [("layer", "block", "parameters", "bytes")]
         parts = self.root.parts if isinstance(self.root, DirectSum) else ()
         slices = self.layer_collection.slices()
         for part in parts:
             names = [
                 n or "(root)" for n, s in slices.items() if any(a <= s.start and s.stop <= b for a, b in part.slices)
             ]
-            title = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
-            rows.append((title, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
+            layer = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+            rows.append((layer, part.block.describe(), str(part.block.numel), str(part.block.nbytes())))
         if not parts:
             rows.append(("all", self.root.describe(), str(self.size(0)), str(self.nbytes())))
+        return title, rows
+
+    def __repr__(self) -> str:
+        title, rows = self._table()
         widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines)
+        lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([title, *lines])
+
+    def _repr_html_(self) -> str:
+        title, rows = self._table()
+        return as_html(title, rows[0], rows[1:])
 
     # Helpers
 

@@ -1,0 +1,66 @@
+"""The course of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .style import COLOURS, PANEL, Figure, dressed, finished, legend, new_figure, require_matplotlib
+
+#: The panels: title, whether the axis is logarithmic, and what is drawn with which label.
+_PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
+    ("loss", True, {"loss": "training", "test_loss": "test"}),
+    ("accuracy", False, {"accuracy": "training", "test_accuracy": "test"}),
+    ("norms", True, {"grad_norm": "gradient", "weight_norm": "weights"}),
+    ("learning rate", True, {"lr": "learning rate"}),
+)
+
+
+def plot_history(columns: Mapping[str, Sequence[Any]], path: str | Path | None = None) -> Figure:
+    """Loss, accuracy, norms of gradients and weights, and learning rate against epochs.
+
+    Args:
+        columns: From names to values, None where an epoch has none, as a :class:`~nngeometry.training.History` has
+            them; "epoch" says where, other names are as there.
+        path: Where to save the picture, in the format that its ending names.
+
+    Returns:
+        The figure, which pyplot does not know of.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+        ImportError: Without matplotlib.
+
+    Example:
+        >>> figure = plot_history({"epoch": [1, 2], "loss": [1.0, 0.5], "test_loss": [None, 0.6]})
+        >>> [ax.get_title() for ax in figure.axes]
+        ['loss']
+    """
+    require_matplotlib("plot_history")
+    panels = [panel for panel in _PANELS if any(_points(columns, name) for name in panel[2])]
+    if not panels:
+        raise ValueError("plot_history: there is no epoch to draw")
+    figure = new_figure(1.2 * PANEL * len(panels), PANEL)
+    for k, (title, log, names) in enumerate(panels):
+        ax = dressed(figure.add_subplot(1, len(panels), k + 1), title, "epoch")
+        positive = True
+        for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
+            points = _points(columns, name)
+            if points:
+                marker = "o" if len(points) < 30 and name.startswith("test") else None
+                ax.plot(
+                    *zip(*points, strict=True), color=colour, label=label, linewidth=1.2, marker=marker, markersize=3
+                )
+                positive = positive and all(value > 0 for _, value in points)
+        if log and positive:
+            ax.set_yscale("log")
+        if len(names) > 1:
+            legend(ax)
+    return finished(figure, path)
+
+
+def _points(columns: Mapping[str, Sequence[Any]], name: str) -> list[tuple[float, float]]:
+    values = columns.get(name, ())
+    epochs = columns.get("epoch", range(1, len(values) + 1))
+    return [(e, v) for e, v in zip(epochs, values, strict=False) if v is not None]

@@ -1,0 +1,32 @@
+"""Tables, for terminals and for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+
+def as_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, whose first column is of words and whose others are of numbers, with a title above.
+
+    >>> as_html("", ["layer", "size"], [["a<b", "3"]]).count("<td")
+    2
+    """
+    above = f"<p><b>{escape(title)}</b></p>" if title else ""
+    left, right = (f' style="text-align:{side}"' for side in ("left", "right"))
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        of = (f"<{tag}{left if k == 0 else right}>{escape(cell)}</{tag}>" for k, cell in enumerate(cells))
+        return f"<tr>{''.join(of)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"{above}<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def number(value: float, error: float = 0.0) -> str:
+    """Four digits, with the standard error if there is one.
+
+    >>> number(3.14159), number(3.14159, 0.02)
+    ('3.142', '3.142 ± 0.02')
+    """
+    return f"{value:.4g}" + (f" ± {error:.1g}" if error else "")
