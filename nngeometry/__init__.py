@@ -39,6 +39,7 @@ from .object import (
     at,
     random_pvector,
 )
+from .posterior import Posterior
 
 __version__ = "0.1.0"
 
@@ -85,6 +86,7 @@ __all__ = [
     "PMatQuasiDiag",
     "PVector",
     "Poisson",
+    "Posterior",
     "Relative",
     "TokenCrossEntropy",
     "at",

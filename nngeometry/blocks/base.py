@@ -220,8 +220,9 @@ class Block(ABC):
         return self.pow(0.5).mv(noise)
 
     def congruence(self, s: Tensor) -> Block:
-        """``diag(s) M diag(s)``."""
-        return self._as_dense("rescaling").congruence(s)
+        """``diag(s) M diag(s)``, for s in the shape of a vector."""
+        made: Block = Derived.congruence(self, s) if self.matrix_free else self._as_dense("rescaling").congruence(s)
+        return made
 
     def restrict(self, s: slice) -> Block:
         """The diagonal sub-block of the flat coordinates s."""
@@ -321,6 +322,7 @@ class Derived:
     function: ClassVar[Callable[..., Any]]
     inverse: ClassVar[Callable[..., Any]]
     compression: ClassVar[Callable[..., Any]]
+    congruence: ClassVar[Callable[..., Any]]
     sum: ClassVar[Callable[..., Any]]
 
 
