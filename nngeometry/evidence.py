@@ -123,7 +123,7 @@ class Evidence:
             optimizer.zero_grad()
             loss = self.complexity(dict(zip(names, log_d.exp(), strict=True)), num_data)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         with torch.enable_grad():
             optimizer.step(closure)

@@ -177,6 +177,27 @@ class Posterior:
         """
         return self._linearised(x, output)[1]
 
+    def information(self, x: Any) -> Tensor:
+        """What an observation of y at x would say about the parameters, in nats: ``1/2 log det(1 + S^T V S)`` with V
+        the covariance of the linearised outputs and ``S S^T`` the curvature of the likelihood.
+
+        Large for inputs unlike the training data: a score for detecting them, and for choosing what to label.
+
+        Args:
+            x: As in :meth:`variance`.
+
+        Returns:
+            ``(n,)``.
+
+        Source: MacKay (1992), Neural Computation 4, 590-604; Houlsby et al. (2011), 1112.5745.
+        """
+        f, v = self._linearised(x, "full")
+        cotangents = self.likelihood.sqrt(f)
+        s = cotangents.take(0, cotangents.count).flatten(2)
+        inner = torch.einsum("rnc,ncd,snd->nrs", s, v, s)
+        eye = torch.eye(inner.shape[1], dtype=f.dtype, device=f.device)
+        return torch.linalg.slogdet(eye + inner)[1] / 2
+
     def predict(
         self, x: Any, how: str = "probit", samples: int = 100, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -1,0 +1,91 @@
+"""One model out of several that were trained apart: the mode of the product of their posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments
+from .linalg import cg
+from .object import PMat, PVector
+
+
+@arguments.called_as
+def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e-8) -> PVector:
+    """The weights ``(sum_i F_i)^-1 sum_i F_i w_i``, at which the sum of the quadratic approximations of the experts'
+    losses is least.
+
+    A matrix is a mean over examples: for experts of unlike numbers of examples n_i, give ``n_i * F_i``. Sums that stay
+    in their representation are solved exactly, others (of Kronecker products) by conjugate gradients to 1e-10 (in
+    float32 to 1e-5).
+
+    Args:
+        experts: Pairs of a model (or its weights as a PVector) and its matrix, on the same layers.
+        regul: Shared out among the F_i, so that directions without curvature get the mean of the experts.
+
+    Returns:
+        The weights, for :func:`~nngeometry.at` or ``copy_to_model``.
+
+    Raises:
+        ValueError: If experts have other layers, or the sum is singular to working precision.
+
+    Example:
+        >>> from nngeometry import FIM, PMatKFAC
+        >>> models = [nn.Linear(4, 3) for _ in range(2)]
+        >>> experts = [(model, FIM(model, (torch.randn(20, 4),), PMatKFAC)) for model in models]
+        >>> merge(experts, regul=1e-4).copy_to_model(models[0])
+
+    Source: Matena and Raffel (2022), 2111.09832, for diagonal matrices; Tam, Bansal, Raffel (2024), 2312.04339, for
+    others.
+    """
+    if not isinstance(experts, Sequence) or not experts:
+        raise TypeError(f"experts: expected pairs (model, F), got {arguments.described(experts)}")
+    r = arguments.number("regul", regul, least=0.0)
+    weights: list[PVector] = []
+    matrices: list[PMat] = []
+    for k, pair in enumerate(experts):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], PMat):
+            raise TypeError(f"experts: expected pairs (model, F), got {arguments.described(pair)} as number {k}")
+        weights.append(_weights(k, pair[0], pair[1]))
+        matrices.append(pair[1])
+        if pair[1].layer_collection != matrices[0].layer_collection:
+            raise ValueError(
+                f"experts: number {k} has other layers than the first one, or of other shapes: experts are merged on "
+                "the layers that they share, which layer_collection= of their matrices chooses"
+            )
+    total: PMat = sum(matrices[1:], start=matrices[0])
+    share = r / len(experts)
+    b: PVector = sum(
+        (F.mv(w) + share * w for F, w in zip(matrices[1:], weights[1:], strict=True)),
+        start=matrices[0].mv(weights[0]) + share * weights[0],
+    )
+    rtol = max(1e-10, 100 * torch.finfo(total.dtype).eps)
+    if type(total) is type(matrices[0]) or total.matrix_free:
+        found: PVector = total.solve(b, regul=r, rtol=rtol)
+        return found
+    return PVector(b.layer_collection, _iterated(total, matrices, b.to_torch(), r, rtol))
+
+
+def _weights(k: int, expert: Any, F: PMat) -> PVector:
+    """The weights of one expert on the layers of its matrix."""
+    try:
+        w = expert if isinstance(expert, PVector) else PVector.from_model(expert, F.layer_collection)
+        return w.on(F.layer_collection).detach()
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"experts: number {k} does not have the layers of its matrix ({error})") from error
+
+
+def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float, rtol: float) -> Tensor:
+    """``(total + regul)^-1 b`` by its products, with the mean of the experts' inverses for a preconditioner."""
+    inverses = [(len(matrices) * F).inv(max(regul, 1e-8 * float(F.trace()) / F.size(0))) for F in matrices]
+
+    def condition(rows: Tensor) -> Tensor:
+        return torch.stack([inverse.matvec(rows) for inverse in inverses]).mean(0)
+
+    return cg(lambda rows: total.matvec(rows) + regul * rows, b.unsqueeze(0), rtol=rtol, preconditioner=condition).x[0]
+
+
+__test__ = {merge.__name__: merge.__doc__ or ""}
