@@ -142,7 +142,7 @@ def test_fit_prior_of_each_layer_is_the_optimum(representation):
     def loss(logs):
         d = torch.tensor(logs, requires_grad=True)
         value = -posterior.log_marginal_likelihood(dict(zip(names, d.exp(), strict=True)))
-        return float(value), torch.autograd.grad(value, d)[0].numpy()
+        return float(value.detach()), torch.autograd.grad(value, d)[0].numpy()
 
     best = minimize(loss, [0.0] * len(names), jac=True, tol=1e-10)
     ours = torch.tensor([math.log(found[name]) for name in names])
