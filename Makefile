@@ -33,6 +33,11 @@ examples: $(READY)
 	$(BIN)/python examples/mislabelled.py --small
 	$(BIN)/python examples/influence.py --small
 	$(BIN)/python examples/huggingface.py --small
+	$(BIN)/python examples/calibration_ood.py --small
+	$(BIN)/python examples/continual.py --small
+	$(BIN)/python examples/merging.py --small
+	$(BIN)/python examples/pruning.py --small
+	$(BIN)/python examples/active_learning.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
