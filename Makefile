@@ -39,6 +39,11 @@ examples: $(READY)
 	$(BIN)/python examples/pinn.py --small
 	$(BIN)/python examples/variational.py --small
 	$(BIN)/python examples/deep_curvature.py --small
+	$(BIN)/python examples/calibration_ood.py --small
+	$(BIN)/python examples/continual.py --small
+	$(BIN)/python examples/merging.py --small
+	$(BIN)/python examples/pruning.py --small
+	$(BIN)/python examples/active_learning.py --small
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -1,7 +1,12 @@
 """Every test and every example in a docstring starts from the same seed, on one thread."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+#: Modules that need a library which is not installed have no examples to run.
+collect_ignore_glob = [] if find_spec("laplace") else ["nngeometry/integrations/laplace.py"]
 
 torch.set_num_threads(1)
 

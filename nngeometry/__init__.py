@@ -40,6 +40,7 @@ from .object import (
     estimators,
     random_pvector,
 )
+from .posterior import Posterior
 
 __version__ = "0.1.0"
 
@@ -86,6 +87,7 @@ __all__ = [
     "PMatQuasiDiag",
     "PVector",
     "Poisson",
+    "Posterior",
     "Relative",
     "TokenCrossEntropy",
     "at",

@@ -17,12 +17,19 @@ from .generator import Generator
 from .identity import checksum, of_model
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
-from .memory import budget
+from .memory import budget, slices
 from .model import data
 from .object import FMatDense, FMatImplicit, PMat
 from .object.fspace import FMat, root_of_products
 from .object.implicit import diagonal_of_gram
-from .object.kernel import Kernel, KernelSide, check_separate
+from .object.kernel import (
+    Kernel,
+    KernelSide,
+    batch_jacobians,
+    check_separate,
+    example_bytes,
+    within_examples,
+)
 from .object.kernel_layouts import Diagonal, Full, Layout, Traced
 from .object.kernel_storage import in_memory
 from .object.map import PFMap, PFMapImplicit
@@ -148,6 +155,65 @@ def GramMatrix(
     if centering:
         found = {name: K.centred() for name, K in found.items()}
     return found if per_layer else found[""]
+
+
+@arguments.called_as
+def example_kernels(
+    model: nn.Module,
+    loader: Any,
+    metric: PMat | None = None,
+    output: str = "diag",
+    *,
+    function: Callable[..., Any] | None = None,
+    layer_collection: LayerCollection | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The part of :func:`GramMatrix` between the outputs of one and the same example, ``J_x M J_x^T`` for each x.
+
+    With M the covariance of the parameters it is that of the linearised outputs. Layers of linear maps are never made
+    into Jacobians of the size of their weights.
+
+    Args:
+        model, loader, function, layer_collection, metric, device: As in :func:`GramMatrix`.
+        output: "diag", each output with itself ``(n, C)``; "full", with each other ``(n, C, C)``.
+
+    Returns:
+        A tensor.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> x = torch.randn(6, 4)
+        >>> own = example_kernels(model, (x,))
+        >>> torch.allclose(own, GramMatrix(model, (x,)).get_diag().T)
+        True
+    """
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.one_of("output", output, ["diag", "full"])
+    generator = of_outputs(model, function, layer_collection, device=device)
+    if metric is not None:
+        arguments.instance("metric", metric, PMat, "pass a matrix or an inverse of one, F.inv(regul)")
+        check_same_space(generator.layer_collection, metric.layer_collection, "metric")
+        if metric.dtype != generator.dtype or metric.device.type != generator.device.type:
+            raise ValueError(
+                f"example_kernels: the metric is {metric.dtype} on {metric.device}, the Jacobian {generator.dtype} on "
+                f"{generator.device}: move it with .to(device, dtype)"
+            )
+    full, found = output == "full", []
+    step: int | None = None
+    for batch in generator.minibatches(loader):
+        n = data.count(batch)
+        if step is None:
+            one = next(batch_jacobians(generator, data.Minibatches([data.take(batch, torch.arange(1))])))
+            step = max(1, budget(generator.device) // _SHARE // max(1, example_bytes(metric, one)))
+        for b in slices(n, step):
+            piece = batch if step >= n else data.take(batch, torch.arange(b.start, b.stop))
+            for slab in batch_jacobians(generator, data.Minibatches([piece])):
+                found.append(within_examples(metric, slab, full).movedim(-1, 0))
+    return torch.cat(found)
+
+
+#: What Jacobians of examples that are looked at together may take is the memory budget divided by that.
+_SHARE = 16
 
 
 def summed(model: nn.Module, function: Callable[..., Any] | None, unit: str = "example") -> Callable[..., Tensor]:
@@ -286,4 +352,4 @@ def _diagonal(generator: Generator, examples: Any, names: tuple[str, ...], layou
     return scale * layout.of_squares(diagonal_of_gram(generator, examples, names)).flatten()
 
 
-__test__ = {f.__name__: f.__doc__ or "" for f in (GramMatrix,)}
+__test__ = {f.__name__: f.__doc__ or "" for f in (GramMatrix, example_kernels)}

@@ -8,10 +8,11 @@ an example is the sum over them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +172,27 @@ class Likelihood(ABC):
             A tensor in the shape of f.
         """
 
+    # What curvature has no need of, and predictions and evidence have.
+
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        """``log p(y | f)`` of each example, normalised, summed over its positions: ``(n,)``."""
+        self._lacks("log_prob(f, y)", "log p(y | f) of each example")
+
+    def mean(self, f: Tensor) -> Tensor:
+        """The mean of y given f, in the shape of f: probabilities of classes, rates, or f itself."""
+        self._lacks("mean(f)", "the mean of y given f")
+
+    def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
+        """The mean of :meth:`mean` over normal outputs with means f and these variances, in closed form, or as is usual
+        where there is none.
+        """
+        self._lacks("averaged(f, variance)", "the mean of y for normal outputs")
+
+    def _lacks(self, method: str, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say {what}: give the class a method {method}, see nngeometry.Poisson"
+        )
+
 
 class Elementwise(Likelihood):
     """A family in which the elements of f are independent, so that the Fisher information is diagonal.
@@ -221,6 +243,27 @@ class Elementwise(Likelihood):
     def hvp(self, f: Tensor, u: Tensor) -> Tensor:
         return self.scale(f).square() * u
 
+    def log_density(self, f: Tensor, y: Tensor) -> Tensor:
+        """``log p(y | f)`` of each element."""
+        self._lacks("log_density(f, y)", "log p(y | f) of each element")
+
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        return self.log_density(f, _like(y, f, type(self).__name__)).reshape(len(f), -1).sum(1)
+
+
+def _like(y: Any, f: Tensor, who: str) -> Tensor:
+    """Targets in the shape and dtype of the outputs, (n,) and (n, 1) being the same."""
+    arguments.instance("targets", y, Tensor, "pass minibatches (x, y)")
+    if y.numel() != f.numel() or y.shape[:1] != f.shape[:1] or (y.shape != f.shape and f[0].numel() != 1):
+        raise ValueError(
+            f"{who}: targets of shape {tuple(y.shape)} for outputs {tuple(f.shape)}: it expects one for each output"
+        )
+    return y.reshape(f.shape).to(f.dtype)
+
+
+#: Of the variance of a normal logit in its probit approximation (MacKay 1992).
+_PROBIT = math.pi / 8
+
 
 @dataclass(frozen=True)
 class Gaussian(Elementwise):
@@ -250,6 +293,15 @@ class Gaussian(Elementwise):
         noise = torch.randn(f.shape, dtype=f.dtype, device=f.device, generator=generator)
         return noise * self.variance**-0.5
 
+    def log_density(self, f: Tensor, y: Tensor) -> Tensor:
+        return -(y - f).square() / (2 * self.variance) - math.log(2 * math.pi * self.variance) / 2
+
+    def mean(self, f: Tensor) -> Tensor:
+        return f
+
+    def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
+        return f
+
 
 @dataclass(frozen=True)
 class Bernoulli(Elementwise):
@@ -268,6 +320,15 @@ class Bernoulli(Elementwise):
         p = f.sigmoid()
         return torch.bernoulli(p, generator=generator) - p
 
+    def log_density(self, f: Tensor, y: Tensor) -> Tensor:
+        return -nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none")
+
+    def mean(self, f: Tensor) -> Tensor:
+        return f.sigmoid()
+
+    def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
+        return (f / (1 + _PROBIT * variance).sqrt()).sigmoid()
+
 
 @dataclass(frozen=True)
 class Poisson(Elementwise):
@@ -284,6 +345,15 @@ class Poisson(Elementwise):
     def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         rate = f.exp()
         return torch.poisson(rate, generator=generator) - rate
+
+    def log_density(self, f: Tensor, y: Tensor) -> Tensor:
+        return y * f - f.exp() - torch.lgamma(y + 1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        return f.exp()
+
+    def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
+        return (f + variance / 2).exp()
 
 
 @dataclass(frozen=True)
@@ -389,6 +459,20 @@ class Categorical(Likelihood):
     def hvp(self, f: Tensor, u: Tensor) -> Tensor:
         p = f.softmax(self.dim)
         return p * u - p * (p * u).sum(self.dim, keepdim=True)
+
+    def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
+        self._rows(f)  # that there is an axis of classes
+        arguments.instance("targets", y, Tensor, "pass minibatches (x, y) with classes y")
+        logits = f.movedim(self.dim, 1)
+        arguments.labels(nn.CrossEntropyLoss(), logits, (y,))
+        return -nn.functional.cross_entropy(logits, y, reduction="none").reshape(len(f), -1).sum(1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        self._rows(f)
+        return f.softmax(self.dim)
+
+    def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
+        return self.mean(f / (1 + _PROBIT * variance).sqrt())
 
 
 #: The names of NNGeometry for the likelihoods.

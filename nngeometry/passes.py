@@ -14,8 +14,8 @@ from .changes import no_grad, uninterrupted
 from .distributed import Placed, Share
 from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source, Sums
 from .identity import checksum
-from .merging import joined, merged, outline
 from .model import data
+from .pooling import joined, merged, outline
 from .reading import Assigned, Reading, Segment
 from .team import Team
 

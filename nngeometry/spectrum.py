@@ -346,6 +346,40 @@ def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     return spectra
 
 
+@arguments.called_as
+def effective_dimension(F: PMat, regul: float) -> Tensor:
+    """How many directions the data determine: ``tr(F (F + regul)^-1) = sum_i l_i / (l_i + regul)``.
+
+    Of a posterior with precision ``N F + d`` it is the number of parameters that the data, rather than the prior, have
+    settled, with regul = d / N.
+
+    Args:
+        F: A representation that holds entries; for one known by its products use :func:`spectral_density`.
+        regul: A positive number.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> from nngeometry import GGN, PMatKFAC
+        >>> model = torch.nn.Linear(4, 3)
+        >>> G = GGN(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatKFAC)
+        >>> 0 < effective_dimension(G, 1e-2) < 15
+        tensor(True)
+
+    Source: MacKay (1992), Neural Computation 4, 415-447; Maddox, Benton, Wilson (2020), 2003.02139.
+    """
+    arguments.instance("F", F, PMat, "pass a matrix, e.g. FIM(model, loader, PMatKFAC)")
+    r = arguments.number("effective_dimension: regul", regul, above=0.0)
+    if F.matrix_free:
+        raise NotImplementedError(
+            "effective_dimension: a matrix known by its products does not have all eigenvalues: use "
+            "spectral_density(F).sum(lambda l: l / (l + regul)), which says how far off it may be"
+        )
+    l = F.eigenvalues()
+    return (l / (l + r)).sum()
+
+
 @dataclass(frozen=True)
 class ExtremePairs:
     """Some eigenvalues with their eigenvectors.
@@ -443,4 +477,6 @@ def _grid(low: float, high: float, width: float) -> Tensor:
 
 
 #: The examples of functions that stand wrapped above, for doctest to find.
-__test__ = {f.__name__: f.__doc__ or "" for f in (spectral_density, layer_spectra, extreme_eigenpairs)}
+__test__ = {
+    f.__name__: f.__doc__ or "" for f in (spectral_density, layer_spectra, effective_dimension, extreme_eigenpairs)
+}

@@ -383,7 +383,8 @@ class Block(ABC):
         Args:
             s: The diagonal, of shape ``shape``.
         """
-        return self._as_dense("rescaling").congruence(s)
+        made: Block = Derived.congruence(self, s) if self.matrix_free else self._as_dense("rescaling").congruence(s)
+        return made
 
     def restrict(self, s: slice) -> Block:
         """The diagonal sub-block of some flat coordinates.
@@ -519,6 +520,7 @@ class Derived:
     function: ClassVar[Callable[..., Any]]
     inverse: ClassVar[Callable[..., Any]]
     compression: ClassVar[Callable[..., Any]]
+    congruence: ClassVar[Callable[..., Any]]
     sum: ClassVar[Callable[..., Any]]
 
 

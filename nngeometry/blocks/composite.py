@@ -61,6 +61,45 @@ class Compression(Block):
 
 
 @dataclass(frozen=True, eq=False)
+class Congruence(Block):
+    """``diag(s) M diag(s)`` of a block known by its products."""
+
+    inner: Block
+    s: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def mv(self, V: Tensor) -> Tensor:
+        return self.s * self.inner.mv(self.s * V)
+
+    def once(self, V: Tensor) -> Tensor:
+        return self.s * self.inner.once(self.s * V)
+
+    def diag(self) -> Tensor:
+        return self.s.square() * self.inner.diag()
+
+    @property
+    def symmetric(self) -> bool:
+        return self.inner.symmetric
+
+    @property
+    def matrix_free(self) -> bool:
+        return self.inner.matrix_free
+
+    @property
+    def definite(self) -> bool:
+        return self.inner.definite
+
+    def congruence(self, s: Tensor) -> Congruence:
+        return Congruence(self.inner, s * self.s)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.s * self.inner.sample(noise)
+
+
+@dataclass(frozen=True, eq=False)
 class Iterated(Block):
     """A function of a symmetric matrix known by its products, by an iteration for each product with it."""
 
@@ -118,6 +157,10 @@ class Inverse(Iterated):
         if regul == 0:
             return self.inner.mv(V) + self.regul * V
         return super().solve(V, regul)
+
+    def apply(self, f: Map) -> Block:
+        # Of the matrix itself: the products of Lanczos' method are not solves with an error of their own.
+        return Function(self.inner, lambda l: f((l + self.regul).reciprocal()))
 
 
 class Adjointed(torch.autograd.Function):
@@ -188,6 +231,16 @@ class Sum(Block):
     def scale(self, c: float) -> Sum:
         return Sum(self.terms, tuple(c * w for w in self.weights))
 
+    def apply(self, f: Map) -> Block:
+        if len(self.terms) > 1:
+            return super().apply(f)
+        return self.terms[0].apply(lambda l: f(self.weights[0] * l))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        if len(self.terms) > 1 or self.weights[0] < 0:
+            return super().sample(noise)
+        return self.weights[0] ** 0.5 * self.terms[0].sample(noise)
+
 
 @dataclass(frozen=True, eq=False)
 class Product(Block):
@@ -238,6 +291,7 @@ class Product(Block):
 
 
 Derived.function, Derived.inverse, Derived.compression, Derived.sum = Function, Inverse, Compression, Sum
+Derived.congruence = Congruence
 
 
 def add(one: Block, other: Block, weight: float = 1.0) -> Block:

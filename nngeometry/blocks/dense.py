@@ -176,6 +176,9 @@ class Dense(Block):
         power = super().pow(exponent)
         return Dense(_dense_batch(power), self.out) if isinstance(power, Spectral) else power
 
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.eig().sample(noise)  # with the decomposition that is kept
+
     def congruence(self, s: Tensor) -> Dense:
         s = s.reshape(self.data.shape[:-1])
         return Dense(s.unsqueeze(-1) * self.data * s.unsqueeze(-2), self.out, self.symmetric)

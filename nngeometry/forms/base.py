@@ -159,6 +159,21 @@ class LayerJacobian(ABC):
             out[c, b] = (one.dense() * two.dense()).flatten(2).sum(2)
         return out
 
+    def own(self, other: LayerJacobian, weight: Tensor | None = None, full: bool = True) -> Tensor:
+        """``J[c, b] . (w J'[d, b])``, the outputs of each example with each other: ``(C, C', B)``; unless full, each
+        with itself: ``(C, B)``. weight: w ``(*shape)``, one by default.
+        """
+        if not full:
+            return (self if weight is None else self.weighted(weight)).paired(other)
+        out = torch.empty(self.cotangents, other.cotangents, self.examples, dtype=self.dtype, device=self.device)
+        step = chunk_length(prod(self.shape) * self.dtype.itemsize * self.cotangents, self.examples, self.device)
+        for b in slices(self.examples, step):
+            j = self.narrow(b.start, b.stop).dense()
+            j = j if weight is None else j * weight
+            k = j if other is self and weight is None else other.narrow(b.start, b.stop).dense()
+            out[..., b] = torch.einsum("cbp,dbp->cdb", j.flatten(2), k.flatten(2))
+        return out
+
     def of_cotangent(self, c: int) -> LayerJacobian:
         """The part of one cotangent."""
         return self.narrow(0, self.examples, c, c + 1)

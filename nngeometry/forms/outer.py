@@ -212,6 +212,16 @@ class Outer(LayerJacobian):
         outputs = (self.g[:, :, 0] * other.g[:, :, 0]).sum(-1)
         return torch.einsum("cbg,bg->cb", outputs, (self.a[:, 0] * other.a[:, 0]).sum(-1))
 
+    def own(self, other: LayerJacobian, weight: Tensor | None = None, full: bool = True) -> Tensor:
+        if not isinstance(other, Outer) or self.positions > 1 or other.positions > 1:
+            return super().own(other, weight, full)
+        columns = self.a[:, 0] * other.a[:, 0]  # the outer product of each example is never made
+        rows = columns.sum(-1, keepdim=True) if weight is None else torch.einsum("bgi,goi->bgo", columns, weight)
+        left, right = self.g[:, :, 0] * rows, other.g[:, :, 0]
+        if not full:
+            return (left * right).flatten(2).sum(2)
+        return torch.einsum("cbgo,dbgo->cdb", left, right)
+
     def without_last_column(self) -> Outer:
         """The same layer with its bias left out."""
         return Outer(self.a[..., :-1], self.g)

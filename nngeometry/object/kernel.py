@@ -135,12 +135,48 @@ def left_of(matrix: Any, found: Forms) -> Forms:
 
 def check_separate(matrix: Any) -> None:
     """Raise ``ValueError`` if a PMat has a block over several layers."""
-    root = matrix.root
-    if not isinstance(root, DirectSum) or any(len(layers) > 1 for _, layers in _parts(root, matrix.layer_collection)):
+    if matrix.couples_layers:
         raise ValueError(
             "GramMatrix: the metric couples layers, so there are no kernels of layers that sum to the whole: use "
             "per_layer=False, or a metric with a block for each layer (PMatBlockDiag, PMatKFAC, ...)"
         )
+
+
+@unrecorded
+def within_examples(matrix: Any, slab: BatchJacobian, full: bool) -> Tensor:
+    """``J M J^T`` of the outputs of each example through a PMat (None: the identity): ``(C, C, b)``, or its diagonal
+    ``(C, b)`` unless full. What is made of the Jacobian stays in its form where the matrix lets it.
+    """
+    terms = [one.own(two, weight, full) for one, two, weight in _factors(matrix, slab)]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def example_bytes(matrix: Any, one: BatchJacobian) -> int:
+    """About what :func:`within_examples` holds for one example, given that one."""
+    held = [form.nbytes() for pair in _factors(matrix, one) for form in pair[:2]]
+    return sum(held) + one.outputs**2 * next(iter(one.forms.values())).dtype.itemsize
+
+
+def _factors(matrix: Any, slab: BatchJacobian) -> Iterator[tuple[LayerJacobian, LayerJacobian, Tensor | None]]:
+    """J, J' and w such that ``J M J^T`` is the sum of the ``J (w J')^T``."""
+    if matrix is None:
+        yield from ((form, form, None) for form in slab.forms.values())
+        return
+    for part, layers in _parts(matrix.root, matrix.layer_collection):
+        if len(layers) > 1:
+            images = _mapped(part, layers, slab.forms)
+            yield from ((slab.forms[name], images[name], None) for name in layers)
+            continue
+        ((name, layer),) = layers.items()
+        form, block = slab.forms[name], part.block
+        basis = _basis(part, layer, form)
+        if basis is not None:
+            turned = _rotated(form, basis.transpose())
+            yield turned, turned, block.l  # type: ignore[attr-defined]
+        elif isinstance(block, Diag) and part.packing.view is None:
+            yield form, form, layer.packing.pack(block.d)
+        else:
+            yield form, _right_of(part, layer, form, form), None
 
 
 def _through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:

@@ -294,6 +294,20 @@ class PMat(VectorSpace):
         """Whether it is known to be positive semidefinite by how it is made, without a look at its eigenvalues."""
         return self.root.definite
 
+    @property
+    def matrix_free(self) -> bool:
+        """Whether it is known by its products alone, so that what needs all entries is iterative, or raises."""
+        return self.root.matrix_free
+
+    @property
+    def couples_layers(self) -> bool:
+        """Whether there are entries between parameters of different layers, as far as the representation has any."""
+        if not isinstance(self.root, DirectSum):
+            return len(self.layer_collection) > 1
+        slices = self.layer_collection.slices().values()
+        inside = [any(s.start <= p.slices[0][0] and p.slices[-1][1] <= s.stop for s in slices) for p in self.root.parts]
+        return not all(inside)
+
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, PMat):
             return self._with(matmul(self.root, self._other(other)))
@@ -443,9 +457,19 @@ class PMat(VectorSpace):
             l, vectors = self.root.top(arguments.how_many("eig: k", k, self.size(0)))
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
-    def eigenvalues(self) -> Tensor:
-        """All P eigenvalues, descending."""
-        return self.root.eigenvalues().sort(descending=True).values
+    def eigenvalues(self, per_layer: bool = False) -> Any:
+        """All P eigenvalues, descending. per_layer: a dict of those of each layer; ``ValueError`` if it couples
+        layers.
+        """
+        arguments.flag("eigenvalues: per_layer", per_layer)
+        if not per_layer:
+            return self.root.eigenvalues().sort(descending=True).values
+        if self.couples_layers:
+            raise ValueError(
+                "eigenvalues: per_layer=True is for matrices with a block for each layer (PMatBlockDiag, PMatKFAC, "
+                "...), and this one couples layers: use block(name) for a diagonal block"
+            )
+        return {name: self.block(name).eigenvalues() for name in self.layer_collection}
 
     def norm(self, ord: int | str | None = None) -> Tensor:
         """A norm of the matrix.
@@ -473,11 +497,12 @@ class PMat(VectorSpace):
             return self._estimated(estimator)
         return self._per_layer(self.get_diag(), True) if per_layer else self.root.trace()
 
-    def sample(self, generator: torch.Generator | None = None) -> PVector:
+    def sample(self, generator: torch.Generator | None = None, k: int | None = None) -> Any:
         """A vector from the normal distribution with mean zero and covariance M.
 
         Args:
             generator: The source of randomness, on any device, by default torch's global one.
+            k: If given, how many: a list of vectors, with one decomposition.
 
         Raises:
             ValueError: If M has negative eigenvalues.
@@ -489,9 +514,11 @@ class PMat(VectorSpace):
             torch.Size([15])
         """
         arguments.generator(generator)
+        count = 1 if k is None else arguments.integer("sample: k", k, least=0)
         with drawn_alike(self.root):
-            (noise,) = gaussian(1, self.size(0), like=self.like, generator=generator)
-        return PVector(self.layer_collection, self.root.sample(noise))
+            noise = gaussian(count, self.size(0), like=self.like, generator=generator)
+        drawn = [PVector(self.layer_collection, row) for row in (self.root.sample(noise) if count else noise)]
+        return drawn[0] if k is None else drawn
 
     # Entries
 
@@ -585,17 +612,10 @@ class PMat(VectorSpace):
         arguments.dtype(dtype, real=True)
         return self._rebuild(self.root.map(lambda t: t.to(device=device, dtype=dtype)))
 
-    def save(self, path: str | Path) -> None:
-        """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read.
-
-        Args:
-            path: The name of the file, or an open one.
-
-        Raises:
-            TypeError: For a matrix that is known by its products alone.
+    def state(self) -> dict[str, Any]:
+        """The matrix as tensors and plain values, for files that hold it beside other things, and
+        :meth:`from_state`.
         """
-        if not hasattr(path, "write"):
-            arguments.path("save: path", path, "where to write the file")
         layers = [
             {
                 "name": layer.name,
@@ -611,7 +631,45 @@ class PMat(VectorSpace):
             for layer in self.layer_collection.layers.values()
         ]
         name = CLASSES.name_of(type(self))
-        saved = {"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}
+        return {"format": FORMAT, "class": name, "layers": layers, "root": self.root.state()}
+
+    @staticmethod
+    def from_state(
+        saved: Mapping[str, Any], unknown: str = "PMat.from_state", damaged: str = "PMat.from_state"
+    ) -> PMat:
+        """The matrix of which :meth:`state` gave these values. unknown, damaged: how the errors for a representation
+        that is not imported and for wrong values begin.
+        """
+        try:
+            layers = {}
+            for entry in saved["layers"]:
+                shape, view, perm, bias = entry["packing"]
+                packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+                params = tuple((k, tuple(size)) for k, size in entry["params"])
+                layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
+            found: PMat = CLASSES.find(saved["class"])._of_blocks(
+                LayerCollection(layers), Block.from_state(saved["root"])
+            )
+            check_whole(found.root, found.layer_collection)
+        except Unknown as error:
+            raise ValueError(f"{unknown}: {error}") from error
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            raise ValueError(f"{damaged} ({reason}): save it again") from error
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix to a file that :meth:`load` and ``torch.load(path, weights_only=True)`` read.
+
+        Args:
+            path: The name of the file, or an open one.
+
+        Raises:
+            TypeError: For a matrix that is known by its products alone.
+        """
+        if not hasattr(path, "write"):
+            arguments.path("save: path", path, "where to write the file")
+        saved = self.state()
         if hasattr(path, "write"):
             torch.save(saved, path)
             return
@@ -633,23 +691,9 @@ class PMat(VectorSpace):
         arguments.path("PMat.load: path", path, "of a file that save(path) wrote")
         arguments.device(device)
         saved = read(path, device)
-        try:
-            layers = {}
-            for entry in saved["layers"]:
-                shape, view, perm, bias = entry["packing"]
-                packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
-                params = tuple((k, tuple(size)) for k, size in entry["params"])
-                layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
-            found: PMat = CLASSES.find(saved["class"])._of_blocks(
-                LayerCollection(layers), Block.from_state(saved["root"])
-            )
-            check_whole(found.root, found.layer_collection)
-        except Unknown as error:
-            raise ValueError(f"PMat.load: {path} cannot be read: {error}") from error
-        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            raise ValueError(f"PMat.load: the matrix in {path} is damaged ({reason}): save it again") from error
-        return found
+        return PMat.from_state(
+            saved, f"PMat.load: {path} cannot be read", f"PMat.load: the matrix in {path} is damaged"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         held = {"_held": None, "_root": self.root}  # tensors that were read stay with the matrix that they were read of

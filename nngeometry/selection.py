@@ -1,0 +1,197 @@
+"""Which examples to label next: designs that make the posterior small, by greedy choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments
+from .changes import unrecorded
+from .jacobian import Jacobian
+from .layercollection import LayerCollection
+from .likelihood import VARIANTS, Likelihood, likelihood_of
+from .memory import require
+from .model import data
+from .object import FMat
+
+
+@unrecorded
+def fisher_embeddings(
+    model: nn.Module,
+    loader: Any,
+    likelihood: str | Likelihood = "classif_logits",
+    *,
+    layer_collection: LayerCollection | None = None,
+    function: Callable[..., Any] | None = None,
+) -> Tensor:
+    """Rows whose outer products sum to the Fisher matrix of each example: V ``(n, r, P)`` with ``F_x = V_x^T V_x``.
+
+    Dense, so of few layers, in general the last one.
+
+    Args:
+        model, loader, layer_collection, function: As in :func:`~nngeometry.Jacobian`.
+        likelihood: As ``variant`` of :func:`~nngeometry.FIM`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> last = LayerCollection.from_model(model, "2")
+        >>> fisher_embeddings(model, (torch.randn(20, 4),), layer_collection=last).shape
+        torch.Size([20, 2, 18])
+    """
+    arguments.variant(likelihood, Likelihood, list(VARIANTS))
+    family = likelihood_of(likelihood)
+    found = []
+    batches = [loader] if data.is_minibatch(loader) else loader
+    for batch in batches:
+        J = Jacobian(model, batch, function, layer_collection=layer_collection).to_torch()
+        f = _outputs(model, batch, function).detach()
+        cotangents = family.sqrt(f)
+        s = cotangents.take(0, cotangents.count).flatten(2)
+        found.append(torch.einsum("rnc,cnp->nrp", s, J))
+    return torch.cat(found)
+
+
+def _outputs(model: nn.Module, batch: Any, function: Callable[..., Any] | None) -> Tensor:
+    if function is not None:
+        found: Tensor = function(*data.arguments(batch))
+        return found
+    f: Tensor = model(batch if isinstance(batch, Tensor) else batch[0])
+    return f
+
+
+@unrecorded
+def bait(
+    embeddings: Tensor, k: int, *, labelled: Tensor | None = None, regul: float = 1.0, oversample: float = 2.0
+) -> Tensor:
+    """Examples to label so that the Bayes risk ``tr((sum_S F_x + regul)^-1 F)`` of a linear model is small, with F the
+    mean Fisher matrix of all examples.
+
+    Greedily: ``oversample k`` examples are added, each the one that makes the trace least, then the least useful are
+    taken off until k are left.
+
+    Args:
+        embeddings: ``(n, r, P)`` from :func:`fisher_embeddings`.
+        k: How many.
+        labelled: Positions of examples that have labels already.
+        regul: In units of the Fisher matrix of one example.
+        oversample: At least 1, which takes none off.
+
+    Returns:
+        Positions ``(k,)``, in the order of their choice.
+
+    Example:
+        >>> bait(torch.eye(3).unsqueeze(1) * torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1), 2).tolist()
+        [1, 2]
+
+    Source: Ash, Goel, Krishnamurthy, Kakade (2021), 2106.09675.
+    """
+    arguments.instance("embeddings", embeddings, Tensor, "make them with fisher_embeddings(model, loader)")
+    if embeddings.ndim != 3:
+        raise ValueError(f"embeddings: expected (n, r, P), got {tuple(embeddings.shape)}: see fisher_embeddings")
+    n, _, p = embeddings.shape
+    k = arguments.integer("k", k, least=0)
+    known = torch.zeros(n, dtype=torch.bool, device=embeddings.device)
+    if labelled is not None:
+        known[labelled] = True
+    if k > n - int(known.sum()):
+        raise ValueError(f"k={k}: there are {n - int(known.sum())} examples without a label")
+    most = arguments.number("oversample", oversample, least=1.0)
+    regul = arguments.number("regul", regul, above=0.0)
+    require(
+        p * p * embeddings.element_size(), f"bait: a matrix of {p} parameters", "take fewer layers", embeddings.device
+    )
+    flat = embeddings.flatten(0, 1)
+    F = flat.T @ flat / n
+    start = embeddings[known].flatten(0, 1)
+    inverse = torch.linalg.inv(start.T @ start + regul * torch.eye(p, dtype=F.dtype, device=F.device))
+    chosen: list[int] = []
+    for _ in range(min(n - int(known.sum()), max(k, round(most * k)))):
+        gain = _change(embeddings, inverse, F, 1.0).masked_fill(known, -torch.inf)
+        best = int(gain.argmax())
+        inverse = _moved(inverse, embeddings[best], 1.0)
+        known[best] = True
+        chosen.append(best)
+    while len(chosen) > k:
+        loss = _change(embeddings[chosen], inverse, F, -1.0)
+        worst = int(loss.argmax())
+        inverse = _moved(inverse, embeddings[chosen.pop(worst)], -1.0)
+    return torch.tensor(chosen, dtype=torch.int64, device=embeddings.device)
+
+
+def _change(V: Tensor, inverse: Tensor, F: Tensor, sign: float) -> Tensor:
+    """By how much ``tr(M^-1 F)`` falls when ``sign V_x^T V_x`` is added to M, for each x."""
+    half = V @ inverse
+    inner = torch.eye(V.shape[1], dtype=V.dtype, device=V.device) + sign * half @ V.mT
+    weighted = half @ F @ half.mT
+    return sign * torch.linalg.solve(inner, weighted).diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _moved(inverse: Tensor, v: Tensor, sign: float) -> Tensor:
+    """``(M + sign v^T v)^-1`` from ``M^-1``."""
+    half = v @ inverse
+    inner = torch.eye(len(v), dtype=v.dtype, device=v.device) + sign * half @ v.T
+    made = inverse - sign * half.T @ torch.linalg.solve(inner, half)
+    return (made + made.T) / 2
+
+
+@unrecorded
+def greedy(K: FMat | Tensor, k: int, *, labelled: Tensor | None = None, regul: float = 1.0) -> Tensor:
+    """Examples whose outputs say most about each other: greedily those that make ``log det(K_SS + regul)`` largest.
+
+    Each is the one whose outputs have the largest posterior covariance given those before. With the kernel through a
+    posterior's covariance and the noise as regul it is the largest gain of information about the parameters.
+
+    Args:
+        K: A kernel of all examples, an FMat (``(n, n)`` or ``(C, n, C, n)``) or a tensor.
+        k: How many.
+        labelled: Positions of examples whose outputs are known already.
+        regul: The variance of observations.
+
+    Returns:
+        Positions ``(k,)``, in the order of their choice.
+
+    Example:
+        >>> greedy(torch.tensor([[2.0, 1.9, 0.0], [1.9, 2.1, 0.0], [0.0, 0.0, 1.0]]), 2).tolist()
+        [1, 2]
+
+    Source: Krause, Singh, Guestrin (2008), J. Mach. Learn. Res. 9; Seeger (2004), Greedy forward selection in the
+    informative vector machine.
+    """
+    entries = K.to_torch() if isinstance(K, FMat) else K
+    arguments.instance("K", entries, Tensor, "pass GramMatrix(model, loader)")
+    if entries.ndim == 2:
+        entries = entries[None, :, None, :]
+    if entries.ndim != 4 or entries.shape[:2] != entries.shape[2:]:
+        raise ValueError(f"K: expected (n, n) or (C, n, C, n), got {tuple(entries.shape)}: use another output=")
+    c, n = entries.shape[:2]
+    k = arguments.integer("k", k, least=0)
+    regul = arguments.number("regul", regul, above=0.0)
+    known = torch.zeros(n, dtype=torch.bool, device=entries.device)
+    before = [] if labelled is None else torch.arange(n, device=entries.device)[labelled].tolist()
+    if k > n - len(before):
+        raise ValueError(f"k={k}: there are {n - len(before)} examples without a label")
+    blocks = entries.permute(1, 3, 0, 2)  # (n, n, C, C)
+    conditional = blocks.diagonal(dim1=0, dim2=1).movedim(-1, 0).clone()
+    columns = entries.new_zeros(n, c, 0)
+    eye = torch.eye(c, dtype=entries.dtype, device=entries.device)
+    chosen: list[int] = []
+    for step in range(len(before) + k):
+        if step < len(before):
+            best = before[step]
+        else:
+            gain = torch.linalg.slogdet(conditional / regul + eye)[1].masked_fill(known, -torch.inf)
+            best = int(gain.argmax())
+            chosen.append(best)
+        known[best] = True
+        factor = torch.linalg.cholesky(conditional[best] + regul * eye)
+        cross = blocks[:, best] - columns @ columns[best].T
+        new = torch.linalg.solve_triangular(factor, cross.mT, upper=False).mT
+        columns = torch.cat([columns, new], 2)
+        conditional = conditional - new @ new.mT
+    return torch.tensor(chosen, dtype=torch.int64, device=entries.device)
+
+
+__test__ = {f.__name__: f.__doc__ or "" for f in (fisher_embeddings, bait, greedy)}

@@ -1,0 +1,358 @@
+"""What people do with a curvature: consolidation, merging, pruning, selection, effective dimension."""
+
+from functools import partial
+from itertools import combinations
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from nngeometry import (
+    FIM,
+    Accumulator,
+    Categorical,
+    EmpiricalFisher,
+    FIM_MonteCarlo,
+    GramMatrix,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatImplicit,
+    PMatKFAC,
+    PMatLowRank,
+    Posterior,
+    PVector,
+)
+from nngeometry.continual import EWC
+from nngeometry.merging import merge
+from nngeometry.pruning import keep, prune, saliency
+from nngeometry.selection import bait, fisher_embeddings, greedy
+from nngeometry.spectrum import effective_dimension
+
+ALL = [PMatDense, PMatLowRank, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatDiag]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return oracle.randomise(model, seed)
+
+
+def task(seed, n=12):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def shift(model, by=0.1):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn_like(p))
+
+
+# Continual learning
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag])
+def test_the_penalty_is_the_sum_over_tasks(representation, decay, online):
+    model = net()
+    ewc = EWC(model, representation, strength=3.0, decay=decay, online=online)
+    assert float(ewc.penalty()) == 0
+    entries, anchors = [], []
+    for k in range(3):
+        shift(model)
+        x, y = task(k)
+        ewc.consolidate([(x[:5], y[:5]), (x[5:], y[5:])])
+        entries.append(FIM(model, (x,), representation).to_torch())
+        anchors.append(PVector.from_model(model).clone().detach().to_torch())
+    shift(model)
+    w = PVector.from_model(model).to_torch()
+    expected = 0.0
+    for k in range(3):
+        d = (w - anchors[-1 if online else k]).detach()
+        expected = expected + 1.5 * decay ** (2 - k) * d @ entries[k] @ d
+    penalty = ewc.penalty()
+    assert abs(float(penalty.detach() - expected)) < 1e-12 * float(expected)
+    penalty.backward()
+    gradient = PVector.from_model_grad(model).to_torch()
+    truth = sum(3.0 * decay ** (2 - k) * entries[k] @ (w - anchors[-1 if online else k]).detach() for k in range(3))
+    assert oracle.relative(gradient, truth) < 1e-12
+    assert ewc.tasks == 3
+
+
+@pytest.mark.parametrize("matrix", [FIM, partial(EmpiricalFisher, loss=nn.CrossEntropyLoss())])
+@pytest.mark.parametrize("representation", ALL)
+def test_the_penalty_does_not_depend_on_the_size_of_minibatches(representation, matrix):
+    model = net()
+    x, y = task(0)
+    found = []
+    for size in (1, 5, 12):
+        ewc = EWC(model, representation, matrix, strength=1.0)
+        ewc.consolidate(list(zip(x.split(size), y.split(size), strict=True)))
+        found.append(ewc)
+    torch.manual_seed(1)
+    shift(model)
+    values = [float(ewc.penalty().detach()) for ewc in found]
+    assert max(values) - min(values) < 1e-12 * values[0]
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("matrix", [FIM, FIM_MonteCarlo])
+def test_tasks_are_kept_in_files(tmp_path, online, matrix):
+    model = net()
+    options = {"strength": 2.0, "decay": 0.7, "online": online}
+    if matrix is FIM_MonteCarlo:
+        options["generator"] = torch.Generator().manual_seed(0)
+    ewc = EWC(model, PMatKFAC, matrix, **options)
+    for k in range(2):
+        ewc.consolidate(task(k))
+        shift(model)
+    torch.save(ewc.state_dict(), tmp_path / "ewc.pt")
+    other = EWC(model, PMatKFAC, matrix, **options)
+    other.load_state_dict(torch.load(tmp_path / "ewc.pt", weights_only=True))
+    assert torch.equal(other.penalty(), ewc.penalty())
+    if matrix is FIM:
+        for one in (ewc, other):
+            one.consolidate(task(2))
+        shift(model)
+        assert torch.equal(other.penalty(), ewc.penalty())
+    assert other.tasks == ewc.tasks
+
+
+def test_tasks_with_other_heads_are_named():
+    model = net()
+    trunk = EWC(model, strength=1.0, layer_collection=LayerCollection.from_model(model, "0"))
+    whole = EWC(model, strength=1.0)
+    for ewc in (trunk, whole):
+        ewc.consolidate(task(0))
+    state = whole.state_dict()
+    model[2] = nn.Linear(5, 7)
+    assert float(trunk.penalty().detach()) == 0
+    trunk.consolidate(task(1))
+    with pytest.raises(ValueError, match=r"penalty: the model does not have .*\(heads\)"):
+        whole.penalty()
+    with pytest.raises(ValueError, match=r"heads"):
+        EWC(model, strength=1.0).load_state_dict(state)
+    with pytest.raises(ValueError, match="online=False"):
+        EWC(model, strength=1.0, online=True).load_state_dict(state)
+    for wrong in ({"strength": -1.0}, {"strength": 1.0, "decay": 1.5}):
+        with pytest.raises(ValueError, match=r"strength|decay"):
+            EWC(model, **wrong)
+    with pytest.raises(TypeError, match="unknown option"):
+        EWC(model, strength=1.0, sharring="expand").consolidate(task(0))
+
+
+# Merging
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (20, 35, 15)])
+@pytest.mark.parametrize("representation", [PMatDense, PMatLowRank, PMatBlockDiag, PMatKFAC])
+def test_linear_regressions_merge_to_the_pooled_fit(representation, counts):
+    torch.manual_seed(0)
+    truth, experts, data = torch.randn(5, 2), [], []
+    for n in counts:
+        x = torch.randn(n, 4)
+        y = torch.cat([x, torch.ones(n, 1)], 1) @ truth + 0.3 * torch.randn(n, 2)
+        data.append((x, y))
+        experts.append((fitted([(x, y)]), n * FIM(fitted([(x, y)]), (x,), representation, "regression")))
+    found = merge(experts, regul=0.0)
+    assert oracle.relative(found.to_torch(), PVector.from_model(fitted(data)).to_torch()) < 1e-10
+
+
+def fitted(data):
+    x, y = (torch.cat([d[k] for d in data]) for k in range(2))
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), y).solution
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(solution[:4].T)
+        model.bias.copy_(solution[4])
+    return model
+
+
+@pytest.mark.parametrize("representation", [*ALL, PMatImplicit])
+def test_the_merged_weights_solve_the_sum(representation):
+    models = [net(k) for k in range(3)]
+    experts = [(m, FIM(m, task(k), representation)) for k, m in enumerate(models)]
+    entries = [F.to_torch() for _, F in experts]
+    weights = [PVector.from_model(m).to_torch().detach() for m in models]
+    p = len(weights[0])
+    A = sum(entries) + 0.1 * torch.eye(p)
+    b = sum(F @ w for F, w in zip(entries, weights, strict=True)) + 0.1 * sum(weights) / 3
+    found = merge(experts, regul=0.1)
+    assert oracle.relative(found.to_torch(), torch.linalg.solve(A, b)) < (
+        1e-6 if representation is PMatImplicit else 1e-9
+    )
+
+
+def test_experts_that_do_not_fit_are_named():
+    one, two = net(), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    F, G = FIM(one, task(0), PMatKFAC), FIM(two, task(0), PMatKFAC)
+    with pytest.raises(ValueError, match="number 1 has other layers"):
+        merge([(one, F), (two, G)])
+    with pytest.raises(ValueError, match="number 1 does not have the layers"):
+        merge([(one, F), (two, F)])
+    with pytest.raises(TypeError, match=r"pairs \(model, F\)"):
+        merge([one, two])
+    with pytest.raises(TypeError, match=r"pairs \(model, F\)"):
+        merge([])
+    shared = [
+        (m, FIM(m, task(0), PMatDiag, layer_collection=LayerCollection.from_model(m, "2"))) for m in (one, net(1))
+    ]
+    assert merge(shared, 1e-3).size(0) == 18
+
+
+# Pruning
+
+
+@pytest.mark.parametrize("representation", ALL)
+def test_saliency_is_the_rise_of_the_quadratic(representation):
+    """Deletion and refit, one weight at a time."""
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model).detach()
+    flat = w.to_torch()
+    H = F.to_torch() + 0.1 * torch.eye(len(flat))
+    obs, obd = saliency(F, w, 0.1).to_torch(), saliency(F, w, method="obd").to_torch()
+    assert torch.allclose(obd, F.get_diag() * flat.square() / 2)
+    for q in range(0, len(flat), 5):
+        rest = [i for i in range(len(flat)) if i != q]
+        step = torch.linalg.solve(H[rest][:, rest], H[rest, q] * flat[q])  # of the others, w_q being removed
+        d = torch.zeros_like(flat)
+        d[q], d[rest] = -flat[q], step
+        assert abs(float(d @ H @ d / 2 - obs[q])) < 1e-10 * float(obs.max())
+        mask = torch.ones_like(flat)
+        mask[q] = 0
+        pruned = prune(F, w, PVector(w.layer_collection, mask), 0.1).to_torch()
+        assert oracle.relative(pruned, flat + d) < 1e-8
+
+
+@pytest.mark.parametrize("representation", [*ALL, PMatImplicit])
+def test_pruning_many_is_the_constrained_minimum(representation):
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model)
+    mask = keep(w.detach() ** 2, 0.6)
+    kept = mask.to_torch() == 1
+    flat = w.to_torch().detach()
+    H = F.to_torch() + 0.1 * torch.eye(len(flat))
+    expected = torch.zeros_like(flat)
+    expected[kept] = flat[kept] + torch.linalg.solve(H[kept][:, kept], H[kept][:, ~kept] @ flat[~kept])
+    found = prune(F, w, mask, 0.1)
+    assert int(kept.sum()) == round(0.6 * len(flat))
+    assert oracle.relative(found.to_torch(), expected) < 1e-8
+    for fraction, count in ((0.0, 0), (1.0, len(flat))):
+        assert int(keep(w, fraction).to_torch().sum()) == count
+    assert torch.equal(prune(F, w, keep(w, 1.0), 0.1).to_torch(), flat)
+
+
+def test_what_pruning_does_not_take():
+    model = net()
+    F, w = FIM(model, task(0), PMatDiag), PVector.from_model(model)
+    with pytest.raises(ValueError, match="zeros and ones"):
+        prune(F, w, w.detach(), 0.1)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        keep(w, 1.2)
+    with pytest.raises(ValueError, match="not one of 'obs', 'obd'"):
+        saliency(F, w, method="magnitude")
+    with pytest.raises(TypeError, match="w: expected a PVector"):
+        saliency(F, model)
+
+
+# Selection
+
+
+@pytest.mark.parametrize("likelihood", ["classif_logits", "regression", "classif_binary_logits", Categorical(dim=-1)])
+def test_embeddings_are_roots_of_the_fisher_matrices(likelihood):
+    model = net()
+    x, _ = task(0)
+    V = fisher_embeddings(model, [(x[:5],), (x[5:],)], likelihood)
+    assert (
+        oracle.relative(torch.einsum("nrp,nrq->pq", V, V) / 12, FIM(model, (x,), PMatDense, likelihood).to_torch())
+        < 1e-12
+    )
+    batch = {"x": x}
+    function = partial(lambda b, of: of(b["x"]), of=model)
+    assert torch.allclose(fisher_embeddings(model, batch, likelihood, function=function), V)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_choices_of_bait_are_those_of_brute_force(seed):
+    torch.manual_seed(seed)
+    V = torch.randn(50, 2, 6) * torch.rand(50, 1, 1)
+    F = torch.einsum("nrp,nrq->pq", V, V) / 50
+
+    def risk(index):
+        M = torch.einsum("nrp,nrq->pq", V[index], V[index]) + 0.5 * torch.eye(6)
+        return float(torch.linalg.solve(M, F).trace())
+
+    first, second = bait(V, 2, regul=0.5, oversample=1.0).tolist()
+    assert first == min(range(50), key=lambda i: risk([i]))
+    assert second == min((i for i in range(50) if i != first), key=lambda i: risk([first, i]))
+    third = bait(V, 1, regul=0.5, oversample=1.0, labelled=torch.tensor([first, second])).tolist()
+    assert third == [min((i for i in range(50) if i not in (first, second)), key=lambda i: risk([first, second, i]))]
+    pair = bait(V, 2, regul=0.5, oversample=3.0).tolist()
+    best = min(risk(list(s)) for s in combinations(range(50), 2))
+    assert best <= risk(pair) * (1 + 1e-12) < best * 1.1
+    forward = bait(V, 4, regul=0.5, oversample=1.0).tolist()
+    left = min(combinations(forward, 3), key=lambda s: risk(list(s)))
+    assert set(bait(V, 3, regul=0.5, oversample=4 / 3).tolist()) == set(left)
+
+
+@pytest.mark.parametrize("output", ["full", "trace"])
+def test_greedy_choices_are_those_of_the_determinant(output):
+    model = net()
+    x, _ = task(0, 20)
+    K = GramMatrix(model, (x,), output=output)
+    entries = K.to_torch()
+    entries = entries if entries.ndim == 4 else entries[None, :, None, :]
+
+    def gain(index):
+        M = entries[:, index][:, :, :, index].permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
+        return float(torch.linalg.slogdet(torch.eye(len(M)) + M / 0.3)[1])
+
+    chosen = greedy(K, 3, regul=0.3).tolist()
+    for k in range(3):
+        others = [i for i in range(20) if i not in chosen[:k]]
+        assert chosen[k] == max(others, key=lambda i: gain([*chosen[:k], i]))
+    assert greedy(K, 1, regul=0.3, labelled=torch.tensor(chosen[:2])).tolist() == chosen[2:]
+
+
+def test_what_selection_does_not_take():
+    V = torch.randn(5, 2, 3)
+    with pytest.raises(ValueError, match="there are 4 examples without a label"):
+        bait(V, 5, labelled=torch.tensor([0]))
+    with pytest.raises(ValueError, match="there are 5 examples without a label"):
+        greedy(torch.eye(5), 6)
+    with pytest.raises(ValueError, match=r"expected \(n, r, P\)"):
+        bait(V[0], 1)
+    with pytest.raises(ValueError, match="expected \\(n, n\\)"):
+        greedy(torch.randn(2, 5, 5), 1)
+
+
+# Of a posterior
+
+
+@pytest.mark.parametrize("representation", ALL)
+def test_effective_dimension(representation):
+    F = FIM(net(), task(0), representation)
+    M = F.to_torch()
+    expected = torch.linalg.solve(M + 0.1 * torch.eye(len(M)), M).trace()
+    assert abs(float(effective_dimension(F, 0.1) - expected)) < 1e-10 * float(expected)
+    with pytest.raises(ValueError, match="above 0"):
+        effective_dimension(F, 0.0)
+    with pytest.raises(NotImplementedError, match="spectral_density"):
+        effective_dimension(FIM(net(), task(0), PMatImplicit), 0.1)
+
+
+@pytest.mark.parametrize("likelihood", ["classif_logits", "regression"])
+def test_information_is_what_an_observation_adds_to_the_precision(likelihood):
+    model = net()
+    x, _ = task(0)
+    posterior = Posterior(model, Accumulator(FIM, model, PMatDense, variant=likelihood).update((x,)), likelihood)
+    new, _ = task(1, 4)
+    for k in range(4):
+        after = posterior.update((new[k : k + 1],)).precision.logdet() - posterior.precision.logdet()
+        assert abs(float(posterior.information(new[k : k + 1])[0] - after / 2)) < 1e-10
+    assert torch.allclose(posterior.information(new)[:1], posterior.information(new[:1]))
