@@ -35,7 +35,7 @@ from .statistics import loss_statistics
 from .tables import as_html, number
 
 #: How many products with the Hessian are planned for, and the examples that are looked at at least.
-_PRODUCTS, _FEWEST = 600, 16
+_PRODUCTS, _FEWEST = 600, 8
 #: The share of the time that each section may take.
 _SHARES = {"layers": 0.2, "density": 0.2, "extreme": 0.25, "noise": 0.15, "landscape": 0.12, "kernel": 0.08}
 #: Examples whose kernel is looked at.
@@ -294,8 +294,8 @@ def _largest_of_layers(H: PMat, slices: dict[str, slice], steps: int, generator:
 def _spectrum(looked: _Looked, page: _Page) -> None:
     """Spectrum of the Hessian. Its density, its ends."""
     H = looked.hessian()
-    products = looked.products("density", 40)
-    probes = 4
+    products = looked.products("density", 12)
+    probes = 4 if products >= 40 else 2
     steps = max(1, min(80, products // probes, H.size(0)))
     spectrum = spectral_density(H, steps=steps, probes=probes, generator=looked.generator)
     picture = plot_density({"linear": spectrum}), plot_density({"logarithmic": spectrum}, log=True)
@@ -331,7 +331,9 @@ def _spectrum(looked: _Looked, page: _Page) -> None:
 
 def _ends(looked: _Looked, H: PMat) -> tuple[ExtremePairs | None, str]:
     k = min(5, max(1, H.size(0) // 3))
-    most = looked.products("extreme", 60)
+    most = looked.products("extreme", 1)
+    if most < 12 * k:
+        return None, f"The time allows {most} products with the Hessian, which is too few to begin."
     try:
         found = extreme_eigenpairs(H, k, "both", tol=1e-4, max_products=most, generator=looked.generator)
     except RuntimeError as error:
@@ -373,18 +375,8 @@ def _noise(looked: _Looked, page: _Page) -> None:
 def _landscape(looked: _Looked, page: _Page) -> None:
     """Landscape. Along the two largest eigenvectors, as well as the time allows."""
     H = looked.hessian()
-    rough = min(looked.products("landscape", 30), 400)
-    try:
-        pairs = extreme_eigenpairs(H, 2, tol=1e-2, max_products=rough, generator=looked.generator)
-        directions, values = pairs.vectors, pairs.values.tolist()
-        called = [f"eigenvalue {value:.4g}" for value in values]
-    except RuntimeError:
-        rows = rademacher(2, H.size(0), like=H.like, generator=looked.generator)
-        for _ in range(6):
-            rows = torch.linalg.qr(H.matvec(rows).mT).Q.mT
-        directions = [PVector(H.layer_collection, row) for row in rows]
-        values = (rows * H.matvec(rows)).sum(1).tolist()
-        called = [f"near eigenvalue {value:.4g}" for value in values]
+    directions, values, near = _top_two(H, min(looked.products("landscape", 1) // 2, 400), looked.generator)
+    called = [f"{near}eigenvalue {value:.4g}" for value in values]
     reach = [min(2.0, 2 / max(1e-6, abs(value)) ** 0.5) for value in values]
     began = time.perf_counter()
     with in_eval_mode(looked.model):
@@ -406,6 +398,22 @@ def _landscape(looked: _Looked, page: _Page) -> None:
         _image(plot_landscape(lines), "the loss along two eigenvectors"),
         _image(plot_landscape(surface), "contours of the loss over their plane"),
     )
+
+
+def _top_two(H: PMat, products: int, generator: torch.Generator) -> tuple[list[PVector], list[float], str]:
+    """The two largest eigenvectors, or what a few steps of power iteration make of two random vectors, and a word for
+    that.
+    """
+    if products >= 30:
+        try:
+            pairs = extreme_eigenpairs(H, 2, tol=1e-2, max_products=products, generator=generator)
+            return pairs.vectors, pairs.values.tolist(), ""
+        except RuntimeError:  # not converged
+            pass
+    rows = rademacher(2, H.size(0), like=H.like, generator=generator)
+    for _ in range(min(6, max(2, products // 2))):
+        rows = torch.linalg.qr(H.matvec(rows).mT).Q.mT
+    return [PVector(H.layer_collection, row) for row in rows], (rows * H.matvec(rows)).sum(1).tolist(), "near "
 
 
 @_section

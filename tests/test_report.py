@@ -4,7 +4,6 @@ import base64
 import re
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -106,14 +105,13 @@ def test_what_does_not_apply_is_said(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-def test_a_large_net_keeps_to_its_time(tmp_path):
+def test_a_large_net_is_looked_at_on_few_examples(tmp_path):
     torch.manual_seed(0)
     model = zoo.resnet(18, width=0.5).float()
     x, y = torch.randn(64, 3, 32, 32, dtype=torch.float32), torch.randint(10, (64,))
-    began = time.perf_counter()
     page = written(tmp_path / "page.html", model, [(x, y)], seconds=20.0)
-    assert len(page.titles) >= 6
-    assert time.perf_counter() - began < 200
+    assert page.titles == SECTIONS
+    assert "Curvature is that of 8 of the 64" in " ".join(page.text)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
