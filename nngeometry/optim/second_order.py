@@ -252,6 +252,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         return due
 
     @torch.no_grad()
+    @property
+    def needs_closure(self) -> bool:
+        """Whether :meth:`step` needs a closure."""
+        return self.levenberg is not None or self.quadratic
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, with the gradients that the parameters have.
 

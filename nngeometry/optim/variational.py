@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..changes import Borrowed
 from ..layercollection import LayerCollection
 from ..metrics import FIM_MonteCarlo
 from ..object import PMat, PMatDiag, PMatEye, PVector, random_pvector
+from ..posterior import Posterior
 from .draws import Draw, Draws, Gradients, in_draws, valued
 from .layered import LayeredOptimizer, options_for, own_generator
 from .refresh import policy
@@ -185,7 +185,7 @@ class VIOptimizer(LayeredOptimizer):
         risen = 1.0 if self.warmup == 0 else min(1.0, (self._steps + 1) / self.warmup)
         return self.temperature * risen
 
-    def posterior(self) -> Any:
+    def posterior(self) -> Posterior:
         """q as a :class:`~nngeometry.posterior.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
 
         Raises:
@@ -193,15 +193,9 @@ class VIOptimizer(LayeredOptimizer):
         """
         if self.matrix is None:
             raise ValueError("posterior: there was no step yet, so that there is no curvature: train first")
-        try:
-            made = import_module("nngeometry.posterior").Posterior
-        except ModuleNotFoundError:
-            raise NotImplementedError(
-                "posterior: this version has no Posterior: use opt.mean and opt.covariance, or `with opt.sampled():`"
-            ) from None
         tau, n = self.tau, self.num_data
         prior = self._by_layer(lambda group: n * group["damping"] + tau * group["prior_precision"])
-        return made(
+        return Posterior(
             self.model,
             self.matrix,
             self._likelihood,
