@@ -251,12 +251,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._seen = shapes
         return due
 
-    @torch.no_grad()
     @property
     def needs_closure(self) -> bool:
         """Whether :meth:`step` needs a closure."""
         return self.levenberg is not None or self.quadratic
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, with the gradients that the parameters have.
 
