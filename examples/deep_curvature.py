@@ -14,7 +14,6 @@ landscape along eigenvectors, and a report, all in examples/output.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -57,13 +56,11 @@ def cifar(folder: str) -> tuple[Any, Any]:
 
 
 def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name, those that there are."""
-    found: dict[str, torch.optim.Optimizer] = {"SGD": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)}
-    if importlib.util.find_spec("nngeometry.optim") is not None:
-        from nngeometry.optim import SecondOrderOptimizer
-
-        found["K-FAC"] = SecondOrderOptimizer(model, lr=0.01, damping=1e-2, weight_decay=1e-4, clip=1e-2)
-    return found
+    """By name."""
+    return {
+        "SGD": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        "AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }
 
 
 def show(title: str, spectrum: Spectrum) -> None:
