@@ -213,7 +213,7 @@ def example_kernels(
 
 
 #: What Jacobians of examples that are looked at together may take is the memory budget divided by that.
-_SHARE = 16
+_SHARE = 64
 
 
 def summed(model: nn.Module, function: Callable[..., Any] | None, unit: str = "example") -> Callable[..., Tensor]:

@@ -180,6 +180,30 @@ def test_every_representation_is_that_of_its_dense_matrix(representation, per_la
     assert oracle.relative(draws, w + noise @ root) < 1e-10
 
 
+@pytest.mark.parametrize("output", ["diag", "full"])
+@pytest.mark.parametrize("prior", [1e-8, 1.0])
+@pytest.mark.parametrize("rows", ["few", "positions"])
+def test_factors_of_few_inputs(rows, prior, output):
+    """Their eigenvectors do not span the inputs; with a small prior what is outside counts for far more."""
+    torch.manual_seed(0)
+    if rows == "few":
+        model, x = oracle.randomise(nn.Sequential(nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 2))), torch.randn(3, 12)
+    else:
+        layers = nn.Conv1d(6, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)
+        model, x = oracle.randomise(nn.Sequential(*layers)), torch.randn(3, 6, 4)
+    F = FIM(model, (x,), PMatKFAC)
+    assert "LowRank" in repr(F)
+    posterior = Posterior(model, F, num_data=3, prior_precision=prior)
+    precision = 3 * F.to_torch() + prior * torch.eye(F.size(0))
+    for inputs in (x, x + torch.randn_like(x)):
+        J = oracle.jacobian(model, (inputs,))
+        found = posterior.variance(inputs, output)
+        solved = torch.linalg.solve(precision, J.flatten(0, 1).T).T.view_as(J)
+        truth = torch.einsum("cnp,dnp->ncd", J, solved)
+        truth = truth if output == "full" else truth.diagonal(dim1=1, dim2=2)
+        assert oracle.relative(found, truth) < (1e-10 if prior == 1.0 else 1e-5)
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_of_a_matrix_known_by_its_products(per_layer):
     model, x, y = net()

@@ -173,6 +173,13 @@ def _factors(matrix: Any, slab: BatchJacobian) -> Iterator[tuple[LayerJacobian, 
         if basis is not None:
             turned = _rotated(form, basis.transpose())
             yield turned, turned, block.l  # type: ignore[attr-defined]
+        elif _spans_rows(part, layer, form):
+            right = block.basis.right  # type: ignore[attr-defined]
+            inside = _rotated(form, block.basis.transpose())  # type: ignore[attr-defined]
+            yield inside, inside, block.l  # type: ignore[attr-defined]
+            # Apart, since what is outside may count for far more than what is inside.
+            outside = form.rotate(None, lambda a, right=right: _outside(_outside(a, right), right))  # type: ignore[misc]
+            yield outside, outside.scale(float(block.rest)), None  # type: ignore[attr-defined]
         elif isinstance(block, Diag) and part.packing.view is None:
             yield form, form, layer.packing.pack(block.d)
         else:
@@ -215,6 +222,19 @@ def _basis(part: Part, layer: Layer, form: LayerJacobian) -> Kron | None:
     if not isinstance(form, Outer | Gather) or part.packing != layer.packing or not isinstance(block, Spectral):
         return None
     return block.basis if isinstance(block.basis, Kron) and block.l.shape == block.shape else None
+
+
+def _spans_rows(part: Part, layer: Layer, form: LayerJacobian) -> bool:
+    """Whether a part is diagonal in a Kronecker basis of all rows and some directions of the columns."""
+    block = part.block
+    if not isinstance(form, Outer) or part.packing != layer.packing or not isinstance(block, Spectral):
+        return False
+    return isinstance(block.basis, Kron) and block.l.shape[:-1] == block.shape[:-1]
+
+
+def _outside(a: Tensor, basis: Block) -> Tensor:
+    """What is orthogonal to the columns of a basis."""
+    return a - basis.mv(basis.transpose().mv(a))
 
 
 def _whole(metric: Block) -> Part:
