@@ -216,7 +216,7 @@ class Accumulator:
             >>> running = Accumulator(FIM, nn.Linear(4, 3), PMatDiag).update((torch.randn(20, 4),))
             >>> ahead = running.ahead().update((torch.randn(10, 4),))
             >>> running.n, running.decay(0.5).take(ahead).n
-            (20, 20.0)
+            (20.0, 20.0)
         """
         made = object.__new__(Accumulator)
         made.__dict__.update(vars(self))
