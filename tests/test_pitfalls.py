@@ -22,6 +22,7 @@ from nngeometry import (
     PMatKFAC,
     PMatMixed,
     PVector,
+    blocks,
     kind,
     memory_budget,
     random_pvector,
@@ -781,3 +782,10 @@ def test_a_representation_is_a_class():
     model, x = mlp(3)
     with pytest.raises(TypeError, match="expected a PMat class"):
         FIM(model, (x,), "KFAC")
+
+
+def test_a_matrix_with_nan_entries_says_so_when_it_is_decomposed():
+    data = torch.eye(3).unsqueeze(0)
+    data[0, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite entries"):
+        blocks.Dense(data).eig()

@@ -84,7 +84,7 @@ class Dense(Block):
             raise NotImplementedError(
                 "the matrix is a product and not symmetric, so it has no eigendecomposition here: use to_torch()"
             )
-        l, q = torch.linalg.eigh(self.data)
+        l, q = _eigh(self.data)
         return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
 
     def eig(self) -> Spectral:
@@ -216,6 +216,20 @@ class Dense(Block):
 
 
 Derived.dense = Dense
+
+
+def _eigh(m: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigendecomposition of symmetric matrices; in double precision where single precision does not converge."""
+    try:
+        l, q = torch.linalg.eigh(m)
+    except torch.linalg.LinAlgError:
+        if not bool(m.isfinite().all()):
+            raise ValueError(
+                "a matrix has NaN or infinite entries, so that it cannot be decomposed: check the parameters (has "
+                "training diverged?) and the data"
+            ) from None
+        l, q = (t.to(m.dtype) for t in torch.linalg.eigh(m.double()))
+    return l, q
 
 
 def _dense_batch(spectral: Spectral) -> Tensor:
