@@ -81,15 +81,17 @@ class LayeredOptimizer(torch.optim.Optimizer):
     def _step_plainly(self) -> None:
         """Step the parameters outside of the collection, with momentum."""
         for group in self.param_groups:
-            if group["name"] is not None:
-                continue
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].get("momentum")
-                m = p.grad.clone() if m is None else group["momentum"] * m + p.grad
-                self.state[p]["momentum"] = m
-                p.add_(m, alpha=-group["lr"])
+            for p in group["params"] if group["name"] is None else ():
+                if p.grad is not None:
+                    self._plain(p, group)
+
+    def _plain(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Step one of them."""
+        assert p.grad is not None
+        m = self.state[p].get("momentum")
+        m = p.grad.clone() if m is None else group["momentum"] * m + p.grad
+        self.state[p]["momentum"] = m
+        p.add_(m, alpha=-group["lr"])
 
     # Flat values
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ..model.evaluator import State
 from ..object import PMat, PMatImplicit, PMatKFAC, PVector
 from .damping import LevenbergMarquardt
 from .last import Last
+from .layered import LayeredOptimizer
 from .quadratic import QuadraticModel
 from .refresh import policy
 from .running import Running
@@ -30,7 +30,7 @@ FORMAT = 1
 _NUMBERS = ("lr", "damping", "momentum", "weight_decay", "l2")
 
 
-class SecondOrderOptimizer(torch.optim.Optimizer):
+class SecondOrderOptimizer(LayeredOptimizer):
     """Gradient steps that are preconditioned by a curvature matrix, in any representation.
 
     With F the running matrix, g the gradient and w the parameters, a step is::
@@ -96,9 +96,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
     Source: Martens and Grosse (2015), 1503.05671; Martens (2014), 1412.1193; Dauphin et al. (2014), 1406.2572.
     """
 
-    #: A GradScaler tells :meth:`step` that it would skip it.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -122,7 +119,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         arguments.model(model)
-        self.model = model
         self.levenberg = damping if isinstance(damping, LevenbergMarquardt) else None
         self.quadratic = isinstance(lr, str)
         if self.quadratic:
@@ -133,7 +129,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "l2": l2,
-            "name": None,
         }
         if arguments.number("decay", decay, least=0.0) > 1:
             raise ValueError(f"decay: what the past counts is between 0 and 1, got {decay}")
@@ -155,7 +150,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if preconditioner is not None and not implicit:
             raise ValueError("preconditioner: is of representation=PMatImplicit: the others are solved with exactly")
         lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
-        self.layer_collection = lc
         held = preconditioner if implicit else representation
         self._running: Running | None = None
         if held is not None:
@@ -177,17 +171,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             self._last = Last(matrix, model, absolute, layer_collection=lc, **own)
         self._implicit = implicit
         self._steps = 0
-        self._told = False
         self._seen: list[tuple[int, ...]] | None = None
-
-        super().__init__(list(_groups(model, lc)), defaults)
-        self._parameters = [p for group in self._layers() for p in group["params"]]
-        self._found = _found(model)
-        self._named = [(name, p.dtype, p.device, p.shape) for name, p in lc.named_parameters(model)]
-        half = self._parameters[0].dtype in (torch.float16, torch.bfloat16)
-        self._dtype = torch.float32 if half else self._parameters[0].dtype
-        #: The momentum of the layers, flat.
-        self._kept: Tensor | None = None
+        super().__init__(model, lc, defaults, {})
 
     # What people look at
 
@@ -281,7 +266,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._check_model("step")
         fresh = self._take_observed()
         w = self._flat(self._parameters)
-        g = self._gradient(w)
+        g = self._penalised(w)
         d = self._solved(g)
         model = self._model(g, fresh)
         lr, previous = self._of_layers("lr"), self._kept
@@ -295,25 +280,16 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._add(s)
         if model is None or closure is None or self.levenberg is None or self._look(closure, loss, w, s, model):
             self._keep(m)
-        for group in self.param_groups:
-            if group["name"] is None:
-                self._step_plainly(group)
+        self._step_plainly()
         self._steps += 1
         return loss
 
     def _skipped(self) -> bool:
-        """Whether a GradScaler has found gradients that are not finite; otherwise they are divided by its scale."""
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is not None and bool(found):
-            for held in (self._running, self._last):
-                if held is not None:
-                    held.drop()
-            return True
-        if scale is not None:
-            for p in self._all():
-                if p.grad is not None:
-                    p.grad.mul_(scale.double().reciprocal().to(p.grad))
-        return False
+        skipped = super()._skipped()
+        for held in (self._running, self._last) if skipped else ():
+            if held is not None:
+                held.drop()
+        return skipped
 
     def _take_observed(self) -> bool:
         """Have what was observed count, and take the blocks into use that are due; whether something was observed."""
@@ -328,25 +304,14 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise ValueError("step: nothing was observed yet: call observe(minibatch) before step()")
         return fresh
 
-    def _gradient(self, w: Tensor) -> Tensor:
+    def _penalised(self, w: Tensor) -> Tensor:
         """The flat gradient, that of the penalty included."""
-        for p in self._parameters:
-            if p.grad is None:
-                name = next(name for name, q in self.model.named_parameters() if q is p)
-                raise ValueError(
-                    f"step: parameter {name!r} has no gradient: call backward() before, or leave its layer out of "
-                    "layer_collection"
-                )
-        g = self._flat([p.grad for p in self._parameters])
-        l2 = self._of_layers("l2")
+        g, l2 = self._gradient(), self._of_layers("l2")
         return g if isinstance(l2, float) and l2 == 0 else g + l2 * w
 
     def _solved(self, g: Tensor) -> Tensor:
         """``(F + damping + l2)^-1 g``."""
-        layers = self._layers()
-        sums = [group["damping"] + group["l2"] for group in layers]
-        same = all(value == sums[0] for value in sums)
-        regul = sums[0] if same else {group["name"]: value for group, value in zip(layers, sums, strict=True)}
+        regul = self._by_layer(lambda group: group["damping"] + group["l2"])
         if not self._implicit:
             assert self._running is not None
             return self._running.solve(g, regul)
@@ -415,72 +380,22 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             for p, grad in kept:
                 p.grad = grad
 
-    # Flat values
-
-    def _layers(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["name"] is not None]
-
-    def _all(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _of_layers(self, name: str) -> float | Tensor:
-        """What the groups of the layers say: one number if it is the same for all, or one for each coordinate."""
-        values = [group[name] for group in self._layers()]
-        if all(value == values[0] for value in values):
-            return float(values[0])
-        sizes = torch.tensor([layer.numel() for layer in self.layer_collection.layers.values()])
-        spread = torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes)
-        return spread.to(self._parameters[0].device, self._dtype)
-
-    def _flat(self, tensors: list[Tensor]) -> Tensor:
-        flat = torch.cat([(t.to_dense() if t.is_sparse else t).reshape(-1) for t in tensors])
-        return flat.to(self._dtype)
-
-    def _pieces(self, flat: Tensor) -> list[Tensor]:
-        """Views of flat values in the shapes of the parameters."""
-        pieces = flat.split([p.numel() for p in self._parameters])
-        return [piece.view(p.shape) for p, piece in zip(self._parameters, pieces, strict=True)]
-
     def _add(self, s: Tensor) -> None:
         torch._foreach_add_(self._parameters, self._pieces(s.to(self._parameters[0].dtype)))
 
     def _with_momentum(self, d: Tensor) -> Tensor:
         return d if self._kept is None else self._of_layers("momentum") * self._kept + d
 
-    def _keep(self, m: Tensor) -> None:
-        """Have a momentum."""
-        self._kept = m
-        for p, piece in zip(self._parameters, self._pieces(m), strict=True):
-            self.state[p]["momentum"] = piece
+    def _plain(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        g = p.grad.to_dense() if p.grad.is_sparse else p.grad
+        d = g + group["l2"] * p if group["l2"] else g
+        m = self.state[p].get("momentum")
+        m = d.clone() if m is None else m.mul_(group["momentum"]).add_(d)
+        self.state[p]["momentum"] = m
+        p.add_(m + group["weight_decay"] * p, alpha=-group["lr"])
 
-    def _step_plainly(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            g = p.grad.to_dense() if p.grad.is_sparse else p.grad
-            d = g + group["l2"] * p if group["l2"] else g
-            m = self.state[p].get("momentum")
-            m = d.clone() if m is None else m.mul_(group["momentum"]).add_(d)
-            self.state[p]["momentum"] = m
-            p.add_(m + group["weight_decay"] * p, alpha=-group["lr"])
-
-    # Groups, and what is kept
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, which are stepped plainly unless they are those of a layer of the collection."""
-        for name in _NUMBERS:
-            if name in param_group or name in self.defaults:
-                arguments.number(name, param_group.get(name, self.defaults.get(name)), least=0.0)
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["name"] is None and not self._told:
-            self._told = True
-            here = {id(p) for p in self.param_groups[-1]["params"]}
-            names = [name for name, p in self.model.named_parameters() if id(p) in here]
-            warnings.warn(
-                "SecondOrderOptimizer: parameters outside of the layer collection are stepped by their gradient alone: "
-                + (", ".join(names) if names else "those of a group that was added"),
-                stacklevel=3,
-            )
+    # What is kept
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values: torch's part, and under "curvature" what was observed, the matrix in
@@ -521,72 +436,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._steps = saved["steps"]
         if self._generator is not None and saved["generator"] is not None:
             self._generator.set_state(saved["generator"].cpu())
-        self._kept = None
-        index = [k for group in state_dict["param_groups"] if group["name"] is not None for k in group["params"]]
-        momenta = [state_dict["state"].get(k, {}).get("momentum") for k in index]  # as saved: torch casts them
-        if all(m is not None for m in momenta):
-            device = self._parameters[0].device
-            self._keep(torch.cat([m.reshape(-1).to(device) for m in momenta]))
-
-    def _check_model(self, what: str) -> None:
-        """Raise ``ValueError`` unless the model is the one that it was."""
-        found = _found(self.model)
-        if len(found) == len(self._found) and all(map(_alike, found, self._found)):
-            return
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        lost = [name for p, (name, *_) in zip(self._parameters, self._named, strict=True) if id(p) not in names]
-        ours = {id(p) for p in self._all()}
-        new = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
-        moved = [
-            name
-            for p, (name, *rest) in zip(self._parameters, self._named, strict=True)
-            if [p.dtype, p.device, p.shape] != rest
-        ]
-        for names_of, problem in (
-            (lost, "is another one now"),
-            (moved, "has another shape, dtype or device now"),
-            (new, "is new"),
-        ):
-            if names_of:
-                raise ValueError(
-                    f"{what}: the model has changed since the optimiser was made: parameter {names_of[0]!r} {problem}: "
-                    "make the optimiser after that, or give it what is new by add_param_group"
-                )
-        self._found = found
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TypeError(
-            "a SecondOrderOptimizer cannot be copied, since it holds its model: make one, and load_state_dict"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a SecondOrderOptimizer cannot be pickled, since it holds its model: save its state_dict()")
+        self._load_momentum(state_dict)
 
 
 def _number(loss: Any) -> float:
     return loss.detach().item() if isinstance(loss, Tensor) else float(loss)
-
-
-def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[0] is b[0] and a[1:] == b[1:]
-
-
-def _found(model: nn.Module) -> list[tuple[Any, ...]]:
-    """The parameters of a model, with what of them must not change."""
-    return [(p, p.dtype, p.device, p.shape) for p in model.parameters()]
-
-
-def _groups(model: nn.Module, layer_collection: LayerCollection) -> Iterator[dict[str, Any]]:
-    """One group for each layer, and one for all other trainable parameters."""
-    parameters = iter(layer_collection.parameters(model))
-    ours: set[int] = set()
-    for name, layer in layer_collection.layers.items():
-        own = [next(parameters) for _ in layer.params]
-        ours.update(map(id, own))
-        yield {"params": own, "name": name}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-    if others:
-        yield {"params": others}
 
 
 def _defaults_of(matrix: Callable[..., Any], model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
