@@ -14,7 +14,15 @@ ROOT = Path(nngeometry.__file__).parent
 #: or file by file where its files are on several floors.
 FLOORS = [
     ["tables", "spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
-    ["model.batch", "model.data", "model.independence", "model.structure", "model.recurrent", "model.weights"],
+    [
+        "model.batch",
+        "model.data",
+        "model.independence",
+        "model.operations_apart",
+        "model.structure",
+        "model.recurrent",
+        "model.weights",
+    ],
     ["model.batch_statistics"],
     ["identity", "team", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
     ["linalg", "likelihood", "losses"],

@@ -30,6 +30,7 @@ from .evaluator import (
 )
 from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
+from .operations_apart import recorded_apart
 from .recording import Call, Layout
 from .refused import EXCLUDE, Refused, named
 from .structure import Structure
@@ -170,7 +171,8 @@ class Probed(Recorded):
         """
         f, calls = self._forward(sites, batch, plan)
         like = len(f), plan.axes
-        if plan.looked and len(f) > _PROBED and calls and like not in self._apart:
+        new = plan.looked and len(f) > _PROBED and calls and like not in self._apart
+        if new and not (_rows_are_examples(plan) and recorded_apart(f, len(f))):
             s, weights = _generic_cotangent(f), powers(f)
             edges = [e for c in calls for e in c.edges]
             with self._back(calls, self.within(batch)), operations_named():
@@ -179,6 +181,7 @@ class Probed(Recorded):
                     for one in (s, weighted(s, weights))
                 )
             check_apart(calls, plan.layouts, grads, others, weights)
+        if new:
             self._apart.add(like)
         return f, calls
 
@@ -321,6 +324,15 @@ class Probed(Recorded):
                     "a cached or stored tensor), or what it returns for one example alone differs",
                     EXCLUDE,
                 )
+
+
+def _rows_are_examples(plan: Plan) -> bool:
+    """Whether examples are along the first axis of all outputs of calls that are used."""
+    return all(
+        layout.expand is None and not any(axis for axis, used in zip(layout.outputs, layout.used, strict=True) if used)
+        for layout in plan.layouts
+        if layout is not None
+    )
 
 
 def _generic_cotangent(f: Tensor) -> Tensor:
