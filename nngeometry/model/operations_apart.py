@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What a node of the graph was computed from: another node (None if nothing is differentiated) and which of its outputs.
+#: What a node was computed from: another node, None if nothing is differentiated, and which of its outputs.
 _From = tuple[Any, int]
 #: From a node and the shape of what it computed to those of its inputs that have the same rows, the examples' one after
 #: the other; the others have none of an example. None if rows need not be apart.
@@ -58,31 +58,15 @@ def _shape(one: _From) -> torch.Size:
 
 
 #: How parameters may be seen.
-_VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "T",
-        "Transpose",
-        "Permute",
-        "View",
-        "UnsafeView",
-        "ReshapeAlias",
-        "Unsqueeze",
-        "Expand",
-        "Clone",
-        "Slice",
-        "Select",
-        "Split",
-        "Unbind",
-    )
-)
+_VIEWS = "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Expand Clone Slice Select Split Unbind"
+_NAMES_OF_VIEWS = frozenset(f"{name}Backward0" for name in _VIEWS.split())
 
 
 def _of_parameters(one: _From) -> bool:
     """Whether it is a leaf, or a view of one: nothing that was computed of examples."""
     node, _ = one
     while not _is_leaf(node):
-        if node.name() not in _VIEWS:
+        if node.name() not in _NAMES_OF_VIEWS:
             return False
         node, _ = node.next_functions[0]
     return True
