@@ -367,6 +367,25 @@ def _nothing() -> None:
     pass
 
 
+#: Torch tells of it since 2.7.
+_hooks_on_saved: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def hooks_on_saved() -> Any:
+    """The innermost hooks on what is saved for backward, None if there are none. Where torch does not tell they are
+    those of activation checkpoints alone, and each is known by its frame.
+    """
+    return _hooks_on_saved(False) if _hooks_on_saved is not None else _frame_of_checkpoint()
+
+
+def _frame_of_checkpoint() -> FrameType | None:
+    """The innermost frame of torch.utils.checkpoint in which something runs."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame
+
+
 def modes_kept() -> Callable[[], Any]:
     """A change that makes none: the modes of torch are taken back that somebody else's context leaves on, interrupted
     where it was not safe.
@@ -382,7 +401,7 @@ def modes_kept() -> Callable[[], Any]:
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > dispatchers:
             _python_dispatch._pop_mode()
-        while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None and top != saving:
+        while _hooks_on_saved is not None and (top := _hooks_on_saved(False)) is not None and top != saving:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         torch._C._set_grad_enabled(grad)
 
@@ -395,7 +414,7 @@ def _modes() -> tuple[Any, ...]:
         torch._C._functorch.get_dynamic_layer_stack_depth(),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        hooks_on_saved(),
     )
 
 

@@ -51,7 +51,7 @@ from nngeometry import (
     PVector,
     linalg,
 )
-from nngeometry.changes import _one_at_a_time
+from nngeometry.changes import _one_at_a_time, hooks_on_saved
 from nngeometry.hierarchy import ggn_by_class
 from nngeometry.spectrum import extreme_eigenpairs, layer_spectra, spectral_density
 
@@ -154,7 +154,7 @@ def of_process() -> dict[str, Any]:
         "levels of torch.func": c._functorch.get_dynamic_layer_stack_depth(),
         "in place in torch.func": c._functorch.get_inplace_requires_grad_allowed(),
         "functions in torch.func": c._functorch.get_single_level_autograd_function_allowed(),
-        "hooks on what is saved": c._autograd._top_saved_tensors_default_hooks(False),
+        "hooks on what is saved": hooks_on_saved(),
         "hooks on all modules": [
             list(hooks)
             for name, hooks in sorted(vars(modules_of_torch).items())

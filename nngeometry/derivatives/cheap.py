@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..changes import hooks_on_saved
 from .composites import COMPOSITES, normalised
 from .operations import OPERATIONS, Maybe, Operation
 
@@ -66,7 +67,7 @@ def _hooked() -> bool:
     """Whether what is saved for backward goes through hooks, as inside of activation checkpoints: they run operations
     again, outside of any mode, and want the same tensors saved.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return hooks_on_saved() is not None
 
 
 def _plain(one: Tensor) -> bool:
