@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types docs examples bench bench-small fuzz check clean
+.PHONY: demo test lint types docs examples package bench bench-small fuzz check clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +45,15 @@ examples: $(READY)
 	$(BIN)/python examples/pruning.py --small
 	$(BIN)/python examples/active_learning.py --small
 
+# What would be uploaded, checked, and the wheel tried in an environment that has nothing else.
+package: $(READY)
+	rm -rf dist .wheel
+	$(BIN)/python -m build -q --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	.wheel/bin/python -I .ci/first_lines.py README.md
+
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
@@ -69,4 +78,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .bench .fuzz build dist *.egg-info docs/_build examples/output
+	rm -rf $(VENV) .bench .fuzz .wheel build dist *.egg-info docs/_build examples/output
