@@ -316,6 +316,27 @@ def other_tensors(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Change:
     return change
 
 
+_set_versions: Any = torch._C._autograd._unsafe_set_version_counter
+
+
+def _set_version(t: Tensor, version: int) -> None:
+    if _SEVERAL_VERSIONS:
+        _set_versions((t,), (version,))
+    else:
+        _set_versions(t, version)
+
+
+def _sets_several_versions() -> bool:
+    """Whether torch sets those of several tensors at once, as it does since 2.7."""
+    try:
+        _set_versions((), ())
+    except TypeError:
+        return False
+    return True
+
+
+_SEVERAL_VERSIONS = _sets_several_versions()
+
 #: Counts up what are versions of no tensor, which grow by one with each operation in place.
 _visits = itertools.count()
 
@@ -334,7 +355,7 @@ def other_values(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Change:
 
         def put(t: Tensor, data: Tensor, version: int) -> None:
             t.data = data
-            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
+            _set_version(t, version)
 
         def undo() -> None:
             for entry in before:

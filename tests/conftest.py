@@ -75,3 +75,20 @@ def _float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+#: What is a part of the name of tests that a release of torch before 2.7 cannot pass, and why.
+BEFORE_2_7 = {
+    "instancenorm2d": "instance norm in eval mode writes its running statistics back, and is refused as a model that "
+    "changes its buffers",
+    "test_pooling_minibatches_and_several_vectors": "grid_sample has no second derivative",
+    "test_a_module_raises[checkpoints": "an exception in a checkpoint that runs again is replaced by torch's own",
+}
+
+
+def pytest_collection_modifyitems(items):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        for item in items:
+            for name, reason in BEFORE_2_7.items():
+                if name in item.name:
+                    item.add_marker(pytest.mark.skip(reason=f"torch before 2.7: {reason}"))

@@ -29,7 +29,9 @@ APART = {
     "mean": lambda x: x.mean(-1).mean(-1),
     "maximum": lambda x: x.amax(1) + x.max(1).values,
     "flatten": lambda x: x.flatten(1).flatten(0).view(len(x), -1),
-    "pieces": lambda x: sum(x.chunk(2, -1)) + torch.stack(x.unbind(1)[:2], 2).unsqueeze(1)[:, :, 0, :1],
+    "pieces": lambda x: (
+        sum(x.chunk(2, -1)) + torch.stack(x.unbind(1)[:2], 2).unsqueeze(1).select(2, 0).narrow(-1, 0, 1)
+    ),
     "permuted": lambda x: x.permute(0, 2, 1).squeeze(1).flip(1).cumsum(-1).roll(1, 2),
     "padded": lambda x: F.pad(x, (1, 1, 0, 2)),
     "gated": lambda x: F.glu(F.gelu(x) * torch.sigmoid(x), -1),
