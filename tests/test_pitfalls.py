@@ -331,7 +331,10 @@ def test_layers_without_kronecker_form_have_their_exact_block_or_say_so():
         memory_budget(1000),
         pytest.raises(MemoryError, match=r"'attention' \(MultiheadAttention\) has no Kronecker form.*PMatMixed"),
     ):
-        FIM(model, batch, PMatKFAC)
+        FIM(model, batch, PMatKFAC, dense="attention")
+    with memory_budget(1000):
+        assert "attention  Kron(" in repr(FIM(model, batch, PMatKFAC))
+        assert "approximate: axes" in repr(FIM(model, batch, PMatKFAC))
     FIM(model, batch, PMatMixed.of(PMatKFAC, {nn.MultiheadAttention: PMatDiag}))
     with pytest.raises(KeyError, match="selects no layer"):
         FIM(model, batch, PMatMixed.of(PMatKFAC, {nn.Conv2d: PMatDiag}))

@@ -4,7 +4,7 @@ from .base import Block
 from .composite import Compression, Product, Sum, add, matmul
 from .dense import Dense
 from .direct import DirectSum, Part
-from .kron import Kron
+from .kron import AxisKron, Kron
 from .lowrank import LowRank
 from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
@@ -13,6 +13,7 @@ from .solver import Solver
 from .spectral import Diag, Eye, Spectral
 
 __all__ = [
+    "AxisKron",
     "Block",
     "Compression",
     "Dense",

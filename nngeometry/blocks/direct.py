@@ -75,6 +75,20 @@ class DirectSum(Block):
     def _each(self, fn: Callable[[Block], Block]) -> DirectSum:
         return DirectSum(tuple(part.with_block(fn(part.block)) for part in self.parts))
 
+    def flattened(self) -> tuple[Part, ...]:
+        """The parts, with those of parts that are direct sums themselves in their place."""
+        parts: list[Part] = []
+        for part in self.parts:
+            inner = part.block
+            if not isinstance(inner, DirectSum) or part.packing.view is not None or len(part.slices) > 1:
+                parts.append(part)
+                continue
+            ((first, _),) = part.slices
+            for one in inner.flattened():
+                slices = tuple((first + a, first + b) for a, b in one.slices)
+                parts.append(Part(slices, one.packing, one.block))
+        return tuple(parts)
+
     def join(self, fn: Callable[[Part], Tensor]) -> Tensor:
         """Flat vectors from one vector for each part.
 
@@ -112,7 +126,7 @@ class DirectSum(Block):
         return torch.cat([part.block.eigenvalues() for part in self.parts])
 
     def top(self, k: int | None) -> tuple[Tensor, Tensor]:
-        spectral = [part.with_block(part.block.eig()) for part in self.parts]
+        spectral = [part.with_block(part.block.eig()) for part in self.flattened()]
         lengths = [_spectral(part.block).l.numel() for part in spectral]
         rest = [_spectral(p.block).rest.reshape(1) for p, n in zip(spectral, lengths, strict=True) if n < p.block.numel]
         l, order = torch.cat([_spectral(part.block).l.flatten() for part in spectral]).sort(descending=True)

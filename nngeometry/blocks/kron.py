@@ -169,3 +169,11 @@ def _spectral(block: Block) -> Spectral:
     found = block.eig()
     assert isinstance(found, Spectral), type(block)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class AxisKron(Kron):
+    """A Kronecker product that stands for a matrix of which only the moments along each axis are known, and says so."""
+
+    def describe(self) -> str:
+        return f"{super().describe()}, approximate: axes"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import forms
-from ..blocks import Block, Dense, Diag, Eye, Kron, LowRank, QuasiDiag, Spectral
+from ..blocks import AxisKron, Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..estimation import Contracted, Estimator, Refinement, Rows, Samples, State, merge
 from ..forms import LayerJacobian
 from ..kinds import Packing
 from ..layercollection import Layer
-from ..memory import chunk_length, require
+from ..memory import budget, chunk_length, require
 
 
 def _flat(layers: Sequence[Layer]) -> Packing:
@@ -147,13 +147,121 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
             js[0].dtype.itemsize * p * p,
             f"{representation}: layer {layer.name!r} ({layer.kind_name}) has no Kronecker form, and its exact block of "
             f"{p} parameters",
-            "give that layer another representation with PMatMixed.of, e.g. PMatDiag, or leave it out of the layer "
-            "collection",
+            "leave dense= out, by which it has a Kronecker product over the axes of each parameter, or give it another "
+            "representation with PMatMixed.of, e.g. PMatDiag",
             js[0].device,
         )
         return exact.observe(js, n)
 
     return replace(exact, observe=observe)
+
+
+def block_or_axes(layer: Layer) -> Estimator:
+    """The exact dense block of a layer that has no Kronecker form, if it fits the memory budget; a Kronecker product
+    over the axes of each parameter otherwise (:func:`axes`).
+
+    Args:
+        layer: The layer.
+    """
+    exact, by_axes, p = dense([layer]), axes(layer), layer.numel()
+
+    def fits(j: LayerJacobian) -> bool:
+        return j.dtype.itemsize * p * p <= budget(j.device)
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        return (exact if fits(js[0]) else by_axes).observe(js, n)
+
+    def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
+        if _is_exact(state):
+            assert exact.add is not None
+            return exact.add(state, js, n)
+        return by_axes.merged(state, by_axes.observe(js, n))
+
+    def finish(state: State, n: float) -> Block:
+        return (exact if _is_exact(state) else by_axes).finish(state, n)
+
+    def centre(block: Block, mean: Tensor) -> Block:
+        if isinstance(block, Dense) and exact.centre is not None:
+            return exact.centre(block, mean)
+        raise NotImplementedError(
+            f"layer {layer.name!r} ({layer.kind_name}): a centred covariance has no Kronecker factors, and its exact "
+            "block does not fit the memory budget: use PMatDiag for it, or EmpiricalFisher, which is not centred"
+        )
+
+    def merged(a: State, b: State) -> State:
+        if _is_exact(a) != _is_exact(b):
+            raise ValueError(
+                f"layer {layer.name!r} ({layer.kind_name}): one of the two has its exact block and the other one a "
+                "Kronecker product over axes: estimate both under the same nngeometry.memory_budget"
+            )
+        return (exact if _is_exact(a) else by_axes).merged(a, b)
+
+    return Estimator((layer,), exact.packing, observe, finish, centre, add=add, merge=merged)
+
+
+def _is_exact(state: State) -> bool:
+    """Whether the statistic of :func:`block_or_axes` is that of an exact block."""
+    return len(state) == 1
+
+
+def axes(layer: Layer) -> Estimator:
+    """A Kronecker product over the last two axes of each parameter of a layer, one for each index in front of them: the
+    second moments of the rows and of the columns of its exact Jacobian, such that the trace is exact. Different
+    parameters are independent. A factor that does not fit the memory is diagonal.
+
+    Args:
+        layer: The layer.
+    """
+    shapes = [_rows_and_columns(shape) for _, shape in layer.params]
+    sizes = [prod(shape) for shape in shapes]
+
+    def moments(j: Tensor) -> list[Tensor]:
+        found = []
+        for piece, shape in zip(layer.packing.unpack(j).flatten(0, 1).split(sizes, 1), shapes, strict=True):
+            x = piece.view(-1, *shape).transpose(0, 1)  # (G, n, rows, columns)
+            for y in (x.transpose(2, 3), x):
+                y = y.flatten(1, 2)
+                full = _fits(y.shape[0] * y.shape[2] ** 2 * y.dtype.itemsize, y.device)
+                found.append(y.mT @ y if full else y.square().sum(1))
+        return found
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        total: State | None = None
+        for _, _, piece in js[0].tiles():
+            found = tuple(moments(piece.dense()))
+            total = found if total is None else merge(total, found)
+        assert total is not None
+        return total
+
+    def finish(state: State, n: float) -> Block:
+        parts, start = [], 0
+        for k, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+            rows, columns = state[2 * k : 2 * k + 2]
+            traces = (rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)).sum(1)
+            share = torch.where(traces > 0, 1 / traces, 0).view(-1, *[1] * (columns.ndim - 1))
+            block = AxisKron(_factor(rows.div_(n)), _factor(columns.mul_(share)))
+            packing = Packing.matrix(shape, (0, 1, 2), shape[:2], bias=False)
+            parts.append(Part(((start, start + size),), packing, block))
+            start += size
+        return DirectSum(tuple(parts))
+
+    return Estimator((layer,), _flat([layer]), observe, finish)
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many matrices a parameter is seen as, of how many rows and columns; axes of length one are none."""
+    axes = (1, *(a for a in shape if a != 1))
+    axes = axes if len(axes) > 2 else (*axes, *[1] * (3 - len(axes)))
+    return prod(axes[:-2]), axes[-2], axes[-1]
+
+
+def _fits(nbytes: int, device: torch.device) -> bool:
+    """Whether a factor of so many bytes may be dense."""
+    return 4 * nbytes <= budget(device)
+
+
+def _factor(moment: Tensor) -> Block:
+    return Diag(moment) if moment.ndim == 2 else Dense(moment)
 
 
 def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:

@@ -118,10 +118,16 @@ class PMatKFAC(PMat):
 
     The groups of a convolution have a product each. A of few inputs, fewer than half of its columns, is held by these.
     A layer without Kronecker form (normalisation, attention, bare parameters, ...) has its exact dense block, if it
-    fits the memory budget; ``repr`` shows which.
+    fits the memory budget, and otherwise a Kronecker product over the axes of each parameter, of the moments of its
+    exact Jacobian along them; ``repr`` shows which, the latter as "approximate: axes".
 
     Args:
         sharing: How positions (tokens, pixels) that share a weight are treated, "expand" (the default) or "reduce".
+        dense: Whether layers without Kronecker form must have their exact block: True for all, or selectors of layers
+            (as of :meth:`LayerCollection.select`) for some. By default where it fits.
+
+    Raises:
+        MemoryError: If the block of one that must does not fit the memory budget.
 
     Example:
         >>> from nngeometry import FIM
@@ -139,11 +145,10 @@ class PMatKFAC(PMat):
     _tensors = tensors.KFAC
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
-        reduce = _reduce(sharing)
+    def plan(cls, layers: Sequence[Layer], sharing: str = "expand", dense: Any = False) -> list[Estimator]:
+        reduce, exact = _reduce(sharing), _exact(layers, dense)
         return [
-            estimators.kron(layer, reduce) if layer.kronecker else estimators.exact_block(layer, cls.__name__)
-            for layer in layers
+            estimators.kron(layer, reduce) if layer.kronecker else _unfactored(layer, cls, exact) for layer in layers
         ]
 
     def inv(self, regul: RegulLike = 1e-8, use_pi: bool | None = None) -> PMat:
@@ -162,6 +167,7 @@ class PMatEKFAC(PMat):
 
     Args:
         sharing: As in :class:`PMatKFAC`, for the basis.
+        dense: As in :class:`PMatKFAC`.
 
     Example:
         >>> from nngeometry import FIM, PMatDense
@@ -177,10 +183,10 @@ class PMatEKFAC(PMat):
     _tensors = tensors.EKFAC
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer], sharing: str = "expand") -> list[Estimator]:
-        reduce = _reduce(sharing)
+    def plan(cls, layers: Sequence[Layer], sharing: str = "expand", dense: Any = False) -> list[Estimator]:
+        reduce, exact = _reduce(sharing), _exact(layers, dense)
         return [
-            estimators.ekfac(layer, reduce) if cls.factored(layer) else estimators.exact_block(layer, cls.__name__)
+            estimators.ekfac(layer, reduce) if cls.factored(layer) else _unfactored(layer, cls, exact)
             for layer in layers
         ]
 
@@ -220,7 +226,7 @@ class PMatEKFAC(PMat):
             [
                 estimators.second_moments(layer, part.block.basis, elsewhere=True)
                 if self.factored(layer)
-                else estimators.dense([layer])
+                else estimators.block_or_axes(layer)
                 for layer, part in zip(layers, old, strict=True)
             ],
         )
@@ -600,6 +606,21 @@ def _direct(side_by_side: Sequence[Block]) -> blocks.DirectSum:
         parts.append(blocks.Part(((start, start + block.numel),), Packing.flat(block.numel), block))
         start += block.numel
     return blocks.DirectSum(tuple(parts))
+
+
+def _exact(layers: Sequence[Layer], dense: Any) -> set[str]:
+    """The names of the layers that must have their exact block."""
+    if isinstance(dense, bool):
+        return {layer.name for layer in layers} if dense else set()
+    selectors = [dense] if isinstance(dense, str | type) or callable(dense) else list(dense)
+    return set(LayerCollection({layer.name: layer for layer in layers}).select(*selectors).layers)
+
+
+def _unfactored(layer: Layer, representation: type[PMat], exact: set[str]) -> Estimator:
+    """How a layer without Kronecker form is estimated."""
+    if layer.name in exact:
+        return estimators.exact_block(layer, representation.__name__)
+    return estimators.block_or_axes(layer)
 
 
 def _reduce(sharing: str) -> bool:
