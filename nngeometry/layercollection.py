@@ -513,6 +513,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
         if kind.whole:
             inside = (*inside, name + "." if name else "")
             params = dict(module.named_parameters(remove_duplicate=False))
+            kind = serving(kind, params)
         else:
             params = own_parameters(module)
             if any(isinstance(child, _LISTS) for child in module._modules.values()):

@@ -221,16 +221,10 @@ class DirectSum(Block):
     def state(self) -> dict[str, Any]:
         parts = []
         for part in self.parts:
-            packing = part.packing
             parts.append(
                 {
                     "slices": [list(pair) for pair in part.slices],
-                    "packing": [
-                        list(packing.shape),
-                        packing.view and list(packing.view),
-                        list(packing.perm),
-                        packing.bias,
-                    ],
+                    "packing": part.packing.state(),
                     "block": part.block.state(),
                 }
             )
@@ -240,10 +234,8 @@ class DirectSum(Block):
     def _rebuild(cls, state: dict[str, Any]) -> DirectSum:
         parts = []
         for part in state["parts"]:
-            shape, view, perm, bias = part["packing"]
-            packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
             slices = tuple((a, b) for a, b in part["slices"])
-            parts.append(Part(slices, packing, Block.from_state(part["block"])))
+            parts.append(Part(slices, Packing.from_state(part["packing"]), Block.from_state(part["block"])))
         return cls(tuple(parts))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-
 #: A sixth in single precision, with which torch's own backward of hardsigmoid multiplies in any.
 _SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))
 

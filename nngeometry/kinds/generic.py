@@ -20,7 +20,7 @@ from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
-whole(nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+whole(nn.LSTM, nn.GRU, nn.RNN)
 _NO_VMAP = (nn.RNNBase, nn.RNNCellBase)
 #: Arguments that are not taken apart, but for objects that may hold tensors of all examples.
 _PLAIN = (Tensor, str, bool, int, float, complex, type(None), torch.dtype, torch.device)

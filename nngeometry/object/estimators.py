@@ -277,10 +277,11 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         (j,) = js
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
-                f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch" and '
-                'of loss=OwnLoss() never do, so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or '
-                "the loss as a function of the output); otherwise the layer collection is of another model, so build "
-                "it with LayerCollection.from_model(model)"
+                f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
+                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, so use "
+                'PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a function of the '
+                "output); otherwise the layer collection is of another model, so build it with "
+                "LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None

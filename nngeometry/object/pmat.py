@@ -620,12 +620,7 @@ class PMat(VectorSpace):
             {
                 "name": layer.name,
                 "params": [[k, list(shape)] for k, shape in layer.params],
-                "packing": [
-                    list(layer.packing.shape),
-                    None if layer.packing.view is None else list(layer.packing.view),
-                    list(layer.packing.perm),
-                    layer.packing.bias,
-                ],
+                "packing": layer.packing.state(),
                 "kronecker": layer.kronecker,
             }
             for layer in self.layer_collection.layers.values()
@@ -643,8 +638,7 @@ class PMat(VectorSpace):
         try:
             layers = {}
             for entry in saved["layers"]:
-                shape, view, perm, bias = entry["packing"]
-                packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+                packing = Packing.from_state(entry["packing"])
                 params = tuple((k, tuple(size)) for k, size in entry["params"])
                 layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
             found: PMat = CLASSES.find(saved["class"])._of_blocks(
