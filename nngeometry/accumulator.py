@@ -224,17 +224,22 @@ class Accumulator:
         return made
 
     def take(self, ahead: Accumulator) -> Self:
-        """Add what one that went :meth:`ahead` of this one has seen. It is used up.
+        """Add what one that went :meth:`ahead` of this one has seen. It is used up: it has seen nothing then, and is
+        ahead of this one anew.
+
+        Args:
+            ahead: The other one.
 
         Returns:
             The accumulator.
 
         Raises:
-            ValueError: If it is of another accumulator.
+            ValueError: If it is of another accumulator; or of PMatEKFAC, in another basis.
         """
-        if ahead._estimation.source is not self._estimation.source:
+        if ahead is self or ahead._estimation.source is not self._estimation.source:
             raise ValueError("take: the other accumulator did not go ahead of this one: use merge")
         self._estimation.take(ahead._estimation)
+        ahead._estimation = self._estimation.ahead()
         return self
 
     def merge(self, other: Accumulator) -> Self:
@@ -290,8 +295,17 @@ class Accumulator:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Accumulator:
         """A new accumulator that has seen the same, with its sums on another device or in another dtype, where those of
         later updates are brought. The model stays where it is.
+
+        Args:
+            device: Where, by default where they are.
+            dtype: Of floating point, by default as it is.
+
+        Returns:
+            The other accumulator.
         """
         arguments.device(device)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"to: dtype={dtype}: the sums are real numbers: pass torch.float32 or torch.float64")
         return self._moved(lambda t: t.to(device, dtype if t.is_floating_point() else None, copy=True))
 
     def state_dict(self) -> dict[str, Any]:

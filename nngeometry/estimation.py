@@ -444,8 +444,9 @@ class OfJacobians(Estimation):
         for e in self.estimators:
             if source.centred and e.centre is None:
                 raise NotImplementedError(
-                    f"layer {e.layers[0].name!r}: this representation does not say how its block is centred, which a "
-                    "covariance is: use another one, or EmpiricalFisher, which is not centred"
+                    f"layer {e.layers[0].name!r}: this representation does not say how its block is centred (a centred "
+                    "covariance has no Kronecker factors; use PMatEKFAC, which is its exact diagonal in the Kronecker "
+                    "eigenbasis, or EmpiricalFisher, which is not centred)"
                 )
         self.sums = Sums.nothing(len(self.estimators))
         #: Of the blocks that are refined.
@@ -454,10 +455,10 @@ class OfJacobians(Estimation):
 
     @property
     def seen(self) -> float:  # type: ignore[override]
-        return self.sums.seen
+        return self.sums.count
 
     def update(self, examples: Any, last: bool = False) -> None:
-        first_time = self.sums.seen == 0 and not self.refinements
+        first_time = self.seen == 0 and not self.refinements
         new = Sums.nothing(len(self.estimators))
         refinements = dict(self.refinements)
         if first_time and (again := [k for k, e in enumerate(self.estimators) if e.refine is not None]):
@@ -476,7 +477,7 @@ class OfJacobians(Estimation):
     def include(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
         """Add what was seen. position: the one of what comes next."""
         self.refinements = refinements
-        self.sums = new if self.sums.seen == 0 else self._joined(self.sums, new)
+        self.sums = new if self.seen == 0 else self._joined(self.sums, new)
         self.position = position
 
     def replace(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
@@ -534,7 +535,8 @@ class OfJacobians(Estimation):
         return self.estimators[k].finish(state if last else mapped(state, Tensor.clone), self._count(sums))
 
     def _count(self, sums: Sums) -> float:
-        return counted(sums.weight) if self.source.mean else 1.0
+        """What the statistics are divided by: their scale divides out of a mean."""
+        return counted(sums.weight) if self.source.mean else 1 / sums.scale
 
     def root(self, last: bool = False) -> Block:
         return DirectSum(tuple(self.part(k, last) for k in range(len(self.estimators))))
@@ -553,6 +555,9 @@ class OfJacobians(Estimation):
             block = final.finish(state if last else mapped(state, Tensor.clone), n)
             if last:
                 sums.states[k] = None
+            elif k in self.refinements:  # the basis stays where the model is
+                like = sums.like
+                block = block.map(lambda t: t.to(like.device, like.dtype))
             if self.source.centred:
                 assert final.centre is not None
                 mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
@@ -582,25 +587,29 @@ class OfJacobians(Estimation):
         return made
 
     def take(self, ahead: OfJacobians) -> None:
-        if ahead.sums.seen:
+        if ahead.seen:
+            self._require_same_bases(ahead)
             uninterrupted(self.include, ahead.sums, self.refinements or ahead.refinements, ahead.position)
 
     def decay(self, weight: float) -> None:
         uninterrupted(self.sums.decay, weight)
 
     def absorb(self, other: OfJacobians) -> None:
-        if other.sums.seen == 0:
+        if other.seen == 0:
             return
+        self._require_same_bases(other)
+        uninterrupted(
+            self.include, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position
+        )
+
+    def _require_same_bases(self, other: OfJacobians) -> None:
         for k, mine in self.refinements.items():
             if not _same_block(mine.basis, other.refinements[k].basis):
                 raise ValueError(
                     f"layer {self.estimators[k].layers[0].name!r}: the two have second moments in different bases, so "
                     "they have no exact sum: call b.rebase(a) first, which carries those of b over to the basis of a, "
-                    "approximately, or begin b from a state of a"
+                    "approximately, or begin b with it, as a.ahead() does"
                 )
-        uninterrupted(
-            self.include, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position
-        )
 
     def rebase(self, other: OfJacobians | None = None) -> None:
         """Refine in the eigenbasis of all that was seen from now on, or in the basis of another one. The second moments
@@ -608,11 +617,14 @@ class OfJacobians(Estimation):
         """
         if not any(e.refine for e in self.estimators):
             raise ValueError("rebase: this representation has no basis of its own: only PMatEKFAC and mixtures with it")
-        refinements, refined = dict(self.refinements), dict(self.sums.refined)
-        for k, old in self.refinements.items():
-            refinements[k] = self.refined(k, self.sums) if other is None else other.refinements[k]
+        if other is not None and not other.refinements:
+            raise ValueError("rebase: the other accumulator has no basis yet: call update(loader) on it first")
+        refinements, refined = dict(self.refinements if other is None else other.refinements), dict(self.sums.refined)
+        for k, state in self.sums.refined.items():
+            if other is None:
+                refinements[k] = self.refined(k, self.sums)
             with no_grad():
-                refined[k] = refinements[k].carried(old.basis, refined[k])
+                refined[k] = refinements[k].carried(self.refinements[k].basis, state)
         uninterrupted(self._rebased, refinements, refined)
 
     def _rebased(self, refinements: dict[int, Refinement], refined: dict[int, State]) -> None:
@@ -620,7 +632,8 @@ class OfJacobians(Estimation):
 
     def _joined(self, a: Sums, b: Sums) -> Sums:
         """What two have seen; a is written into."""
-        b = b.mapped(lambda t: t.to(a.like.device, a.like.dtype) if t.is_floating_point() else t)
+        like, a = a.like, a.settled()
+        b = b.mapped(lambda t: t.to(like.device, like.dtype) if t.is_floating_point() else t).settled()
         states = [
             e.merged(x, y) if x is not None and y is not None else x
             for e, x, y in zip(self.estimators, a.states, b.states, strict=True)
@@ -654,7 +667,8 @@ class OfJacobians(Estimation):
 @dataclass
 class Sums:
     """What was seen: the statistics of the blocks, those in a basis, the sum of the Jacobians of each layer where the
-    matrix is centred, what divides them and the number of examples.
+    matrix is centred, what divides them and the number of examples. All of it counts ``scale`` times, which is kept
+    apart so that a mean stays what it is, in any precision, however often it is decayed.
     """
 
     states: list[State | None]
@@ -662,6 +676,7 @@ class Sums:
     means: dict[str, Tensor]
     weight: float
     seen: float
+    scale: float = 1.0
 
     @classmethod
     def nothing(cls, blocks: int) -> Sums:
@@ -681,14 +696,28 @@ class Sums:
             {name: fn(mean) for name, mean in self.means.items()},
             self.weight,
             self.seen,
+            self.scale,
         )
 
+    @property
+    def count(self) -> float:
+        """How many examples were seen, those of the past for less."""
+        return self.scale * self.seen
+
     def decay(self, c: float) -> None:
-        self.states = [None if state is None else scaled(state, c) for state in self.states]
-        self.refined = {k: scaled(state, c) for k, state in self.refined.items()}
-        self.means = {name: c * mean for name, mean in self.means.items()}
-        self.weight *= c
-        self.seen *= c
+        self.scale *= c
+
+    def settled(self) -> Sums:
+        """The same with a scale of one; this one is given up."""
+        if (c := self.scale) == 1.0:
+            return self
+        return Sums(
+            [None if state is None else scaled(state, c) for state in self.states],
+            {k: scaled(state, c) for k, state in self.refined.items()},
+            {name: mean.mul_(c) for name, mean in self.means.items()},
+            c * self.weight,
+            c * self.seen,
+        )
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -697,13 +726,14 @@ class Sums:
             "means": self.means,
             "weight": self.weight,
             "seen": self.seen,
+            "scale": self.scale,
         }
 
     @classmethod
     def of_plain(cls, saved: Mapping[str, Any]) -> Sums:
         refined = {k: _of_plain(state) for k, state in saved["refined"].items()}
         states = [_of_plain(state) for state in saved["states"]]
-        return cls(states, refined, saved["means"], saved["weight"], saved["seen"])  # type: ignore[arg-type]
+        return cls(states, refined, *(saved[name] for name in ("means", "weight", "seen", "scale")))  # type: ignore[arg-type]
 
 
 class OfProducts(Estimation):
@@ -787,6 +817,8 @@ class OfProducts(Estimation):
 
 
 def _same_block(one: Block, other: Block) -> bool:
+    if one is other:
+        return True
     a, b = one.tensors(), other.tensors()
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

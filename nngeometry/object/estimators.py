@@ -295,16 +295,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         if isinstance(right, Samples):
             rows = right.rows / count**0.5
             return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
-        a = right.div_(max(count, 1))
+        a = right.div_(count or 1)  # what is left of a decayed count may be less than one
         return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
 
-    def centre(block: Block, mean: Tensor) -> Block:
-        raise NotImplementedError(
-            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its exact "
-            "diagonal in the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
-        )
-
-    return Estimator((layer,), layer.packing, observe, finish, centre)
+    return Estimator((layer,), layer.packing, observe, finish)
 
 
 def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
