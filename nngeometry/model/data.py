@@ -374,7 +374,8 @@ def take(batch: Batch, index: Tensor) -> Batch:
     if not taken and index.tolist() != list(range(n)):
         raise ValueError(
             f"nothing in a minibatch of {n} examples has a row for each of them, so it cannot be taken apart (graphs, "
-            "sets): use Hessian, which needs no single examples, or minibatches of one example and PMatImplicit"
+            'sets): pass unit="minibatch", by which it counts as one example, or use Hessian, which needs no single '
+            "examples, or minibatches of one example and PMatImplicit"
         )
     return replace(batch, content=made, n=len(index)) if isinstance(batch, Minibatch) else made
 
@@ -426,7 +427,8 @@ def settled(batch: Batch, output: Callable[[Batch], Any]) -> Minibatch | None:
             )
     if isinstance(first, _Differs):
         return None
-    those, two, use = f"the {bare.n} examples", "two of them", "Hessian, or minibatches of one and PMatImplicit"
+    those, two = f"the {bare.n} examples", "two of them"
+    use = 'unit="minibatch", or Hessian, or minibatches of one and PMatImplicit'
     if bare.n == 1:
         those, two, use = "the one example", "two copies of it", "PMatImplicit"
     raise ValueError(

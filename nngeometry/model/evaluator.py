@@ -30,6 +30,7 @@ from .batch_statistics import (
     mixing_norms,
     rate_of_dropout,
 )
+from .entries import same_entries
 from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
@@ -259,10 +260,10 @@ class Evaluator:
             return self.function(*arguments)
         if isinstance(arguments[0], Tensor):
             return self.model(arguments[0])
-        raise TypeError(
-            f"minibatches of type {type(arguments[0]).__name__} need function=, "
-            "e.g. function=lambda batch: model(**batch).logits"
-        )
+        first, call = type(arguments[0]).__name__, "batch: model(**batch).logits"
+        if len(arguments) > 1:
+            first, call = f"{first} and more", "*batch: model(batch[0])"
+        raise TypeError(f"minibatches of type {first} need function=, e.g. function=lambda {call}")
 
     def running(self, *changes: Change, record: bool = True) -> Borrowed:
         """What is in force while the model runs: changes, and whether autograd records."""
@@ -530,11 +531,6 @@ def _replaced(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> bool:
     """Whether a module has other buffers than it had."""
     now = module._buffers
     return len(now) != len(buffers) or any(now.get(k, now) is not b for k, b in buffers.items())
-
-
-def same_entries(a: Tensor, b: Tensor) -> bool:
-    """Whether all entries are equal, those that are not numbers included."""
-    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 WRITES = "the model modifies its inputs in place, so a second look at them would differ: clone them"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..changes import alone, other_tensors
+from .entries import stored
 
 WRITES_WEIGHTS = (
     "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "
@@ -129,7 +130,7 @@ class Weights:
     def norm(self) -> float:
         """Of all copies together, by which one sees whether something has written into them."""
         holders = self._theirs if self._inside else self._ours
-        floats = [t.detach() for t in holders if t.is_floating_point()]
+        floats = [e for t in holders for e in stored(t) if e.is_floating_point()]
         return float(nn.utils.get_total_norm(floats)) if floats else 0.0
 
     def check_reached(self, nodes: Iterable[Any], wanted: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:

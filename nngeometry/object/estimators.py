@@ -347,8 +347,9 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
         return Spectral(basis, l, (outside / n).clamp(min=0) / max(1, prod(basis.shape) - l.numel()))
 
     def centre(block: Block, mean: Tensor) -> Block:
-        m = basis.transpose().mv(layer.packing.pack(mean))
-        return Spectral(basis, (block.l - m.square()).clamp(min=0), block.rest)  # type: ignore[attr-defined]
+        assert isinstance(block, Spectral)
+        m = block.basis.transpose().mv(layer.packing.pack(mean))
+        return Spectral(block.basis, (block.l - m.square()).clamp(min=0), block.rest)
 
     return Estimator((layer,), layer.packing, observe, finish, centre, by_example=True)
 
