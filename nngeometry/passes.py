@@ -12,11 +12,12 @@ from . import checkpoint as file
 from .blocks import Block
 from .changes import no_grad, uninterrupted
 from .distributed import Placed, Share
-from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source, Sums
+from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source
 from .identity import checksum
 from .model import data
 from .pooling import joined, merged, outline
 from .reading import Assigned, Reading, Segment
+from .sums import Sums
 from .team import Team
 
 #: What is estimated in a pass, by the number of the block.

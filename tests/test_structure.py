@@ -35,6 +35,7 @@ FLOORS = [
     ["model.layer_jacobians"],
     ["model.probing"],
     ["generator", "minibatchloss"],
+    ["sums"],
     ["estimation"],
     ["pooling", "passes"],
     ["object"],

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import forms
 from ..blocks import AxisKron, Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
-from ..estimation import Contracted, Estimator, Refinement, Rows, Samples, State, merge
+from ..estimation import Estimator, Refinement
 from ..forms import LayerJacobian
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import budget, chunk_length, require
+from ..sums import Contracted, Rows, Samples, State, merge
 
 
 def _flat(layers: Sequence[Layer]) -> Packing:
