@@ -242,7 +242,8 @@ class LossCurvature(Evaluator):
         """The minibatches, each for itself if the model mixes examples."""
 
         def of_two(batch: data.Batch) -> int:
-            return made_of_two(batch) if self._keeps_apart(batch) else 2 * work_array(self.device)
+            some = [data.count(batch) // 2, 0]  # in another order: examples may depend on those before
+            return made_of_two(batch) if self.keeps_apart(batch, some) else 2 * work_array(self.device)
 
         same: set[int] = set()  # how many examples groups had of which the model computes the same as of their parts
         for position, batches in super().joined(examples, of_two):
@@ -264,21 +265,6 @@ class LossCurvature(Evaluator):
             return all(same_up_to_rounding(self.outputs_of(batches[k]).detach(), rows[k], f) for k in (0, -1))
 
         return self.looked(alike)
-
-    def _keeps_apart(self, batch: data.Batch) -> bool:
-        if self.called_apart(batch) is not None:
-            return True
-        some = torch.tensor([data.count(batch) // 2, 0])  # in another order: examples may depend on those before
-
-        def apart() -> bool:
-            f = self.outputs_of(batch).detach()
-            try:
-                g = self.outputs_of(data.take(batch, some)).detach()
-            except Exception:
-                return False
-            return same_up_to_rounding(g, f[some], f)
-
-        return self.looked(apart)
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""

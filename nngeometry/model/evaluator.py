@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -293,19 +293,24 @@ class Evaluator:
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
-        return data.grouped(self.minibatches(examples), most, self._alike_alone)
+        return data.grouped(self.minibatches(examples), most, lambda batch: self.keeps_apart(batch, [0], 2))
 
-    def _alike_alone(self, batch: data.Batch) -> bool:
-        """Whether the model returns the same for an example alone as among others."""
+    def keeps_apart(self, batch: data.Batch, some: Sequence[int], among: int | None = None) -> bool:
+        """Whether the model returns the same for some examples of a minibatch as for these among others.
+
+        some: which examples. among: how many of the first ones the others are, by default all.
+        """
         if self.called_apart(batch) is not None:
             return True
 
         def alike() -> bool:
             try:
-                two, one = (self.outputs_of(data.take(batch, torch.arange(n))).detach() for n in (2, 1))
+                whole = batch if among is None else data.take(batch, torch.arange(among))
+                f = self.outputs_of(whole).detach()
+                g = self.outputs_of(data.take(whole, torch.tensor(some))).detach()
             except Exception:
                 return False
-            return same_up_to_rounding(one, two[:1], two)
+            return same_up_to_rounding(g, f[list(some)], f)
 
         return self.looked(alike)
 

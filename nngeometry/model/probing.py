@@ -58,7 +58,7 @@ class Probed(Recorded):
         #: How many examples minibatches had that were found to keep them apart, with the axes of their tensors.
         self._apart: set[tuple[int, tuple[int, ...]]] = set()
 
-    def plan(self, batch: data.Batch) -> Plan:
+    def examine(self, batch: data.Batch) -> Plan:
         """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
         self.check_mode()
         return self._plan(self.layer_collection.sites(self.model), batch)

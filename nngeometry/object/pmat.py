@@ -13,8 +13,7 @@ from torch import Tensor
 from .. import arguments
 from ..blocks import Block, DirectSum, Regul, Solver, Uniform, Varying, add, matmul
 from ..blocks.operator import drawn_alike
-from ..estimation import Estimation, OfJacobians, OfProducts, Source
-from ..estimation import Estimator as BlockEstimator
+from ..estimation import Estimation, Estimator, OfJacobians, OfProducts, Source
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
@@ -34,7 +33,7 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 
 
 #: A stochastic estimate from products: ``(matvec, size, like=) -> Estimate``, see :mod:`nngeometry.linalg`.
-Estimator = Callable[..., Any]
+OfProbes = Callable[..., Any]
 
 
 CLASSES: Registry[PMat] = Registry("representation")
@@ -183,7 +182,7 @@ class PMat(VectorSpace):
         )
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         """How this representation estimates a set of layers. Further arguments, with defaults, are its options.
 
         Args:
@@ -480,7 +479,7 @@ class PMat(VectorSpace):
         with drawn_alike(self.root):
             return self.root.norm(ord)
 
-    def trace(self, per_layer: bool = False, estimator: Estimator | None = None) -> Any:
+    def trace(self, per_layer: bool = False, estimator: OfProbes | None = None) -> Any:
         """The trace, exact unless it is estimated.
 
         Args:
@@ -522,7 +521,7 @@ class PMat(VectorSpace):
 
     # Entries
 
-    def get_diag(self, estimator: Estimator | bool | None = None, split_weight_bias: bool = True) -> Any:
+    def get_diag(self, estimator: OfProbes | bool | None = None, split_weight_bias: bool = True) -> Any:
         """The diagonal ``(P,)``, in flat parameter order.
 
         Args:
@@ -727,7 +726,7 @@ class PMat(VectorSpace):
 
     # Helpers
 
-    def _estimated(self, estimator: Estimator) -> Any:
+    def _estimated(self, estimator: OfProbes) -> Any:
         if not callable(estimator):
             raise TypeError(
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "
