@@ -197,7 +197,14 @@ class Accumulator:
         return self.made_of(self._estimation.root())
 
     def made_of(self, root: Block) -> PMat:
-        """A matrix of the same representation and layers with other blocks."""
+        """A matrix of the same representation and layers with other blocks.
+
+        Args:
+            root: These, as :attr:`estimation` makes them.
+
+        Returns:
+            The matrix.
+        """
         made: PMat = self._kind._of_blocks(self.layer_collection, root)
         made.generator = self._estimation.source
         return made
@@ -288,7 +295,11 @@ class Accumulator:
         return self
 
     def reset(self) -> Self:
-        """Forget all that was seen, bases included. Returns the accumulator."""
+        """Forget all that was seen, bases included.
+
+        Returns:
+            The accumulator.
+        """
         self._estimation = self._estimation.fresh()
         return self
 

@@ -371,7 +371,14 @@ class PMat(VectorSpace):
 
     def solver(self, regul: RegulLike = 1e-8, **options: Any) -> Solver:
         """The map from flat values ``(..., P)`` to those of :meth:`solve`, with all of the work done that takes no
-        vector. options: as of :class:`~nngeometry.blocks.Solver`.
+        vector.
+
+        Args:
+            regul: As in :meth:`solve`.
+            **options: As of :class:`~nngeometry.blocks.Solver`.
+
+        Returns:
+            The map.
         """
         assert isinstance(self.root, DirectSum), self.root.describe()
         return Solver(self.root, self._regul(regul), **options)
@@ -457,8 +464,16 @@ class PMat(VectorSpace):
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
     def eigenvalues(self, per_layer: bool = False) -> Any:
-        """All P eigenvalues, descending. per_layer: a dict of those of each layer; ``ValueError`` if it couples
-        layers.
+        """All P eigenvalues, descending.
+
+        Args:
+            per_layer: Whether to return a dict of those of each layer; by default not.
+
+        Returns:
+            A tensor ``(P,)``, or the dict.
+
+        Raises:
+            ValueError: If they are asked for by layer and the matrix couples layers.
         """
         arguments.flag("eigenvalues: per_layer", per_layer)
         if not per_layer:
@@ -636,8 +651,18 @@ class PMat(VectorSpace):
     def from_state(
         saved: Mapping[str, Any], unknown: str = "PMat.from_state", damaged: str = "PMat.from_state"
     ) -> PMat:
-        """The matrix of which :meth:`state` gave these values. unknown, damaged: how the errors for a representation
-        that is not imported and for wrong values begin.
+        """The matrix of which :meth:`state` gave these values.
+
+        Args:
+            saved: The values.
+            unknown: How the error for a representation that is not imported begins.
+            damaged: How the error for wrong values begins.
+
+        Returns:
+            The matrix.
+
+        Raises:
+            ValueError: If it is none, or of a representation that is not imported.
         """
         try:
             layers = {}
