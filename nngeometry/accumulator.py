@@ -38,8 +38,9 @@ class Accumulator:
     average. FIM_MonteCarlo draws other labels for each minibatch that comes.
 
     The model is looked at in the first update, and again when it is not the same any more: when its modules, their
-    plain attributes, hooks or modes are other ones, or minibatches have other axes. What else a model may consult (the
-    variables of a closure, a file) is not seen to change.
+    plain attributes, those of their types and of the objects that they hold (a configuration), hooks or modes are other
+    ones, or minibatches have other axes. What else a model may consult (the variables of a closure, a file) is not seen
+    to change.
 
     Args:
         matrix: A constructor of matrices: FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance, GGN, Hessian, a

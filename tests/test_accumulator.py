@@ -490,6 +490,45 @@ def test_a_changed_model_is_looked_at_again(how, representation):
     assert torch.equal(acc.matrix().to_torch(), before)
 
 
+class Settings:
+    def __init__(self):
+        self.mixes = self.centred = False
+
+
+class Configured(nn.Module):
+    """Mixes examples behind its last layer, where only a look at the model tells."""
+
+    mixes = False
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.settings = nn.Linear(4, 5), nn.Linear(5, 3), Settings()
+
+    def head(self, y):
+        return y
+
+    def forward(self, x):
+        y = self.head(self.b(torch.tanh(self.a(x))))
+        return y - y.mean(0) if self.mixes or self.settings.mixes else y
+
+
+@pytest.mark.parametrize("how", ["settings", "type", "method"])
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatEKFAC, PMatDiag])
+def test_a_change_of_what_a_model_consults_is_seen(how, representation, monkeypatch):
+    model, (one, other) = Configured().double(), batches(7, 5)
+    acc = Accumulator(FIM, model, representation).update(one).update(other)
+    before = acc.matrix().to_torch()
+    if how == "settings":
+        model.settings.mixes = True
+    elif how == "type":
+        monkeypatch.setattr(Configured, "mixes", True)
+    else:
+        monkeypatch.setattr(Configured, "head", lambda self, y: y - y.mean(0))
+    with pytest.raises(ValueError, match=r"mixes examples|depends on the others"):
+        acc.update(one)
+    assert torch.equal(acc.matrix().to_torch(), before)
+
+
 def test_a_changed_layer_is_refused():
     model, (one, other) = Switch().double(), batches(7, 5)
     acc = Accumulator(FIM, model, PMatDense).update(one)
