@@ -23,7 +23,7 @@ from .kinds import Packing
 from .layercollection import Layer, LayerCollection
 from .model.data import require_repeatable
 from .model.evaluator import counted
-from .sums import State, Sums, mapped, merge
+from .sums import OTHER_STATISTICS, State, Sums, mapped, merge, same_shapes
 
 __all__ = ["Estimation", "Estimator", "ProductSource", "Source", "State", "merge"]
 
@@ -467,6 +467,9 @@ class OfJacobians(Estimation):
 
     def _joined(self, a: Sums, b: Sums) -> Sums:
         """What two have seen; a is written into."""
+        for e, x, y in zip(self.estimators, a.states, b.states, strict=True):  # before anything is written into
+            if x is not None and y is not None and not same_shapes(x, y):
+                raise ValueError(f"layer {e.layers[0].name!r} ({e.layers[0].kind_name}): {OTHER_STATISTICS}")
         like, a = a.like, a.settled()
         b = b.mapped(lambda t: t.to(like.device, like.dtype) if t.is_floating_point() else t).settled()
         states = [

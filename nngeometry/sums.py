@@ -139,8 +139,24 @@ def merge(a: State, b: State) -> State:
     return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
 
 
+def same_shapes(a: State, b: State) -> bool:
+    """Whether two statistics are of the same structure, so that they can be merged."""
+    pairs = zip(a, b, strict=False)
+    both = ((x, y) for x, y in pairs if isinstance(x, Tensor) and isinstance(y, Tensor))
+    return len(a) == len(b) and all(x.shape == y.shape for x, y in both)
+
+
+#: Why they may not be, and what to do.
+OTHER_STATISTICS = (
+    "the two hold other statistics of it, as they do under other memory budgets: estimate both under the same "
+    "nngeometry.memory_budget"
+)
+
+
 def _add(x: Any, y: Any) -> Any:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.shape != y.shape:
+            raise ValueError(f"a block: {OTHER_STATISTICS}")
         return x.add_(y)  # x is the accumulator: nobody else holds it
     if isinstance(x, Tensor) and isinstance(y, Samples):
         return x.add_(y.moment())
