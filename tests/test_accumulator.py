@@ -22,6 +22,7 @@ from nngeometry import (
     GradientCovariance,
     Hessian,
     LayerCollection,
+    PMatBlockDiag,
     PMatDense,
     PMatDiag,
     PMatEKFAC,
@@ -146,6 +147,25 @@ def test_what_underflows_in_single_precision_stays_a_mean(matrix, representation
     assert again.n == acc.n > 0
     assert bool(torch.isfinite(acc.update(other).matrix().to_torch()).all())
     assert abs(acc.n - 5) < 1e-12
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatLowRank, PMatEKFAC])
+@pytest.mark.parametrize("matrix", [GGN, Hessian])
+def test_a_sum_of_losses_is_a_decayed_sum(matrix, representation):
+    if matrix is Hessian and representation in (PMatLowRank, PMatEKFAC):
+        return  # no running average
+    model, (one, other) = net(), batches(7, 5)
+    made = partial(Accumulator, matrix, model, representation, loss=nn.CrossEntropyLoss(reduction="sum"))
+    first, second = (made().update(batch).matrix() for batch in (one, other))
+    acc = made().update(one).decay(0.25)
+    assert oracle.relative(acc.matrix().to_torch(), 0.25 * first.to_torch()) < TOLERANCE
+    again = made().load_state_dict(acc.state_dict())
+    assert torch.equal(again.matrix().to_torch(), acc.matrix().to_torch())
+    trace = 0.25 * first.trace() + second.trace()
+    assert oracle.relative(acc.update(other).matrix().trace(), trace) < TOLERANCE
+    if representation is not PMatEKFAC:
+        both = (again + made().update(other).decay(0.5)).matrix().to_torch()
+        assert oracle.relative(both, 0.25 * first.to_torch() + 0.5 * second.to_torch()) < TOLERANCE
 
 
 def test_decayed_factors_are_decayed_means():
