@@ -323,7 +323,7 @@ class Evaluator:
         weights = Weights([self.model], self.layer_collection.parameters(self.model))
         state = State(self.model, values=True)
         with self.running(weights.in_place, state):
-            before = weights.norm()
+            before = weights.marks()
             found = look()
             state.check(look)
             weights.check(before)

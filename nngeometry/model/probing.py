@@ -113,7 +113,7 @@ class Probed(Recorded):
             require_derivative(site.module)
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
-        before = weights.norm()
+        before = weights.marks()
         with self.running(weights.in_place, *self.within(batch), state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with BytesMade() if measure else nullcontext() as made:

@@ -14,13 +14,13 @@ from torch.nn.modules import module as hooks
 _NOT_ITS_OWN = frozenset(("_parameters", "_buffers", "_modules", "_is_full_backward_hook", "_compiled_call_impl"))
 #: Containers are looked into up to so many entries, and so deep.
 _SMALL, _DEEP = 64, 3
-_PLAIN_TYPES = frozenset((bool, int, float, complex, str, bytes, type(None)))
-_PLAIN = (*_PLAIN_TYPES, torch.Size)
+_PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), torch.Size)
+_PLAIN_TYPES = frozenset(_PLAIN)
 _DICTS = (dict, OrderedDict)
 #: Whose types do not change.
 _OTHERS = ("torch", "builtins", "abc", "typing", "collections")
 #: What has no attributes of interest, or is noted by itself.
-_CLOSED = (*_PLAIN, nn.Module, type, FunctionType, ModuleType)
+_CLOSED: tuple[type, ...] = (*_PLAIN, nn.Module, type, FunctionType, ModuleType)
 _NONE: Any = MappingProxyType({})
 
 
