@@ -19,6 +19,7 @@ from .object import PFMapFactored, PMat, Relative
 from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, left_of, through, tile
 from .object.kernel_layouts import Traced
 from .reading import Placing, Reading, positions_of
+from .registry import name_in_files
 from .team import Team
 
 
@@ -248,7 +249,7 @@ class Influence:
         if self.team.group is None:
             arguments.loader(train, "train")
             return train
-        what = ("Influence", self.matrix.__class__.__name__, f"matrix {checksum(self.matrix.root.tensors())}")
+        what = ("Influence", name_in_files(type(self.matrix)), f"matrix {checksum(self.matrix.root.tensors())}")
         return Placing(Reading(train, self.team, None, what).begin(self._train))
 
     def _gathered(self, train: Any, own: Callable[[], list[Tensor]]) -> Tensor:

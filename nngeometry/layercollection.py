@@ -389,6 +389,13 @@ class LayerCollection:
                         f"{type(model).__name__} has {found}. Build it with LayerCollection.from_model(model)"
                     )
                 parameters.append((full, p))
+        if len({id(p) for _, p in parameters}) < len(parameters):
+            names: dict[int, str] = {}
+            one, other = next((names[id(p)], k) for k, p in parameters if names.setdefault(id(p), k) != k)
+            raise ValueError(
+                f"the layer collection is of another model: in {type(model).__name__} its parameters {one!r} and "
+                f"{other!r} are one and the same. Build it with LayerCollection.from_model(model)"
+            )
         return parameters
 
     def parameters(

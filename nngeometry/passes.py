@@ -12,11 +12,12 @@ from . import checkpoint as file
 from .blocks import Block
 from .changes import no_grad, uninterrupted
 from .distributed import Placed, Share
-from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source, Sums
+from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source
 from .identity import checksum
 from .model import data
 from .pooling import joined, merged, outline
 from .reading import Assigned, Reading, Segment
+from .sums import Sums
 from .team import Team
 
 #: What is estimated in a pass, by the number of the block.
@@ -67,7 +68,7 @@ def reduce(estimation: Estimation, team: Team) -> None:
     assert isinstance(estimation, OfJacobians)
     bases = {k: refinement.basis for k, refinement in estimation.refinements.items()}
     notes = [(k, checksum(basis.tensors())) for k, basis in bases.items()]
-    told = team.exchange((notes, estimation.sums.seen, estimation.position))
+    told = team.exchange((notes, estimation.seen, estimation.position))
     with_data = [(rank, of) for rank, (of, seen, _) in enumerate(told) if seen]
     if not with_data:
         return
@@ -84,7 +85,7 @@ def reduce(estimation: Estimation, team: Team) -> None:
             refinements[k] = _refinement(estimation.estimators[k], Block.from_state(state))
     every = dict(enumerate(estimation.estimators))
     later = {k: refinement.later for k, refinement in refinements.items()}
-    own = estimation.sums.mapped(Tensor.clone)
+    own = estimation.sums.mapped(Tensor.clone).settled()
     outlines = team.exchange(outline(own))
     new = merged(team, own, estimation, every, later, outlines)
     uninterrupted(estimation.replace, new, refinements, max(position for *_, position in told))
@@ -241,7 +242,7 @@ class _Passes(_Work):
     def __init__(self, estimation: OfJacobians, reading: Reading, last: bool) -> None:
         self.estimation = estimation
         self.last = last
-        self.first_time = estimation.sums.seen == 0 and not estimation.refinements
+        self.first_time = estimation.seen == 0 and not estimation.refinements
         every = enumerate(estimation.estimators)
         self.again = [k for k, e in every if e.refine is not None] if self.first_time else []
         if self.again:

@@ -14,6 +14,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: or file by file where its files are on several floors.
 FLOORS = [
     ["tables", "spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
+    ["model.entries"],
     [
         "model.batch",
         "model.data",
@@ -34,6 +35,7 @@ FLOORS = [
     ["model.layer_jacobians"],
     ["model.probing"],
     ["generator", "minibatchloss"],
+    ["sums"],
     ["estimation"],
     ["pooling", "passes"],
     ["object"],
