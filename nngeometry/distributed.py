@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from .identity import of_batch
 from .model import data
+from .owners import decompose as decompose
 from .team import Team
 
 #: A minibatch with its position among those of all ranks.
