@@ -51,7 +51,10 @@ def assigned(examples: Any, source: Source) -> Any:
             "checkpoint out, or use a representation that holds entries"
         )
     data.require_repeatable(examples.loader, "a matrix or map known by its products")
-    return Assigned(examples.begin(source), examples.team)
+    share = examples.begin(source)
+    if not any(examples.team.exchange(share.length() != 0)):
+        raise ValueError("the loader yielded no minibatch on any rank: it is empty")
+    return Assigned(share, examples.team)
 
 
 def reduce(estimation: Estimation, team: Team) -> None:
