@@ -56,9 +56,13 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else f"is in {path.absolute().parent}, which is no folder"
         raise ValueError(f"checkpoint: {path} {what}: give the path of a file, which will be written")
+    beside = _beside(path)
     try:
-        with _beside(path).open("ab"):  # rather now than after long work
+        there = beside.exists()
+        with beside.open("ab"):  # rather now than after long work
             pass
+        if not there:
+            beside.unlink()
     except OSError as error:
         raise OSError(_unwritable(path, error)) from error
     if not path.exists():

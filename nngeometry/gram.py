@@ -14,7 +14,7 @@ from . import arguments
 from .blocks import Block
 from .distributed import everything, require_same
 from .generator import Generator
-from .identity import in_training, checksum, of_model
+from .identity import checksum, in_training, of_model
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget, slices

@@ -14,8 +14,8 @@ M = TypeVar("M", bound=Any)
 
 
 def decompose(matrix: M, process_group: Any) -> M:
-    """The same matrix with the eigendecompositions at hand by which ``solve``, ``inv``, ``eig``, ``pow``, ``logdet`` and
-    ``sample`` work. Each rank makes some of them, and has the others from those who made them.
+    """The same matrix with the eigendecompositions at hand by which ``solve``, ``inv``, ``eig``, ``pow``,
+    ``logdet`` and ``sample`` work. Each rank makes some of them, and has the others from those who made them.
 
     A dense block, or a factor of a Kronecker product, of size d takes d^3 operations: the largest come first, each goes
     to the rank that has the least to do. What one rank has found is sent by one broadcast. Blocks that need no

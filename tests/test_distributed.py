@@ -40,6 +40,7 @@ from nngeometry import (
 )
 from nngeometry.distributed import decompose, shard
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
+from nngeometry.team import Team
 
 TOLERANCE = 1e-12
 EXACT = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatLowRank, PMatEye, PMatEKFAC]
@@ -400,6 +401,21 @@ def test_a_group_needs_processes():
         shard([(torch.randn(3, 2),)], object())
 
 
+def test_what_is_sent_is_where_the_backend_can_send_it_from(monkeypatch):
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    for config, expected in (("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        assert Team().wire(cpu).type == expected
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "meta:nccl")
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda t, group: sent.append(t.device))
+    team = Team()
+    team.size = 2
+    with pytest.raises(NotImplementedError):  # nothing comes back from there
+        team.add(torch.ones(2))
+    assert sent == [meta]
+
+
 # Wrapped models
 
 
@@ -437,7 +453,9 @@ def decomposed(group):
     size = dist.get_world_size(group)
     v = PVector.from_model(model).detach()
     for representation in (PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatDiag, PMatImplicit):
-        F, one = (FIM(model, d, representation, process_group=g) for d, g in ((shard(data, group), group), (data, None)))
+        F, one = (
+            FIM(model, d, representation, process_group=g) for d, g in ((shard(data, group), group), (data, None))
+        )
         G = decompose(F, group)
         assert type(G) is type(F)
         if representation is PMatImplicit:
