@@ -252,7 +252,11 @@ class Influence:
         if self.team.group is None:
             arguments.loader(train, "train")
             return train
-        what = ("Influence", self.matrix.__class__.__name__, f"matrix {checksum(self.matrix.root.tensors())}")
+        what: tuple[str, ...] = (
+            "Influence",
+            self.matrix.__class__.__name__,
+            f"matrix {checksum(self.matrix.root.tensors())}",
+        )
         what += (f"regul={self.regul}", f"refine={self.refine is not None}", f"rtol={self.rtol}")
         return Placing(Reading(train, self.team, None, what).begin(self._train))
 
