@@ -85,6 +85,7 @@ class Reading:
     def identity(self, source: Any, seen: float = 0.0) -> dict[str, Any]:
         """What must be the same on all ranks, and when a work goes on that was stopped."""
         layers = source.layer_collection.layers.values()
+        running = not getattr(source, "batch_statistics", False)
         return {
             "matrix and options": list(self.what),
             "layers": [[layer.name, [[name, list(shape)] for name, shape in layer.params]] for layer in layers],
