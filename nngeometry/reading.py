@@ -90,9 +90,7 @@ class Reading:
             "matrix and options": list(self.what),
             "layers": [[layer.name, [[name, list(shape)] for name, shape in layer.params]] for layer in layers],
             "dtype": str(source.dtype),
-            "parameters and buffers of the model": of_model(
-                source.model, not getattr(source, "batch_statistics", False)
-            ),
+            "parameters and buffers of the model": of_model(source.model, running),
             "modules in training mode": in_training(source.model),
             "examples seen before": seen,
             "checkpoint": None if self.checkpoint is None else [str(self.checkpoint.path), self.checkpoint.every],
