@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import arguments
 from .blocks import Block
 from .estimation import Estimation, Source
-from .identity import short, told
+from .identity import short, told, told_of_options
 from .layercollection import LayerCollection
 from .object.pmat import PMat
 from .passes import reduce, update
@@ -102,8 +102,10 @@ class Accumulator:
         self.process_group = process_group
         self._kind = kind
         self._estimation = found
+        chosen = {**getattr(matrix, "keywords", {}), **options}
+        self._options_held = told_of_options(chosen)
         self._what = (
-            told(constructor, {**getattr(matrix, "keywords", {}), **options}),
+            told(constructor, chosen),
             told(self._kind, getattr(representation, "keywords", {})),
         )
 
@@ -141,7 +143,7 @@ class Accumulator:
             The accumulator.
         """
         if self.process_group is not None or checkpoint is not None or every is not None or keep_checkpoint:
-            what = tuple(map(str, self._what))
+            what = (*map(str, self._what), self._options_held)
             examples = reading(examples, self.process_group, checkpoint, every, keep_checkpoint, what)
         update(self._estimation, examples)
         return self

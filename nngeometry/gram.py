@@ -14,7 +14,7 @@ from . import arguments
 from .blocks import Block
 from .distributed import everything, require_same
 from .generator import Generator
-from .identity import checksum, of_model
+from .identity import checksum, in_training, of_model
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget, slices
@@ -298,6 +298,7 @@ def _check_team(
     metric_of = None if metric is None else checksum(metric.root.tensors())
     told = {
         "parameters and buffers of the model": list(map(of_model, models)),
+        "modules in training mode": list(map(in_training, models)),
         "layers": [[layer.name, [list(shape) for _, shape in layer.params]] for layer in lc.layers.values()],
         "metric": metric_of,
         "representation and options": [str(options), getattr(representation, "__name__", "FMatMemmap")],

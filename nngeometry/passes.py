@@ -15,6 +15,7 @@ from .distributed import Placed, Share
 from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source
 from .identity import checksum
 from .model import data
+from .owners import owners_of
 from .pooling import joined, merged, outline
 from .reading import Assigned, Reading, Segment
 from .sums import Sums
@@ -51,7 +52,10 @@ def assigned(examples: Any, source: Source) -> Any:
             "checkpoint out, or use a representation that holds entries"
         )
     data.require_repeatable(examples.loader, "a matrix or map known by its products")
-    return Assigned(examples.begin(source), examples.team)
+    share = examples.begin(source)
+    if not any(examples.team.exchange(share.length() != 0)):
+        raise ValueError("the loader yielded no minibatch on any rank: it is empty")
+    return Assigned(share, examples.team)
 
 
 def reduce(estimation: Estimation, team: Team) -> None:
@@ -302,7 +306,7 @@ class _Passes(_Work):
     def _refine(self) -> None:
         """The eigenbases, each found by one rank, which tells the others."""
         e, team = self.estimation, self.team
-        owners = _owners([_cost(e.estimators[k]) for k in self.again], team.size)
+        owners = owners_of([_cost(e.estimators[k]) for k in self.again], team.size)
         mine = [k for k, owner in zip(self.again, owners, strict=True) if owner == team.rank]
         found = team.attempt(lambda: {k: e.refined(k, self.sums, self.last) for k in mine})[0]
         with no_grad():
@@ -321,16 +325,6 @@ def _cost(estimator: Estimator) -> float:
     """Of a decomposition, the third power of its size."""
     groups, rows, cols = estimator.packing.shape
     return groups * (float(rows) ** 3 + float(cols) ** 3)
-
-
-def _owners(costs: list[float], size: int) -> list[int]:
-    """Who does which of some works: the largest first, each by who has least to do."""
-    load = [0.0] * size
-    owners = [0] * len(costs)
-    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        owners[k] = load.index(min(load))
-        load[owners[k]] += costs[k]
-    return owners
 
 
 class _Products(_Work):

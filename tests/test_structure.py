@@ -25,7 +25,7 @@ FLOORS = [
         "model.weights",
     ],
     ["model.batch_statistics"],
-    ["identity", "team", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
+    ["identity", "team", "owners", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
     ["linalg", "likelihood", "losses"],
     ["kinds", "blocks"],
     ["layercollection"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,13 @@ class DirectSum(Block):
                     vectors[mine, a : a + piece.shape[-1]] = piece
             start += n
         return l[:k], vectors
+
+    def statistics(self) -> tuple[Block, ...]:
+        return tuple(one for part in self.parts for one in part.block.statistics())
+
+    def with_statistics(self, statistics: Sequence[Block]) -> DirectSum:
+        remaining = iter(statistics)
+        return self._each(lambda b: b.with_statistics([next(remaining) for _ in b.statistics()]))
 
     def describe(self) -> str:
         return " (+) ".join(part.block.describe() for part in self.parts)
