@@ -23,6 +23,7 @@ from .evaluator import (
     Evaluator,
     State,
 )
+from .functional import Uses
 from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
 from .refused import EXCLUDE, Refused
 
@@ -37,7 +38,8 @@ class Plan:
     long as the minibatch that are none of examples. trial: of two examples, if what is made of them was counted.
     looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
     something is normalised as one example however many there are. repeated: whether it saw one example several times,
-    by which one cannot tell whether a model mixes examples.
+    by which one cannot tell whether a model mixes examples. uses: whether weights are used without a call of their
+    module.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -50,6 +52,7 @@ class Plan:
     one: bool = False
     normalises_one: bool = False
     repeated: bool = False
+    uses: bool = False
 
     def read(self, batch: data.Batch) -> data.Batch:
         """A minibatch, with what was found about those like it."""
@@ -79,6 +82,8 @@ class Recorded(Evaluator):
             changes.append(state)
         if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
+        if plan is None or plan.uses:
+            changes += Uses(recorder, sites).changes()
         self.within(batch)  # what is looked for there is none of the calls
         with self.running(*changes):
             f = self.outputs_of(batch)
@@ -112,8 +117,8 @@ class Recorded(Evaluator):
         examples: int,
     ) -> dict[str, LayerJacobian]:
         """One form for each layer, of all calls and all modules through which its parameters act."""
-        of_site: dict[str, list[LayerJacobian]] = {}
-        sites = {call.site.name: call.site for call in calls}
+        of_site: dict[int, list[LayerJacobian]] = {}
+        sites = {id(call.site): call.site for call in calls}
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             gys = [next(remaining) for _ in call.edges]
@@ -124,12 +129,12 @@ class Recorded(Evaluator):
                     "not supported: leave it out with LayerCollection.exclude"
                 )
             if layout is not None:
-                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
+                of_site.setdefault(id(call.site), []).append(self._form(call, layout, gys, cotangents, examples))
         of_layer: dict[str, list[LayerJacobian]] = {name: [] for name in self.layer_collection}
-        for name, of_calls in of_site.items():
+        for key, of_calls in of_site.items():
             form = forms.add(of_calls)
-            for layer, names in sites[name].routes:
-                of_layer[layer.name].append(_routed(form, sites[name], layer, names))
+            for layer, names in sites[key].routes:
+                of_layer[layer.name].append(_routed(form, sites[key], layer, names))
         return {
             name: forms.add(of_sites) if of_sites else self._nothing(self.layer_collection[name], cotangents, examples)
             for name, of_sites in of_layer.items()

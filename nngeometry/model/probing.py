@@ -28,6 +28,7 @@ from .evaluator import (
     same_up_to_rounding,
     tolerance,
 )
+from .functional import is_use
 from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
 from .operations_apart import recorded_apart
@@ -147,6 +148,7 @@ class Probed(Recorded):
                 None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
+                uses=any(is_use(call, sites) for call in two),
             )
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[1], plan, f3, parameters)

@@ -110,22 +110,27 @@ class Recorder:
                     f"layer {site.name!r} ran under torch.no_grad (or activation checkpointing), where its "
                     "derivative is not recorded: leave it out of the layer collection, or switch checkpointing off"
                 )
-            number = len(self.calls)
-            expand = self._constant[number] if number < len(self._constant) else None
-            found = self._passed_on(site, output, expand)
-            one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
-            if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
-                x, y = args[0], Output(0, found.shape, found.dtype)
-                self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
-                return None if found is output else found
-            inputs = _detached((args, kwargs))
-            leaves = differentiable(found)
-            outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
-            edges = tuple(_edge(y) for _, y in leaves)
-            self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+            found = self.add(site, args, kwargs, output)
             return None if found is output else found
 
         return hook
+
+    def add(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
+        """Record one call, and return the output that is passed on."""
+        number = len(self.calls)
+        expand = self._constant[number] if number < len(self._constant) else None
+        found = self._passed_on(site, output, expand)
+        one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
+        if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
+            x, y = args[0], Output(0, found.shape, found.dtype)
+            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
+            return found
+        inputs = _detached((args, kwargs))
+        leaves = differentiable(found)
+        outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
+        edges = tuple(_edge(y) for _, y in leaves)
+        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+        return found
 
     def _passed_on(self, site: Site, output: Any, expand: Expand | None) -> Any:
         """The output, or copies where its own edges would not do.
