@@ -1,4 +1,4 @@
-"""Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, ``ids`` looked up in a tied table.
+"""Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, look-ups in a tied table.
 
 A use is one functional call on a parameter, or on consecutive rows and columns of it. Its input and its output are
 recorded as those of a call of the layer are, so that the layer keeps its form, and several uses add.
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..changes import Change, entered, forward_hook
-from ..forms import Gather, Lazy, LayerJacobian, Outer
+from ..forms import Gather, LayerJacobian, Lazy, Outer
 from ..kinds import Kind, Packing
 from ..kinds.affine import conv, embedding
 from ..layercollection import Layer, Site
@@ -72,9 +72,8 @@ class Matrix:
             size = (t.shape[1], t.shape[0]) if crossed else (t.shape[0], t.shape[1])
             strides = (t.stride(1), t.stride(0)) if crossed else (t.stride(0), t.stride(1))
             fits = start[0] + size[0] <= rows and start[1] + size[1] <= cols
-            if fits and strides[0] in (cols, *([strides[0]] if size[0] == 1 else [])):
-                if strides[1] == 1 or size[1] == 1:
-                    return cls(home, start, size, crossed)
+            if fits and all(n == 1 or a == b for n, a, b in zip(size, strides, (cols, 1), strict=True)):
+                return cls(home, start, size, crossed)
         return None
 
     @property
@@ -231,7 +230,9 @@ class Uses(TorchFunctionMode):
             return y
         layer = home.layer
         names = {name: k for k, (name, _) in enumerate(layer.params)}
-        params = {name: p for h, p in self._homes.values() if h.layer is layer for name in [layer.params[h.position][0]]}
+        params = {
+            name: p for h, p in self._homes.values() if h.layer is layer for name in [layer.params[h.position][0]]
+        }
         kind = Kind(lambda _, gy, x: form(gy, x), features_last=features_last, ours=True)
         site = Site(home.site.name, home.site.module, kind, {k: params[k] for k in names}, ((layer, names),))
         return self._recorder.add(site, (x,), {}, y)

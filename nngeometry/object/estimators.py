@@ -279,9 +279,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
-                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, so use "
-                'PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a function of the '
-                "output); otherwise the layer collection is of another model, so build it with "
+                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, nor those of a "
+                "weight that is used in another order than the layer's own (a table of embeddings as output head by "
+                'F.linear), so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a '
+                "function of the output); otherwise the layer collection is of another model, so build it with "
                 "LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
