@@ -51,7 +51,7 @@ class Beside(LayerJacobian):
         super().__init__(one.cotangents, one.examples, (numel,), one.dtype, one.device)
         self.maps = tuple(maps)
 
-    def _each(self, change: Callable[[Outer], LayerJacobian]) -> Beside:
+    def _each(self, change: Callable[[Outer], Outer]) -> Beside:
         return Beside([replace(m, form=change(m.form)) for m in self.maps], self.shape[0])
 
     def _flat(self, lead: Sequence[int], of: Callable[[LinearMap], Tensor]) -> Tensor:

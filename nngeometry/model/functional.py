@@ -67,7 +67,7 @@ class Matrix:
         if t.ndim != 2 or base.ndim < 2 or not base.is_contiguous() or t.dtype != base.dtype or 0 in t.shape:
             return None
         rows, cols = base.shape[0], base[0].numel()
-        start = divmod(t.storage_offset() - base.storage_offset(), cols)
+        start = divmod(_offset(t, base), cols)
         for crossed in (False, True):
             size = (t.shape[1], t.shape[0]) if crossed else (t.shape[0], t.shape[1])
             strides = (t.stride(1), t.stride(0)) if crossed else (t.stride(0), t.stride(1))
@@ -126,7 +126,7 @@ class Vector:
     def of(cls, t: Tensor, base: Tensor, home: Home) -> Vector | None:
         if t.ndim != 1 or base.ndim != 1 or t.stride(0) != 1 or base.stride(0) != 1 or t.dtype != base.dtype:
             return None
-        return cls(home, t.storage_offset() - base.storage_offset(), len(t))
+        return cls(home, _offset(t, base), len(t))
 
     @property
     def in_last_column(self) -> bool:
@@ -147,6 +147,11 @@ class Vector:
         """Whether it is the bias of the rows that a matrix is in."""
         row = matrix.start[1 if matrix.crossed else 0]
         return self.home.layer is matrix.home.layer and self.in_last_column and matrix.aligned and self.start == row
+
+
+def _offset(t: Tensor, base: Tensor) -> int:
+    """Where a view begins in what it is a view of."""
+    return int(t.storage_offset()) - int(base.storage_offset())
 
 
 def _in_rows(g: Tensor, first: int, rows: int) -> Tensor:
@@ -190,7 +195,7 @@ class Uses(TorchFunctionMode):
         hooks: list[Change] = []
         for site in self._sites:
             own = {id(p) for p in site.params.values()}
-            hooks.append(_before(site.module, lambda *_, own=own: self._inside.append(own)))  # type: ignore[misc]
+            hooks.append(_before(site.module, lambda *_, own=own: self._inside.append(own)))
             hooks.append(forward_hook(site.module, lambda *_: self._leave(), prepend=True))
         return [*hooks, entered(self)]
 
@@ -242,7 +247,7 @@ class Uses(TorchFunctionMode):
         w, b = self.matrix(weight), self.vector(bias)
         together = w is not None and b is not None and b.belongs_to(w)
         if w is not None:
-            y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)  # type: ignore[union-attr]
+            y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
         if b is not None and not together:
             y = self.add(b.home, b.form, y, y, True)
         return y
@@ -342,14 +347,15 @@ def _embedding(
     packing = w.home.layer.packing
 
     def form(gy: Tensor, ids: Tensor) -> LayerJacobian:
-        found = embedding(like, gy, ids)  # type: ignore[arg-type]
+        found = embedding(like, gy, ids)
         if packing.perm == (1, 2, 0) and packing.shape == found.shape:
             return found
 
         def entries(g: Tensor, ids: Tensor) -> Tensor:
-            return w._placed(Gather(ids, g, size).dense()[:, :, 0].mT)  # type: ignore[union-attr]
+            return w._placed(Gather(ids, g, size).dense()[:, :, 0].mT)
 
-        return _late(entries, found.g, found.ids, w.home.layer)  # type: ignore[union-attr]
+        assert isinstance(found, Gather)
+        return _late(entries, found.g, found.ids, w.home.layer)
 
     return uses.add(w.home, form, input, compute(), True)
 
@@ -381,7 +387,7 @@ def _conv(
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
         y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
     if b is not None and not together:
-        y = uses.add(b.home, lambda gy, x: b.form(gy.movedim(2, -1), x), y, y, False)  # type: ignore[union-attr]
+        y = uses.add(b.home, lambda gy, x: b.form(gy.movedim(2, -1), x), y, y, False)
     return y
 
 
@@ -413,6 +419,7 @@ def _of_convolution(weight: Tensor, bias: bool, stride: Any, padding: Any, dilat
 
 def _convolved(like: Any, home: Home, gy: Tensor, x: Tensor) -> LayerJacobian:
     found, layer = conv(like, gy, x), home.layer
+    assert isinstance(found, Outer)
     bias = like.bias is not None
     rows = like.weight.shape[0] // like.groups
     packing = Packing.matrix((like.groups, rows, like.weight[0].numel()), (0, 1, 2), (like.groups, rows), bias)
