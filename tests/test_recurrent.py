@@ -4,8 +4,21 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from nngeometry import FIM, GramMatrix, LayerCollection, PMatBlockDiag, PMatDense, PMatDiag, PMatImplicit, PVector
+from nngeometry import (
+    FIM,
+    EmpiricalFisher,
+    GramMatrix,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatImplicit,
+    PMatKFAC,
+    PVector,
+)
+from nngeometry.object import estimators
 
 T, D = 3, 2
 
@@ -111,3 +124,56 @@ def test_packed_sequences():
     model(batch[0])
     with pytest.raises(NotImplementedError, match=r"layer 'layer' \(GRU\)"):
         FIM(model, batch, PMatDiag)
+
+
+def _by_hand(model, x, shifts):
+    """The output for one example, with something added to what is summed at each time; and the inputs of both maps."""
+    m, h = model.layer, x.new_zeros(model.layer.hidden_size)
+    c, into, states, ys = h, [], [], []
+    for one, shift in zip(x, shifts, strict=True):
+        into.append(one)
+        states.append(h.detach())
+        a = m.weight_ih_l0 @ one + m.bias_ih_l0 + m.weight_hh_l0 @ h + m.bias_hh_l0 + shift
+        if isinstance(m, nn.LSTM):
+            i, f, g, o = a.chunk(4)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            h = a.tanh()
+        ys.append(h)
+    return model.head(torch.stack(ys).tanh().flatten()), torch.stack(into), torch.stack(states)
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm"])
+def test_kfac_where_the_exact_block_does_not_fit(name, monkeypatch):
+    """The definition for each map: moments over examples and times."""
+    model, (x,) = net(name)
+    monkeypatch.setattr(estimators, "budget", lambda device: 100)
+    y = torch.tensor([0, 1, 1, 0])
+    K = EmpiricalFisher(model, (x, y), PMatKFAC, nn.CrossEntropyLoss())
+    m, grads, inputs = model.layer, [], ([], [])
+    for one, label in zip(x, y, strict=True):
+        shifts = torch.zeros(T, len(m.weight_ih_l0), requires_grad=True)
+        f, *seen = _by_hand(model, one, shifts)
+        grads.append(torch.autograd.grad(F.cross_entropy(f, label), shifts)[0])
+        for of, a in zip(inputs, seen, strict=True):
+            of.append(F.pad(a, (0, 1), value=1.0))
+    g, start, own = torch.cat(grads), 0, K.to_torch()[(K.layer_collection.slices()["layer"],) * 2]
+    for w, a in zip((m.weight_ih_l0, m.weight_hh_l0), map(torch.cat, inputs), strict=True):
+        truth = torch.einsum("op,ij->oipj", g.T @ g / len(x), a.T @ a / len(a))
+        n = w.numel()
+        assert oracle.relative(own[start : start + n, start : start + n], truth[:, :-1, :, :-1].reshape(n, n)) < 1e-10
+        start += n
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "projection", "no bias"])
+def test_solves_with_products_of_maps(name, monkeypatch):
+    model, batch = net(name)
+    monkeypatch.setattr(estimators, "budget", lambda device: 100)
+    K = FIM(model, batch, PMatKFAC)
+    M, p = K.to_torch(), K.layer_collection.numel()
+    v = PVector(layer_collection=K.layer_collection, vector_repr=torch.randn(p))
+    assert abs(K.trace() - M.trace()) < 1e-10 * M.trace()
+    assert oracle.relative(K.mv(v).to_torch(), M @ v.to_torch()) < 1e-10
+    solved = torch.linalg.solve(M + 0.5 * torch.eye(p), v.to_torch())
+    assert oracle.relative(K.solve(v, regul=0.5).to_torch(), solved) < 1e-10

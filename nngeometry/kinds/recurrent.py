@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..changes import Changed, recording
-from ..forms.beside import Beside, LinearMap
-from ..forms.outer import Outer
+from ..forms import Beside, LinearMap, Outer
 
 _EXACT = (nn.RNN, nn.LSTM, nn.GRU)
 

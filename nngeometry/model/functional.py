@@ -244,7 +244,7 @@ class Uses(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor) -> Tensor:
         """Record ``y = F.linear(x, weight, bias)``."""
-        w, b = self.matrix(weight), self.vector(bias)
+        w, b = self.matrix(weight) if x.layout == torch.strided else None, self.vector(bias)
         together = w is not None and b is not None and b.belongs_to(w)
         if w is not None:
             y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
