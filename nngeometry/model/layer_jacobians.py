@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
@@ -108,6 +109,35 @@ class Recorded(Evaluator):
             return self.running(trainable(frozen), *within, record=False)
         return Borrowed(*within)
 
+    def _with_each(
+        self,
+        calls: Sequence[Call],
+        layouts: Sequence[Layout | None],
+        grads: Sequence[Tensor | None],
+        s: Tensor,
+        pull: Callable[[Sequence[GradientEdge], Tensor], Sequence[Tensor | None]],
+    ) -> list[Tensor | None]:
+        """Gradients in all outputs of calls; in those of which the examples have one in common the gradients of each,
+        ``(C, B, *shape)``.
+
+        s: cotangents ``(C, B, *outputs)``. pull: from edges and cotangents to the gradients in these, ``(C, *shape)``.
+        """
+        of_calls = zip(calls, layouts, strict=True)
+        edges = [(e, layout is not None and layout.each) for c, layout in of_calls for e in c.edges]
+        found = list(grads)
+        common = [k for k, (_, each) in enumerate(edges) if each]
+        if not common:
+            return found
+        of_each = []
+        for b in range(s.shape[1]):
+            alone = torch.zeros_like(s)
+            alone[:, b] = s[:, b]
+            of_each.append(pull([edges[k][0] for k in common], alone))
+        for k, several in zip(common, zip(*of_each, strict=True), strict=True):
+            one = next((g for g in several if g is not None), None)
+            found[k] = None if one is None else torch.stack([one * 0 if g is None else g for g in several], 1)
+        return found
+
     def _forms(
         self,
         calls: Sequence[Call],
@@ -180,14 +210,14 @@ class Recorded(Evaluator):
         for (y, axis), gy in zip(outputs, used_gys, strict=True):
             if gy is None:
                 zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
-                gy = zero.expand(cotangents, *y.shape)
-            fronts.append(_to_front(gy.reshape(cotangents, *y.shape), axis or 0, 1))
+                gy = zero.expand(cotangents, *([length] if layout.each else []), *y.shape)
+            shape = (length, *y.shape) if layout.each else y.shape
+            fronts.append(_to_front(gy.reshape(cotangents, *shape), axis or 0, 1))
         form = self._known(call, layout, fronts, [axis for _, axis in axes], length)
         if form is None:
             of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
-            form = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
-            if site.kind.function is not None:
-                form = _packed(form, site.packing)
+            flat = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
+            form = flat if site.kind.function is None else _packed(flat, site.packing)
         return form if length == examples else form.fold(length // examples)
 
     def _known(

@@ -233,7 +233,8 @@ class Layout:
 
     inputs: the axis of examples (or of a multiple of them), None for a tensor without one. outputs: the same of the
     differentiable ones; None for one that is alike for all examples. used: which of them reach the output of the model.
-    shapes: of the outputs, as they were found, () if they were not. expand: how outputs that are alike get their rows.
+    shapes: of the outputs, as they were found, () if they were not. expand: how outputs that are alike get their rows;
+    each: whether instead the gradient of each example in them is taken by itself.
     """
 
     inputs: tuple[int | None, ...]
@@ -241,6 +242,7 @@ class Layout:
     used: tuple[bool, ...] = (True,)
     shapes: tuple[torch.Size, ...] = ()
     expand: Expand | None = None
+    each: bool = False
 
     @classmethod
     def of(cls, two: Call, three: Call, used: Sequence[bool]) -> Layout | None:
