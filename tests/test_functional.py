@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nngeometry import (
     FIM,
+    Accumulator,
     EmpiricalFisher,
     LayerCollection,
     PMatBlockDiag,
@@ -171,3 +173,19 @@ def test_the_model_is_left_alone():
     FIM(model, batch, PMatDiag)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("name", ["parts", "matmul", "from the left", "einsum", "einsum, moved", "tied head"])
+def test_in_activation_checkpoints(name):
+    model, batch = net(name)
+    use = model[1].use
+    model[1].use = lambda m, x: checkpoint(use, m, x, use_reentrant=False)
+    M = oracle.fim(model, [batch], "classif_logits")
+    assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diag()) < 1e-10
+
+
+def test_running_estimates():
+    model, (x, _) = net("parts")
+    running = Accumulator(FIM, model, PMatKFAC).update((x[:2],)).update((x[2:],))
+    K = FIM(model, (x,), PMatKFAC).to_torch()
+    assert oracle.relative(running.matrix().to_torch(), K) < 1e-10

@@ -277,7 +277,7 @@ def _matmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor | None = None, *
     if uses.matrix(b) is not None and a.ndim > 0:
         return uses.linear(a, b.mT, None, compute())
     if uses.matrix(a) is not None and b.ndim > 1:  # the same from the left
-        return uses.linear(b.mT, a, None, F.linear(b.mT, a)).mT
+        return uses.linear(b.mT, a, None, compute().mT).mT
     return compute()
 
 
@@ -321,7 +321,8 @@ def _einsum(uses: Uses, compute: _Compute, equation: Any, *operands: Any) -> Ten
     rest = letters[0].replace(old[0], "")
     w = w if letters[1] == new[0] + old[0] else w.mT
     x = torch.einsum(f"{letters[0]}->{rest}{old[0]}".replace(".", "..."), x)
-    y = uses.linear(x, w, None, F.linear(x, w))
+    y = torch.einsum(f"{output}->{rest}{new[0]}".replace(".", "..."), compute())
+    y = uses.linear(x, w, None, y)
     return torch.einsum(f"{rest}{new[0]}->{output}".replace(".", "..."), y)
 
 

@@ -266,7 +266,7 @@ def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
     return t if axis == 0 else t.movedim(lead + axis, lead)
 
 
-def _packed(form: forms.Lazy, packing: Packing) -> forms.Lazy:
+def _packed(form: LayerJacobian, packing: Packing) -> forms.Lazy:
     """A Jacobian in flat parameters as one of a packed shape."""
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
