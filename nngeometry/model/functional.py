@@ -1,4 +1,5 @@
-"""Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, look-ups in a tied table.
+"""Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, look-ups in a tied table, and
+parameters of containers that are added to activations, multiplied with them or given to every example.
 
 A use is one functional call on a parameter, or on consecutive rows and columns of it. Its input and its output are
 recorded as those of a call of the layer are, so that the layer keeps its form, and several uses add.
@@ -6,7 +7,7 @@ recorded as those of a call of the layer are, so that the layer keeps its form, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from types import SimpleNamespace
@@ -149,6 +150,39 @@ class Vector:
         return self.home.layer is matrix.home.layer and self.in_last_column and matrix.aligned and self.start == row
 
 
+@dataclass(frozen=True)
+class Part:
+    """Any entries of a parameter, as a view of it has them, that are combined entry by entry with what has examples.
+
+    index: for each entry of the view which one of the parameter it is.
+    """
+
+    home: Home
+    index: Tensor
+
+    @classmethod
+    def of(cls, t: Tensor, base: Tensor, home: Home) -> Part | None:
+        if not base.is_contiguous() or t.dtype != base.dtype or 0 in t.shape:
+            return None
+        every = torch.arange(base.numel(), device=t.device)
+        return cls(home, every.as_strided(t.shape, t.stride(), _offset(t, base)))
+
+    def form(self, gy: Tensor, x: Tensor, times: bool = False) -> LayerJacobian:
+        """From cotangents ``(C, B, ...)`` to the derivative of adding it to x ``(B, ...)``, or of multiplying it."""
+
+        def entries(g: Tensor, x: Tensor) -> Tensor:
+            g = g * x if times else g
+            axes = g.ndim - 2
+            shape = (1,) * (axes + 1 - self.index.ndim) + tuple(self.index.shape)
+            summed = [k + 2 for k, size in enumerate(shape[1:]) if size == 1 and g.shape[k + 2] != 1]
+            g = g.sum(summed, keepdim=True) if summed else g
+            flat = g.new_zeros(*g.shape[:2], prod(self.home.shape))
+            flat.index_add_(2, self.index.flatten(), g.flatten(2))
+            return self.home.flat(flat, 0)
+
+        return _late(entries, gy, x, self.home.layer)
+
+
 def _offset(t: Tensor, base: Tensor) -> int:
     """Where a view begins in what it is a view of."""
     return int(t.storage_offset()) - int(base.storage_offset())
@@ -172,13 +206,14 @@ def _late(entries: Callable[[Tensor, Tensor], Tensor], g: Tensor, x: Tensor, lay
 class Uses(TorchFunctionMode):
     """Inside of it, uses of collected parameters outside of the calls of their own modules are recorded.
 
-    recorder: what they are recorded by. sites: the modules that are recorded themselves.
+    recorder: what they are recorded by. sites: the modules that are recorded. opened: the names of those whose
+    parameters are seen by their uses only, instead of by calls of the module.
     """
 
-    def __init__(self, recorder: Recorder, sites: Sequence[Site]) -> None:
+    def __init__(self, recorder: Recorder, sites: Sequence[Site], opened: Set[str] = frozenset()) -> None:
         super().__init__()
         self._recorder = recorder
-        self._sites = sites
+        self._sites = [site for site in sites if site.name not in opened]
         self._homes = {
             id(site.params[name]): (Home(site, layer, k), site.params[name])
             for site in sites
@@ -228,6 +263,11 @@ class Uses(TorchFunctionMode):
         """The same of one axis."""
         found = self._base(t)
         return None if found is None else Vector.of(t, found[1], found[0])
+
+    def part(self, t: Any) -> Part | None:
+        """The entries of a parameter that a tensor has, None if it has none."""
+        found = self._base(t)
+        return None if found is None else Part.of(t, found[1], found[0])
 
     def add(self, home: Home, form: Callable[..., LayerJacobian], x: Tensor, y: Tensor, features_last: bool) -> Tensor:
         """Record one use, and return the output that is passed on."""
@@ -293,14 +333,48 @@ def _addmm(uses: Uses, compute: _Compute, b: Tensor, x: Tensor, w: Tensor, **sca
     return uses.linear(x, w.mT, b, compute())
 
 
-@_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 def _add(uses: Uses, compute: _Compute, a: Any, b: Any, **scales: Any) -> Tensor:
     y = compute()
+    if scales:
+        return y
     for one, other in ((a, b), (b, a)):
         v = uses.vector(one)
-        if v is not None and not scales and isinstance(other, Tensor) and other.shape == y.shape:
+        if v is not None and isinstance(other, Tensor) and other.shape == y.shape:
             return uses.add(v.home, v.form, other, y, True)
+        part = uses.part(one)
+        if part is not None and _of_examples(other, y) and _alike_for_all(part, y):
+            return uses.add(part.home, part.form, other, y, False)
     return y
+
+
+@_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def _mul(uses: Uses, compute: _Compute, a: Any, b: Any) -> Tensor:
+    y = compute()
+    for one, other in ((a, b), (b, a)):
+        part = uses.part(one)
+        if part is not None and uses.part(other) is None and _of_examples(other, y) and _alike_for_all(part, y):
+            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), other, y, False)
+    return y
+
+
+@_reads(Tensor.expand, Tensor.expand_as)
+def _expand(uses: Uses, compute: _Compute, t: Tensor, *size: Any, **named: Any) -> Tensor:
+    """What every example is given, where the first axis is theirs."""
+    y, part = compute(), uses.part(t)
+    if part is None or not _alike_for_all(part, y):
+        return y
+    return uses.add(part.home, part.form, y, y, False)
+
+
+def _of_examples(x: Any, y: Tensor) -> bool:
+    """Whether an operand has all entries of the result."""
+    return isinstance(x, Tensor) and x.shape == y.shape and x.is_floating_point()
+
+
+def _alike_for_all(part: Part, y: Tensor) -> bool:
+    """Whether it has no axis that meets the first one of the result."""
+    return part.index.ndim < y.ndim or (part.index.ndim == y.ndim and part.index.shape[0] == 1)
 
 
 @_reads(torch.einsum)

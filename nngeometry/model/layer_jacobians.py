@@ -40,7 +40,7 @@ class Plan:
     looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
     something is normalised as one example however many there are. repeated: whether it saw one example several times,
     by which one cannot tell whether a model mixes examples. uses: whether weights are used without a call of their
-    module.
+    module. opened: the containers whose own parameters are seen by their uses, and not by calls of the container.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -54,6 +54,7 @@ class Plan:
     normalises_one: bool = False
     repeated: bool = False
     uses: bool = False
+    opened: frozenset[str] = frozenset()
 
     def read(self, batch: data.Batch) -> data.Batch:
         """A minibatch, with what was found about those like it."""
@@ -73,18 +74,24 @@ class Recorded(Evaluator):
         super().__init__(model, layer_collection, **options)
         self.ignore_uncalled = layer_collection.ignore_uncalled
 
-    def _forward(self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None) -> tuple[Tensor, list[Call]]:
-        """Run the model once and record every call of the sites."""
+    def _forward(
+        self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None, opened: frozenset[str] = frozenset()
+    ) -> tuple[Tensor, list[Call]]:
+        """Run the model once and record every call of the sites, but for those that are opened."""
+        opened = opened if plan is None else plan.opened
         n = data.count(batch)
         recorder = Recorder(n, () if plan is None else [None if x is None else x.expand for x in plan.layouts])
-        changes: list[Change] = [*recorder.hooks(sites), trainable(_collected(sites))]
+        changes: list[Change] = [
+            *recorder.hooks([s for s in sites if s.name not in opened]),
+            trainable(_collected(sites)),
+        ]
         state = None if plan is None or not plan.looked else State(self.model)  # a probe has one of its own
         if state is not None:
             changes.append(state)
         if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
         if plan is None or plan.uses:
-            changes += Uses(recorder, sites).changes()
+            changes += Uses(recorder, sites, opened).changes()
         self.within(batch)  # what is looked for there is none of the calls
         with self.running(*changes):
             f = self.outputs_of(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import islice, product
 from math import hypot
@@ -92,6 +92,10 @@ class Probed(Recorded):
         measure: whether to count what the model makes.
         """
         self._apart.clear()
+        containers = frozenset(site.name for site in sites if _is_container(site))
+        if containers:  # their own parameters may be seen by what is done with them, at a fraction of the cost
+            with suppress(Exception):
+                return self.apart(batch, lambda b: self._probe(sites, b, measure, containers))
         try:
             return self.apart(batch, lambda b: self._probe(sites, b, measure))
         except Refused as error:
@@ -109,7 +113,9 @@ class Probed(Recorded):
 
         raise remedies.tried(self.model, self.layer_collection, refused, look) from refused.__cause__
 
-    def _probe(self, sites: Sequence[Site], batch: data.Batch, measure: bool) -> Plan:
+    def _probe(
+        self, sites: Sequence[Site], batch: data.Batch, measure: bool, opened: frozenset[str] = frozenset()
+    ) -> Plan:
         n = data.count(batch)
         for site in sites:
             require_derivative(site.module)
@@ -119,10 +125,10 @@ class Probed(Recorded):
         with self.running(weights.in_place, *self.within(batch), state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with BytesMade() if measure else nullcontext() as made:
-                f2, two = self._forward(sites, few[0], None)
-            f3, three = self._forward(sites, few[1], None)
+                f2, two = self._forward(sites, few[0], None, opened)
+            f3, three = self._forward(sites, few[1], None, opened)
             graph = list(nodes([f3]))
-            state.check(lambda: self._forward(sites, few[1], None))
+            state.check(lambda: self._forward(sites, few[1], None, opened))
             weights.check(before)
             check_same(
                 f2,
@@ -150,6 +156,7 @@ class Probed(Recorded):
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
                 uses=any(is_use(call, sites) for call in two),
+                opened=opened,
             )
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[1], plan, f3, parameters)
@@ -366,6 +373,11 @@ class Probed(Recorded):
                     "a cached or stored tensor), or what it returns for one example alone differs",
                     EXCLUDE,
                 )
+
+
+def _is_container(site: Site) -> bool:
+    """Whether a module has parameters beside its children, and no form of its own."""
+    return site.kind.function is None and not site.kind.whole and next(site.module.children(), None) is not None
 
 
 def _rows_are_examples(plan: Plan) -> bool:

@@ -1,0 +1,105 @@
+"""Parameters of containers: added, multiplied, given to all examples. They are seen by what is done with them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from nngeometry import FIM, Accumulator, EmpiricalFisher, LayerCollection, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC
+from nngeometry.generator import Generator, rowwise
+from nngeometry.likelihood import Gaussian
+
+T, D = 3, 4
+
+
+class Container(nn.Module):
+    def __init__(self, use, *shapes, seen=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(2, D), nn.Linear(D, D), nn.Linear(D, 3)
+        for k, shape in enumerate(shapes):
+            self.register_parameter(f"p{k}", nn.Parameter(torch.randn(shape)))
+        self.use, self.seen = use, seen
+
+    def forward(self, x):
+        h = self.use(self, torch.tanh(self.first(x)))
+        return self.head(torch.tanh(self.second(h))).mean(1)
+
+
+def classes(m, h):
+    h = torch.cat([m.p0.expand(len(h), -1, -1), h], 1) + m.p1
+    return h * m.p2
+
+
+def later(m, h):
+    return (h.transpose(0, 1) + m.p0).transpose(0, 1)
+
+
+CASES = {
+    "positions": partial(Container, lambda m, h: h + m.p0, (1, T, D)),
+    "positions without an axis": partial(Container, lambda m, h: m.p0 + h, (T, D)),
+    "some of the positions": partial(Container, lambda m, h: h + m.p0[:, 1 : T + 1], (1, T + 2, D)),
+    "one number": partial(Container, lambda m, h: h + m.p0, ()),
+    "each position": partial(Container, lambda m, h: h + m.p0, (T, 1)),
+    "scale of features": partial(Container, lambda m, h: m.p0 * h, (D,)),
+    "scale of positions": partial(Container, lambda m, h: h.mul(m.p0), (1, T, 1)),
+    "scale as a number": partial(Container, lambda m, h: h * m.p0, ()),
+    "transposed": partial(Container, lambda m, h: h + m.p0.T, (D, T)),
+    "in front": partial(Container, lambda m, h: torch.cat([m.p0.expand(h.shape[0], -1, -1), h], 1), (1, 1, D)),
+    "as another": partial(Container, lambda m, h: h * h.sin() + m.p0.expand_as(h), (1, T, D)),
+    "twice": partial(Container, lambda m, h: (h + m.p0) * m.p0.sigmoid() + m.p0, (T, D), seen=False),
+    "thrice": partial(Container, lambda m, h: ((h + m.p0) * m.p0 + m.p0).sin(), (T, D)),
+    "as in a vision transformer": partial(Container, classes, (1, 1, D), (1, T + 1, D), (D,)),
+    "not seen": partial(Container, lambda m, h: h + 2 * m.p0, (T, D), seen=False),
+    "not all seen": partial(Container, lambda m, h: h + m.p0 + m.p1.tanh(), (T, D), (D,), seen=False),
+    "in place": partial(Container, lambda m, h: h.clone().add_(m.p0), (T, D), seen=False),
+    "outer": partial(Container, lambda m, h: h + m.p0 * m.p1, (T, 1), (1, D), seen=False),
+    "features first": partial(
+        Container, lambda m, h: (h.transpose(0, 1) + m.p0).transpose(0, 1), (T, 1, D), seen=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name):
+    model = CASES[name]()
+    batches = [(torch.randn(4, T, 2),), (torch.randn(1, T, 2),)]
+    M = oracle.fim(model, batches, "classif_logits")
+    assert oracle.relative(FIM(model, batches, PMatDense).to_torch(), M) < 1e-10
+    assert oracle.relative(FIM(model, batches, PMatDiag).get_diag(), M.diagonal()) < 1e-10
+    for representation in (PMatKFAC, PMatEKFAC):
+        F = FIM(model, batches, representation)
+        at = F.layer_collection.slices()[""]
+        assert oracle.relative(F.block("").to_torch(), M[at, at]) < 1e-10
+    y = torch.randint(3, (4,))
+    G = oracle.loss_gradients(model, [(batches[0][0], y)], nn.CrossEntropyLoss(reduction="none"))
+    E = EmpiricalFisher(model, (batches[0][0], y), PMatDiag)
+    assert oracle.relative(E.get_diag(), G.square().mean(0)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_seen_needs_no_call_of_the_container(name):
+    model = CASES[name]()
+    lc = LayerCollection.from_model(model)
+    generator = Generator(model, lc, rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
+    plan = generator.probe(lc.sites(model), next(generator.minibatches([(torch.randn(4, T, 2),)])))
+    assert ("" in plan.opened) == model.seen
+
+
+def test_another_use_is_noticed():
+    model = CASES["positions"]()
+    batches = [(torch.randn(4, T, 2),), (torch.randn(4, T, 2),)]
+    running = Accumulator(FIM, model, PMatDense).update(batches[0])
+    before = model.use
+    model.use = lambda m, h: h * m.p0
+    try:
+        running.update(batches[1])
+        M = oracle.fim(model, batches[1:], "classif_logits")
+    finally:
+        model.use = before
+    M = (M + oracle.fim(model, batches[:1], "classif_logits")) / 2
+    assert oracle.relative(running.matrix().to_torch(), M) < 1e-10
