@@ -6,7 +6,13 @@ from pathlib import Path
 
 import nngeometry
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import of_benchmarks  # noqa: E402
+
+(HERE / "_generated").mkdir(exist_ok=True)
+(HERE / "_generated" / "peers.txt").write_text(of_benchmarks.peers(HERE / "benchmarks" / "results.json"))
 
 project = "nngeometry"
 copyright = "2026, the nngeometry authors"
@@ -15,7 +21,7 @@ release = nngeometry.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",  # for testsetup, which is run by tests/test_pages.py and not shown
-    "sphinx.ext.mathjax",
+    "mathml",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "myst_parser",
@@ -53,10 +59,11 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 1e9,
     "write_computation_times": False,
-    "plot_gallery": "True",
+    "default_thumb_file": str(HERE / "pictures" / "matrices.png"),
 }
 warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.*")
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "nngeometry"
 html_static_path = ["_static"]

@@ -16,7 +16,7 @@ _SHOWN: set[tuple[Path, int]] = set()
 
 def arguments(gallery_conf: dict[str, Any], script_vars: dict[str, Any]) -> list[str]:
     """What an example finds in ``sys.argv``; and it may ask where it is."""
-    script_vars["example_globals"]["__file__"] = script_vars["src_file"]
+    script_vars["example_globals"]["__file__"] = Path(script_vars["src_file"]).name  # it runs in its folder
     return ["--small"]
 
 
@@ -38,9 +38,5 @@ def pictures(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any
         _SHOWN.add((path, written))
         shown.append(next(block_vars["image_path_iterator"]))
         shutil.copy(path, shown[-1])
-    return "".join(figure_rst([path], gallery_conf["src_dir"], alt_of(path, block_vars)) for path in shown)
-
-
-def alt_of(path: str, block_vars: dict[str, Any]) -> str:
-    """What a picture is of, for those who do not see it."""
-    return f"drawn by {Path(block_vars['src_file']).name}"
+    alt = f"drawn by {Path(block_vars['src_file']).name}"
+    return "".join(figure_rst([path], gallery_conf["src_dir"], alt) for path in shown)
