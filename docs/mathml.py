@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import latex2mathml, wrap_math_code
+from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 
 
@@ -15,7 +15,8 @@ def _formula(self: Any, node: nodes.Element) -> None:
 
 
 def _display(self: Any, node: nodes.Element) -> None:
-    code = wrap_math_code(node.astext(), as_block=True)
+    text = node.astext()
+    code = rf"\begin{{align*}}{text}\end{{align*}}" if r"\\" in text else text
     self.body.append(f'<div class="math">{latex2mathml.tex2mathml(code, as_block=True)}</div>')
     raise nodes.SkipNode
 
