@@ -38,7 +38,7 @@ REPRESENTATIONS: dict[str, Any] = {
 
 
 def matrices() -> dict[str, PMat]:
-    """The Fisher matrix of a convolutional network that was trained on digits, in every representation that has entries."""
+    """The Fisher matrix of a convolutional network that was trained on digits, in many representations."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     data = load_digits()

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 SETTING = "resnet18"
-NAMES = {"ours": "nngeometry", "nng": "NNGeometry", "curvlinops": "curvlinops", "backpack": "BackPACK", "torchfunc": "torch.func"}
+NAMES = {
+    "ours": "nngeometry",
+    "nng": "NNGeometry",
+    "curvlinops": "curvlinops",
+    "backpack": "BackPACK",
+    "torchfunc": "torch.func",
+}
 JOBS = {
     "kfac": "exact KFAC",
     "kfac_mc": "KFAC of one sampled label",

@@ -1,8 +1,8 @@
 """Ten minutes, from a trained net to its geometry
 ===============================================
 
-A small net learns the digits of scikit-learn. Then this page computes its Fisher matrix, its spectrum, a penalty that keeps
-a second task from overwriting the first, an optimiser that uses the same matrix, and a posterior of the weights.
+A small net learns the digits of scikit-learn. Then this page computes its Fisher matrix, its spectrum, a penalty that
+keeps a second task from overwriting the first, an optimiser that uses the same matrix, and a posterior of the weights.
 
 ::
 
@@ -87,7 +87,7 @@ for name, M in matrices.items():
 plot_matrices(matrices, OUTPUT / "tutorial_matrices.png")
 
 # %%
-# All of them have the same algebra. A solve is exact for the matrix that is represented, with the damping that is given.
+# All of them have the same algebra. A solve is exact for the matrix that is represented, with the damping given.
 
 g = PVector.from_model(model).detach()
 step = F.solve(g, regul=1e-3)
@@ -97,7 +97,7 @@ print(f"residual of the solve {float((F.mv(step) + 1e-3 * step - g).norm() / g.n
 # The spectrum
 # ------------
 #
-# ``PMatImplicit`` holds nothing and gives products. That is all that a spectrum needs, so it works for nets of any size.
+# ``PMatImplicit`` holds nothing and gives products. A spectrum needs no more, so it works for nets of any size.
 
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density  # noqa: E402
 
@@ -117,8 +117,8 @@ print("traces:", {name: f"{s.trace().value:.2f} +- {s.trace().error:.2f}" for na
 # A second task without forgetting the first
 # ------------------------------------------
 #
-# The second task has the same digits with their pixels in reverse order. Elastic weight consolidation adds a penalty: the
-# weights may move where the Fisher matrix of the first task is small.
+# The second task has the same digits with their pixels in reverse order. Elastic weight consolidation adds a penalty:
+# the weights may move where the Fisher matrix of the first task is small.
 
 from nngeometry.continual import EWC  # noqa: E402
 
@@ -135,8 +135,8 @@ for name, strength in {"without a penalty": 0.0, "with the penalty": 30.0}.items
 # An optimiser
 # ------------
 #
-# The same matrices precondition gradient steps. ``observe`` folds a minibatch into a running matrix, and the rest of the
-# loop is that of any optimiser of torch.
+# The same matrices precondition gradient steps. ``observe`` folds a minibatch into a running matrix, and the rest of
+# the loop is that of any optimiser of torch.
 
 from nngeometry.optim import SecondOrderOptimizer  # noqa: E402
 
@@ -159,7 +159,9 @@ for name, make in {
 # largest evidence. ``information`` says how much an observation would tell: more for noise than for a digit.
 
 posterior = Posterior(model, F, num_data=len(train), data=loader).fit_prior()
-print(f"prior precision {float(posterior.prior_precision):.3f}, evidence {float(posterior.log_marginal_likelihood()):.1f}")
+print(
+    f"prior precision {float(posterior.prior_precision):.3f}, evidence {float(posterior.log_marginal_likelihood()):.1f}"
+)
 print(f"information, digits {float(posterior.information(test[0]).mean()):.3f}", end="")
 print(f", noise {float(posterior.information(3 * torch.rand(200, 64)).mean()):.3f}")
 probabilities = posterior.predict(test[0])

@@ -1,7 +1,7 @@
 """Every block of Python on a page of the documentation runs, from top to bottom, as its reader would run it.
 
-``>>>`` is a doctest. Other blocks are executed. What a page takes for granted (a model, data) is in blocks called testsetup, which
-are run in their place and are not shown.
+``>>>`` is a doctest. Other blocks are executed. What a page takes for granted (a model, data) is in blocks called
+testsetup, which are run in their place and are not shown.
 """
 
 import doctest
@@ -16,7 +16,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = {"_build", "gallery", "extending.rst"}  # the code of the last is held to by test_extending.py
 PAGES = sorted(p for e in ("rst", "md") for p in DOCS.rglob(f"*.{e}") if p.relative_to(DOCS).parts[0] not in GENERATED)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-_RST = re.compile(r"^(?P<i> *)\.\. (?:code-block:: python|testsetup::) *\n(?:(?P=i) +:.*\n)*\s*\n(?P<b>(?:(?P=i) +\S.*\n|\s*\n)+)", re.M)
+_RST = re.compile(
+    r"^(?P<i> *)\.\. (?:code-block:: python|testsetup::) *\n(?:(?P=i) +:.*\n)*\s*\n(?P<b>(?:(?P=i) +\S.*\n|\s*\n)+)",
+    re.M,
+)
 _MD = re.compile(r"^(?:```python|<!-- testsetup) *\n(?P<b>.*?)^(?:```|-->) *$", re.M | re.S)
 _PROMPTS = re.compile(r"^>>> .*\n(?:.*\S.*\n)*", re.M)
 
