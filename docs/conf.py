@@ -74,3 +74,16 @@ html_theme_options = {
 }
 html_copy_source = False
 html_show_sourcelink = False
+
+
+def _links_of_sources(app, env):
+    """Pages of source link back to what the reference has under the name of their module, and to nothing else."""
+    sources, known = getattr(env, "_viewcode_modules", {}), env.domains["py"].objects
+    sources.pop("builtins", None)
+    for _, _, used, module in filter(None, sources.values()):
+        for name in [name for name in used if f"{module}.{name}" not in known]:
+            del used[name]
+
+
+def setup(app):
+    app.connect("env-check-consistency", _links_of_sources)

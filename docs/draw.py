@@ -64,4 +64,6 @@ def matrices() -> dict[str, PMat]:
 
 
 if __name__ == "__main__":
-    plot_matrices(matrices(), PICTURES / "matrices.png", ncols=4)
+    drawn = matrices()
+    plot_matrices(drawn, PICTURES / "matrices.png", ncols=4)
+    plot_matrices(drawn, PICTURES / "matrices-narrow.png", ncols=2)
