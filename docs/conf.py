@@ -78,7 +78,8 @@ html_show_sourcelink = False
 
 def _links_of_sources(app, env):
     """Pages of source link back to what the reference has under the name of their module, and to nothing else."""
-    sources, known = getattr(env, "_viewcode_modules", {}), env.domains["py"].objects
+    sources = getattr(env, "_viewcode_modules", {})
+    known = {name for name, entry in env.domains["py"].objects.items() if entry.node_id == name and not entry.aliased}
     sources.pop("builtins", None)
     for _, _, used, module in filter(None, sources.values()):
         for name in [name for name in used if f"{module}.{name}" not in known]:
