@@ -34,7 +34,7 @@ def peers(results: Path) -> str:
     for job, title in JOBS.items():
         found = rows[job]["contenders"]
         costs = {name: found[name]["gradients"] for name in NAMES if found.get(name)}
-        cells = [f":ref:`{_number(costs[name])} <code-{name}>`" if name in costs else "–" for name in NAMES]
+        cells = [f":ref:`{_number(costs[name])} <code-{name}>`" if name in costs else r"\-" for name in NAMES]
         lines += _row([title, *cells])
     return "\n".join(lines) + "\n"
 

@@ -71,28 +71,43 @@ def GramMatrix(
 ) -> Any:
     """The kernel ``K[c, x, d, y] = J[c, x] M J'[d, y]^T`` of Jacobians of outputs; with M the identity, the NTK.
 
-    model, loader, function, layer_collection: as in :func:`~nngeometry.Jacobian`. loader2, function2, model2: the other
-    side, where it differs: other examples, another function of the model, the model at other parameters. Each loader
-    is read once, so that a shuffling or augmenting one is consistent. A function in the place of loader2 is one of both
-    sides, followed by the representation and the layer collection, as in NNGeometry.
-    output: "full" ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output with itself; "trace" and "mean_trace" ``(n,
-    n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel of the sum of outputs.
-    per_layer: a dict of the kernels of the layers, which sum to the whole; not with a metric that couples layers.
-    metric: M, a PMat or an inverse of one (``F.inv(r)``). centering: Jacobians less their mean over the examples of
-    their side.
-    batch_statistics, unit: as in :func:`~nngeometry.Jacobian`.
-    representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on disk.
-    process_group: of ``torch.distributed``, among whose ranks the tiles of the kernel are shared out. All call this
-    with the same loaders, and all get the whole kernel; a folder of FMatMemmap is on a disk that they share.
-
     Jacobians are kept in the form in which layers make them, in memory while they fit the memory budget, and made again
-    for pairs of minibatches where they do not.
+    for pairs of minibatches where they do not. Each loader is read once, so that a shuffling or augmenting one is
+    consistent.
 
-    >>> from nngeometry import GramMatrix
-    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    >>> K = GramMatrix(model, (torch.randn(6, 4),))
-    >>> K.to_torch().shape, K.trace() > 0
-    (torch.Size([3, 6, 3, 6]), tensor(True))
+    Args:
+        model: As in :func:`~nngeometry.Jacobian`.
+        loader: The examples of the rows, as in :func:`~nngeometry.Jacobian`.
+        loader2: The examples of the columns, where they are others. A function in this place is one of both sides,
+            followed by the representation and the layer collection, as in NNGeometry.
+        function: As in :func:`~nngeometry.Jacobian`.
+        function2: Another function of the model for the columns.
+        model2: The model at other parameters for the columns.
+        layer_collection: As in :func:`~nngeometry.Jacobian`.
+        representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on
+            disk.
+        output: "full" ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output with itself; "trace" and "mean_trace"
+            ``(n, n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel of the sum of outputs.
+        per_layer: Whether to return a dict of the kernels of the layers, which sum to the whole. Not with a metric that
+            couples layers.
+        metric: M, a PMat or an inverse of one, ``F.inv(r)``. By default the identity.
+        centering: Whether Jacobians are taken less their mean over the examples of their side.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        unit: As in :func:`~nngeometry.Jacobian`.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether a progress bar is shown.
+        process_group: Of ``torch.distributed``, among whose ranks the tiles of the kernel are shared out. All call this
+            with the same loaders, and all get the whole kernel; a folder of FMatMemmap is on a disk that they share.
+
+    Returns:
+        The kernel, an instance of the representation, or a dict of them.
+
+    Example:
+        >>> from nngeometry import GramMatrix
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> K = GramMatrix(model, (torch.randn(6, 4),))
+        >>> K.to_torch().shape, K.trace() > 0
+        (torch.Size([3, 6, 3, 6]), tensor(True))
 
     Source: Jacot, Gabriel and Hongler (2018), 1806.07572.
     """

@@ -40,22 +40,25 @@ class FiniteDifference:
     large, other steps are tried at four gradients each, if need be for some of the examples alone. All is computed in
     float64 if the model runs in it, whatever its own precision.
 
-    step: how far parameters are moved at first, for a vector whose largest entry is one; by default 6e-6, and 5e-3
-    for a model that does not run in float64. rtol: the error that is allowed, relative to the length of H v (or, for
-    a vector that H nearly takes away, of H times a typical vector of its length), by default 1e-9 for models in
-    float64 and 1e-3 for others.
+    Args:
+        step: How far parameters are moved at first, for a vector whose largest entry is one. By default 6e-6, and 5e-3
+            for a model that does not run in float64.
+        rtol: The error that is allowed, relative to the length of H v (or, for a vector that H nearly takes away, of H
+            times a typical vector of its length). By default 1e-9 for models in float64 and 1e-3 for others.
 
-    A product raises ``RuntimeError`` if its estimated error is larger than rtol. Raises ``ValueError`` for a step or
-    rtol that is not positive.
+    Raises:
+        ValueError: For a step or rtol that is not positive.
+        RuntimeError: From a product whose estimated error is larger than rtol.
 
-    >>> from nngeometry import Hessian, PMatImplicit, PVector
-    >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    >>> batch = torch.randn(20, 4).double(), torch.randint(3, (20,))
-    >>> v = PVector.from_model(model).detach()
-    >>> one = Hessian(model, batch, PMatImplicit).mv(v)
-    >>> other = Hessian(model, batch, PMatImplicit, products=FiniteDifference()).mv(v)
-    >>> torch.allclose(one.to_torch(), other.to_torch(), rtol=1e-7)
-    True
+    Example:
+        >>> from nngeometry import Hessian, PMatImplicit, PVector
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+        >>> batch = torch.randn(20, 4).double(), torch.randint(3, (20,))
+        >>> v = PVector.from_model(model).detach()
+        >>> one = Hessian(model, batch, PMatImplicit).mv(v)
+        >>> other = Hessian(model, batch, PMatImplicit, products=FiniteDifference()).mv(v)
+        >>> torch.allclose(one.to_torch(), other.to_torch(), rtol=1e-7)
+        True
     """
 
     step: float | None = None
@@ -90,21 +93,33 @@ def GGN(
 ) -> Any:
     """The generalised Gauss-Newton matrix of a loss, ``sum_x J^T H J`` with H the Hessian of the loss in the output.
 
-    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping). CrossEntropyLoss (with class
-    weights, ignore_index, label_smoothing, class probabilities, extra axes), :class:`~nngeometry.TokenCrossEntropy`,
-    BCEWithLogitsLoss, MSELoss, PoissonNLLLoss, GaussianNLLLoss, HuberLoss, SmoothL1Loss and others that compare
-    element by element with reduction "mean" or "sum", whose loss over all minibatches is that of the data set as one
-    minibatch, however it is split; or any callable with one value for each example, of which the mean over examples
-    is taken, and whose Hessian must be positive semidefinite, which products are checked for by a few of them and
-    representations made of Jacobians exactly. The default is ``nn.CrossEntropyLoss()``. targets: as in
-    :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused. unit: with "minibatch", the mean over
-    minibatches of ``J^T H J`` with H that of the loss of a minibatch, which may couple its examples, and J the
-    derivative of all of its output. The rest is as in :func:`~nngeometry.FIM`, and so are the representations.
+    Arguments that are not listed are those of :func:`~nngeometry.FIM`, and so are the representations.
 
-    >>> from nngeometry import GGN, PMatKFAC
-    >>> model = nn.Linear(4, 3)
-    >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
-    >>> G = GGN(model, batch, PMatKFAC, nn.CrossEntropyLoss(label_smoothing=0.1))
+    Args:
+        loss: ``loss(outputs, *minibatch[1:])``, or ``loss(outputs, minibatch)`` for a mapping. CrossEntropyLoss (with
+            class weights, ignore_index, label_smoothing, class probabilities, extra axes),
+            :class:`~nngeometry.TokenCrossEntropy`, BCEWithLogitsLoss, MSELoss, PoissonNLLLoss, GaussianNLLLoss,
+            HuberLoss, SmoothL1Loss and others that compare element by element, with reduction "mean" or "sum": the loss
+            of all minibatches is that of the data set as one minibatch, however it is split. Or any callable with one
+            value for each example, of which the mean is taken, and whose Hessian must be positive semidefinite.
+            Products check that for a few of them, representations made of Jacobians exactly. By default
+            ``nn.CrossEntropyLoss()``.
+        targets: As in :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused.
+        unit: With "minibatch" it is the mean over minibatches of ``J^T H J``, with H that of the loss of a minibatch,
+            which may couple its examples, and J the derivative of all of its output.
+
+    Returns:
+        The matrix, an instance of the representation.
+
+    Raises:
+        ValueError: If the Hessian of a callable is found not to be positive semidefinite, and as in
+            :func:`~nngeometry.FIM`.
+
+    Example:
+        >>> from nngeometry import GGN, PMatKFAC
+        >>> model = nn.Linear(4, 3)
+        >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> G = GGN(model, batch, PMatKFAC, nn.CrossEntropyLoss(label_smoothing=0.1))
 
     Source: Schraudolph (2002), Neural Computation 14; Martens (2014), 1412.1193.
     """
@@ -164,24 +179,35 @@ def Hessian(
 ) -> Any:
     """The Hessian of a loss with respect to the parameters, by products: exact, indefinite in general.
 
-    loss: as in :func:`GGN` (any callable, convex or not), by default ``nn.CrossEntropyLoss()``, or
-    :class:`~nngeometry.OwnLoss`, the loss that the model computes itself. targets: as in GGN. representation:
-    PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the eigenvalues of largest
-    magnitude). products: ``FiniteDifference()`` for models that cannot be differentiated twice. function: also the
-    loss itself, as in NNGeometry. A loss that gives one number for a minibatch is the mean over its examples or their
-    sum, whichever it is. unit: with "minibatch", the Hessian of the mean over minibatches of any loss of a minibatch,
-    with the loss's own reduction: BatchNorm in train mode (whose derivative goes through its statistics), contrastive
-    losses, graphs, packed sequences. old: layer_collection and verbose, by position. The rest is as in
-    :func:`~nngeometry.FIM`.
+    Arguments that are not listed are those of :func:`~nngeometry.FIM`.
 
-    Raises ``NotImplementedError`` where torch's second derivative is known to be wrong (weight_norm).
+    Args:
+        representation: PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products), or PMatLowRank (``rank=``, the
+            eigenvalues of largest magnitude).
+        loss: As in :func:`GGN`, convex or not, or :class:`~nngeometry.OwnLoss`, the loss that the model computes.
+            A loss that gives one number for a minibatch is the mean over its examples or their sum, whichever it is. By
+            default ``nn.CrossEntropyLoss()``.
+        *old: layer_collection and verbose by position, in NNGeometry's order.
+        targets: As in :func:`~nngeometry.EmpiricalFisher`.
+        function: As in :func:`~nngeometry.FIM`; or the loss itself, as in NNGeometry.
+        products: ``FiniteDifference()`` for models that cannot be differentiated twice.
+        unit: With "minibatch" it is the Hessian of the mean over minibatches of any loss of a minibatch, with its own
+            reduction: BatchNorm in train mode (whose derivative goes through its statistics), contrastive losses,
+            graphs, packed sequences.
 
-    >>> from nngeometry import Hessian, PMatImplicit, PVector
-    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
-    >>> H = Hessian(model, batch, PMatImplicit)
-    >>> H.mv(PVector.from_model(model).detach()).size()
-    torch.Size([43])
+    Returns:
+        The matrix, an instance of the representation.
+
+    Raises:
+        NotImplementedError: Where torch's second derivative is known to be wrong (weight_norm).
+
+    Example:
+        >>> from nngeometry import Hessian, PMatImplicit, PVector
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> batch = torch.randn(20, 4), torch.randint(3, (20,))
+        >>> H = Hessian(model, batch, PMatImplicit)
+        >>> H.mv(PVector.from_model(model).detach()).size()
+        torch.Size([43])
 
     Source: Pearlmutter (1994), Neural Computation 6.
     """

@@ -39,20 +39,33 @@ def Jacobian(
 ) -> Any:
     """The derivative of every output of every example with respect to every parameter, ``J[c, x, p]``.
 
-    model, loader, function, layer_collection: as in :func:`~nngeometry.FIM`; ``function(*minibatch)`` may be any
-    function of the model, with a row for each example; further axes of its result are flattened into outputs.
-    representation: PFMapDense, ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of layers; or
-    PFMapImplicit, products by automatic differentiation. centering: less the mean over examples, output by output.
-    batch_statistics, unit: as in :func:`~nngeometry.FIM`; with unit="minibatch" all entries of what ``function``
-    returns for a minibatch, of any shape, are outputs of one example.
-    process_group: of ``torch.distributed``, whose ranks call this together, each with its own minibatches
-    (:func:`nngeometry.distributed.shard`): the rows of a rank are those of its own examples, in their order.
+    Args:
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        function: As in :func:`~nngeometry.FIM`. It may be any function of the model with a row for each example.
+            Further axes of its result are flattened into outputs.
+        representation: PFMapDense, ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of layers; or
+            PFMapImplicit, products by automatic differentiation.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        centering: Whether the mean over examples is taken away, output by output.
+        n_output: How many outputs there are, which is checked. Not needed.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        unit: With "minibatch" all entries of what ``function`` returns for a minibatch, of any shape, are outputs of
+            one example.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether a progress bar is shown.
+        process_group: Of ``torch.distributed``, whose ranks call this together, each with its own minibatches
+            (:func:`nngeometry.distributed.shard`). The rows of a rank are those of its own examples, in their order.
 
-    >>> from nngeometry import Jacobian, PFMapFactored, PVector
-    >>> model = nn.Linear(4, 3)
-    >>> J = Jacobian(model, (torch.randn(20, 4),), representation=PFMapFactored)
-    >>> J.shape, (J @ PVector.from_model(model).detach()).size()
-    ((3, 20, 15), torch.Size([3, 20]))
+    Returns:
+        The map, an instance of the representation.
+
+    Example:
+        >>> from nngeometry import Jacobian, PFMapFactored, PVector
+        >>> model = nn.Linear(4, 3)
+        >>> J = Jacobian(model, (torch.randn(20, 4),), representation=PFMapFactored)
+        >>> J.shape, (J @ PVector.from_model(model).detach()).size()
+        ((3, 20, 15), torch.Size([3, 20]))
     """
     arguments.call(
         model, [] if process_group is not None else loader, function, layer_collection, LayerCollection, device

@@ -51,32 +51,47 @@ def FIM(
     """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the
     expectation over y exact.
 
-    model: in eval mode, or see batch_statistics and unit. loader: a DataLoader, an iterable of minibatches (tuple,
-    list, dict), or one minibatch. representation: a PMat class, a partial of one, or ``PMatMixed.of(...)``; options go
-    to it. variant: what the output means, "classif_logits", "classif_binary_logits", "regression",
-    "segmentation_logits" or a :class:`~nngeometry.likelihood.Likelihood`. n_output: checked against the model if given.
-    function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
-    ``function(minibatch)``, as of a named tuple or a list of examples if it takes one argument. layer_collection: by
-    default all trainable parameters. batch_statistics: whether BatchNorm uses the statistics of the minibatch at hand,
-    held constant, dropout is off, and running statistics are left alone; the model may be in train mode. unit: what
-    counts as an example, "example" (a row of the output) or "minibatch": then nothing is taken apart or looked at, the
-    likelihood of a minibatch is the product of those of the rows of its output, and n counts minibatches. device: where
-    minibatches go, by default to the model. verbose: show a progress bar.
-    process_group: of ``torch.distributed``, whose ranks call this together, each with its own minibatches
-    (:func:`nngeometry.distributed.shard`), and all get the matrix of all. checkpoint: a file in which what was seen is
-    written after ``every`` minibatches (100) of a rank, so that the same call goes on from there when the program was
-    stopped, on any number of ranks; it goes when the matrix is done, unless keep_checkpoint says that it stays. old:
-    of device, function, layer_collection and verbose, by position in NNGeometry's order.
-
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
-    output. Raises ``ValueError`` for a model whose per-example derivatives are undefined (train-mode BatchNorm,
-    dropout, ...), with the remedy.
+    output.
 
-    >>> from nngeometry import FIM, PMatDense, PMatKFAC
-    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    >>> x = torch.randn(20, 4)
-    >>> FIM(model, (x,), PMatKFAC, n_output=3).size()
-    (43, 43)
+    Args:
+        model: Any module, in eval mode; for others see ``batch_statistics`` and ``unit``.
+        loader: A DataLoader, an iterable of minibatches (tuple, list, dict, ...), or one minibatch.
+        representation: A PMat class, a partial of one, or ``PMatMixed.of(...)``.
+        variant: What the output means: "classif_logits", "classif_binary_logits", "regression",
+            "segmentation_logits", or a :class:`~nngeometry.likelihood.Likelihood`.
+        *old: device, function, layer_collection and verbose by position, in NNGeometry's order.
+        n_output: How many outputs the model has, which is checked. Not needed.
+        function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``. Of a mapping or an object it
+            is ``function(minibatch)``, as of a named tuple, or of a list of examples if it takes one argument.
+        layer_collection: Which parameters there are, by default all that are trainable.
+        batch_statistics: Whether BatchNorm uses the statistics of the minibatch at hand, held constant. Dropout is off
+            then, running statistics are left alone, and the model may be in train mode.
+        unit: What counts as an example: "example", a row of the output, or "minibatch". Then nothing is taken apart or
+            looked at, the likelihood of a minibatch is the product of those of its rows, and n counts minibatches.
+        device: Where minibatches go, by default to the model.
+        verbose: Whether a progress bar is shown.
+        process_group: Of ``torch.distributed``. Its ranks call this together, each with its own minibatches
+            (:func:`nngeometry.distributed.shard`), and all get the matrix of all.
+        checkpoint: A file for what was seen, from which the same call goes on when the program was stopped, on any
+            number of ranks.
+        every: After how many minibatches of a rank that file is written, by default 100.
+        keep_checkpoint: Whether the file stays when the matrix is done.
+        **options: Of the representation.
+
+    Returns:
+        The matrix, an instance of the representation.
+
+    Raises:
+        ValueError: If derivatives of single examples are undefined (BatchNorm in train mode, dropout, ...), with the
+            remedy.
+
+    Example:
+        >>> from nngeometry import FIM, PMatDense, PMatKFAC
+        >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        >>> x = torch.randn(20, 4)
+        >>> FIM(model, (x,), PMatKFAC, n_output=3).size()
+        (43, 43)
 
     Source: Pascanu and Bengio (2013), 1301.3584; Kunstner, Balles, Hennig (2019), 1905.12558.
     """
@@ -130,13 +145,21 @@ def FIM_MonteCarlo(
 ) -> Any:
     """An unbiased estimate of the Fisher information matrix from ``trials`` draws of y from p(y|x) for each example.
 
-    generator: the source of randomness, by default torch's global one, of which one number is drawn. The draws are
-    a function of it and of the position of a minibatch in the loader, so every pass over the same data sees the
-    same ones. covariance: NNGeometry's c for ``variant=Gaussian(1 / c)``. The rest is as in :func:`FIM`.
+    The draws are a function of the generator and of the position of a minibatch in the loader, so every pass over the
+    same data sees the same ones. Arguments that are not listed are those of :func:`FIM`.
 
-    >>> from nngeometry import FIM_MonteCarlo, PMatDiag
-    >>> model = nn.Linear(4, 3)
-    >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=torch.Generator().manual_seed(0))
+    Args:
+        trials: How many y are drawn for each example.
+        generator: The source of randomness, by default torch's global one, of which one number is drawn.
+        covariance: NNGeometry's c, for ``variant=Gaussian(1 / c)``.
+
+    Returns:
+        The matrix, an instance of the representation.
+
+    Example:
+        >>> from nngeometry import FIM_MonteCarlo, PMatDiag
+        >>> model, g = nn.Linear(4, 3), torch.Generator().manual_seed(0)
+        >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=g)
     """
     if old or isinstance(variant, int):
         options |= {"n_output": n_output, "function": function, "layer_collection": layer_collection, "trials": trials}
@@ -194,21 +217,30 @@ def EmpiricalFisher(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_x g_x g_x^T`` (often called empirical Fisher).
 
-    loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), a loss of ``torch.nn``,
-    :class:`~nngeometry.TokenCrossEntropy` or any callable that returns one value, or several to be summed, for each
-    example; by default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one
-    example's loss, summed over its positions. :class:`~nngeometry.OwnLoss` is the loss that the model computes, for
-    minibatches of one example. targets: what the loss receives beside the outputs, a key of the minibatch (or a
-    position in the tuple), several, or a function of the minibatch that returns one target or a tuple of them. unit:
-    with "minibatch", the gradient is that of the loss of a minibatch, with its own reduction (summed if that leaves
-    several values), and examples may depend on each other. The rest is as in :func:`FIM`.
+    Arguments that are not listed are those of :func:`FIM`. Outputs and targets of the shapes (n, 1) and (n,) are the
+    same to a loss of ``torch.nn``.
 
-    Outputs and targets of the shapes (n, 1) and (n,) are the same to a loss of ``torch.nn``. Raises ``ValueError``
-    for whatever else would be broadcast, and for a loss whose value for an example depends on other examples.
+    Args:
+        loss: ``loss(outputs, *minibatch[1:])``, or ``loss(outputs, minibatch)`` for a mapping: a loss of ``torch.nn``,
+            :class:`~nngeometry.TokenCrossEntropy`, or any callable that returns one value, or several to be summed, for
+            each example. :class:`~nngeometry.OwnLoss` is the loss that the model computes, for minibatches of one
+            example. By default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one
+            example's loss, summed over its positions.
+        targets: What the loss receives beside the outputs: a key of the minibatch (or a position in the tuple),
+            several, or a function of the minibatch that returns one target or a tuple of them.
+        unit: With "minibatch" the gradient is that of the loss of a minibatch, with its own reduction (summed if that
+            leaves several values), and examples may depend on each other.
 
-    >>> from nngeometry import EmpiricalFisher, PMatDiag
-    >>> model = nn.Linear(4, 3)
-    >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
+    Returns:
+        The matrix, an instance of the representation.
+
+    Raises:
+        ValueError: If outputs and targets would be broadcast otherwise, or the loss of an example depends on others.
+
+    Example:
+        >>> from nngeometry import EmpiricalFisher, PMatDiag
+        >>> model = nn.Linear(4, 3)
+        >>> F = EmpiricalFisher(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
     how = _how(function, device, verbose, batch_statistics, unit)
     return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
@@ -238,12 +270,18 @@ def GradientCovariance(
 ) -> Any:
     """The covariance of per-example loss gradients, ``1/n sum_x (g_x - g)(g_x - g)^T`` with g their mean.
 
-    Arguments as in :func:`EmpiricalFisher`, which is the same without centring. PMatKFAC has no centred form and
-    raises.
+    Arguments are those of :func:`EmpiricalFisher`, which is the same without centring.
 
-    >>> from nngeometry import GradientCovariance, PMatDiag
-    >>> model = nn.Linear(4, 3)
-    >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
+    Returns:
+        The matrix, an instance of the representation.
+
+    Raises:
+        NotImplementedError: For PMatKFAC, which has no centred form.
+
+    Example:
+        >>> from nngeometry import GradientCovariance, PMatDiag
+        >>> model = nn.Linear(4, 3)
+        >>> C = GradientCovariance(model, (torch.randn(20, 4), torch.randint(3, (20,))), PMatDiag)
     """
     how = {**_how(function, device, verbose, batch_statistics, unit), "centred": True}
     return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
