@@ -27,7 +27,7 @@ docs: $(READY)
 examples: $(READY)
 	$(BIN)/torchrun --nproc-per-node 2 examples/distributed.py --small
 
-# The pictures of the first page and of the README.
+# The pictures that are committed, of the README and of pages: ten minutes.
 pictures: $(READY)
 	$(BIN)/python docs/draw.py
 

@@ -1,12 +1,15 @@
-"""The pictures of the first page and of the README: ``make pictures``."""
+"""The pictures that are committed, of the README and of pages: ``make pictures``, in ten minutes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -24,7 +27,10 @@ from nngeometry import (
 )
 from nngeometry.plot import plot_matrices
 
-PICTURES = Path(__file__).parent / "pictures"
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
+#: Whose pictures, at full size, pages show.
+EXAMPLES = ("continual", "merging", "pruning", "active_learning", "calibration_ood")
 REPRESENTATIONS: dict[str, Any] = {
     "PMatDense": PMatDense,
     "PMatLowRank": PMatLowRank,
@@ -63,7 +69,20 @@ def matrices() -> dict[str, PMat]:
     return {name: FIM(model, (x[:100],), R) for name, R in REPRESENTATIONS.items()}
 
 
+def small(path: Path, width: int, to: Path) -> None:
+    """Write a picture with at most so many columns, and 128 colours."""
+    with Image.open(path) as picture:
+        shown = picture.convert("RGB")
+    if shown.width > width:
+        shown = shown.resize((width, round(shown.height * width / shown.width)), Image.Resampling.LANCZOS)
+    shown.quantize(128, dither=Image.Dither.NONE).save(to, optimize=True)
+
+
 if __name__ == "__main__":
     drawn = matrices()
-    plot_matrices(drawn, PICTURES / "matrices.png", ncols=4)
-    plot_matrices(drawn, PICTURES / "matrices-narrow.png", ncols=2)
+    for name, columns in (("matrices", 4), ("matrices-narrow", 2)):
+        plot_matrices(drawn, PICTURES / f"{name}.png", ncols=columns)
+        small(PICTURES / f"{name}.png", 480 * columns, PICTURES / f"{name}.png")
+    for name in EXAMPLES:
+        subprocess.run([sys.executable, str(ROOT / "examples" / f"{name}.py")], check=True)
+        small(ROOT / "examples" / "output" / f"{name}.png", 1000, PICTURES / f"{name}.png")

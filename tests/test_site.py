@@ -91,15 +91,11 @@ class Site(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def opened(profile):
     """What Chromium has seen of each page at each width."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
     results = queue.Queue()
     server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args, **options: Site(*args, results=results, **options))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    profile = tmp_path_factory.mktemp("profile")
     switches = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     address = f"http://127.0.0.1:{server.server_port}/opener"
     browser = subprocess.Popen(
@@ -108,7 +104,7 @@ def seen(tmp_path_factory):
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield results.get(timeout=400)
+        return results.get(timeout=400)
     finally:
         browser.terminate()
         browser.wait()
@@ -116,23 +112,16 @@ def seen(tmp_path_factory):
         server.server_close()
 
 
-def test_all_pages_were_opened(seen):
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_every_page_fits_loads_its_pictures_and_does_not_complain(tmp_path):
+    seen = opened(tmp_path)
     assert sorted((found["page"], found["width"]) for found in seen) == sorted((p, w) for p in PAGES for w in WIDTHS)
-
-
-def test_no_page_scrolls_sideways(seen):
     wide = [(f["page"], f["width"], f["wide"], f["beyond"]) for f in seen if f["wide"] > f["width"]]
-    assert not wide, wide
-
-
-def test_no_page_complains(seen):
-    complaints = [(f["page"], f["complaints"]) for f in seen if f["complaints"]]
-    assert not complaints, complaints
-
-
-def test_every_picture_loads(seen):
+    assert not wide, f"scroll sideways: {wide}"
     broken = [(f["page"], f["broken"]) for f in seen if f["broken"]]
-    assert not broken, broken
+    assert not broken, f"pictures that do not load: {broken}"
+    complaints = [(f["page"], f["complaints"]) for f in seen if f["complaints"]]
+    assert not complaints, f"errors: {complaints}"
 
 
 class Links(HTMLParser):
