@@ -1,5 +1,6 @@
 """How the documentation is built."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -76,15 +77,19 @@ html_copy_source = False
 html_show_sourcelink = False
 
 
-def _links_of_sources(app, env):
-    """Pages of source link back to what the reference has under the name of their module, and to nothing else."""
-    sources = getattr(env, "_viewcode_modules", {})
-    known = {name for name, entry in env.domains["py"].objects.items() if entry.node_id == name and not entry.aliased}
-    sources.pop("builtins", None)
-    for _, _, used, module in filter(None, sources.values()):
-        for name in [name for name in used if f"{module}.{name}" not in known]:
-            del used[name]
+def _no_source_of_builtins(app, env):
+    """Aliases of types are documented, whose source nobody has."""
+    getattr(env, "_viewcode_modules", {}).pop("builtins", None)
+
+
+def _links_of_sources(app, page, template, context, doctree):
+    """A page of source links back to what the reference has under the name of its module, and to nothing else."""
+    if page.startswith("_modules/") and "body" in context:
+        known = {entry.node_id for entry in app.env.domains["py"].objects.values()}
+        link = r'<a class="viewcode-back" href="[^"#]*#([^"]+)">\[docs\]</a>'
+        context["body"] = re.sub(link, lambda m: m[0] if m[1] in known else "", context["body"])
 
 
 def setup(app):
-    app.connect("env-check-consistency", _links_of_sources)
+    app.connect("env-check-consistency", _no_source_of_builtins)
+    app.connect("html-page-context", _links_of_sources)
