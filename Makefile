@@ -57,10 +57,11 @@ check:
 	bash .ci/run
 
 # Done again only when the project's requirements change.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/peers.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps -r tests/peers.txt
 	touch $(READY)
 
 clean:

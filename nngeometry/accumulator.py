@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import arguments
 from .blocks import Block
 from .estimation import Estimation, Source
-from .identity import short, told
+from .identity import short, told, told_of_options
 from .layercollection import LayerCollection
 from .object.pmat import PMat
 from .passes import reduce, update
@@ -38,8 +38,9 @@ class Accumulator:
     average. FIM_MonteCarlo draws other labels for each minibatch that comes.
 
     The model is looked at in the first update, and again when it is not the same any more: when its modules, their
-    plain attributes, hooks or modes are other ones, or minibatches have other axes. What else a model may consult (the
-    variables of a closure, a file) is not seen to change.
+    plain attributes, those of their types and of the objects that they hold (a configuration), hooks or modes are other
+    ones, or minibatches have other axes. What else a model may consult (the variables of a closure, a file) is not seen
+    to change.
 
     Args:
         matrix: A constructor of matrices: FIM, FIM_MonteCarlo, EmpiricalFisher, GradientCovariance, GGN, Hessian, a
@@ -101,8 +102,10 @@ class Accumulator:
         self.process_group = process_group
         self._kind = kind
         self._estimation = found
+        chosen = {**getattr(matrix, "keywords", {}), **options}
+        self._options_held = told_of_options(chosen)
         self._what = (
-            told(constructor, {**getattr(matrix, "keywords", {}), **options}),
+            told(constructor, chosen),
             told(self._kind, getattr(representation, "keywords", {})),
         )
 
@@ -140,7 +143,7 @@ class Accumulator:
             The accumulator.
         """
         if self.process_group is not None or checkpoint is not None or every is not None or keep_checkpoint:
-            what = tuple(map(str, self._what))
+            what = (*map(str, self._what), self._options_held)
             examples = reading(examples, self.process_group, checkpoint, every, keep_checkpoint, what)
         update(self._estimation, examples)
         return self
@@ -197,7 +200,14 @@ class Accumulator:
         return self.made_of(self._estimation.root())
 
     def made_of(self, root: Block) -> PMat:
-        """A matrix of the same representation and layers with other blocks."""
+        """A matrix of the same representation and layers with other blocks.
+
+        Args:
+            root: These, as :attr:`estimation` makes them.
+
+        Returns:
+            The matrix.
+        """
         made: PMat = self._kind._of_blocks(self.layer_collection, root)
         made.generator = self._estimation.source
         return made
@@ -224,17 +234,22 @@ class Accumulator:
         return made
 
     def take(self, ahead: Accumulator) -> Self:
-        """Add what one that went :meth:`ahead` of this one has seen. It is used up.
+        """Add what one that went :meth:`ahead` of this one has seen. It is used up: it has seen nothing then, and is
+        ahead of this one anew.
+
+        Args:
+            ahead: The other one.
 
         Returns:
             The accumulator.
 
         Raises:
-            ValueError: If it is of another accumulator.
+            ValueError: If it is of another accumulator; or of PMatEKFAC, in another basis.
         """
-        if ahead._estimation.source is not self._estimation.source:
+        if ahead is self or ahead._estimation.source is not self._estimation.source:
             raise ValueError("take: the other accumulator did not go ahead of this one: use merge")
         self._estimation.take(ahead._estimation)
+        ahead._estimation = self._estimation.ahead()
         return self
 
     def merge(self, other: Accumulator) -> Self:
@@ -283,15 +298,28 @@ class Accumulator:
         return self
 
     def reset(self) -> Self:
-        """Forget all that was seen, bases included. Returns the accumulator."""
+        """Forget all that was seen, bases included.
+
+        Returns:
+            The accumulator.
+        """
         self._estimation = self._estimation.fresh()
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Accumulator:
         """A new accumulator that has seen the same, with its sums on another device or in another dtype, where those of
         later updates are brought. The model stays where it is.
+
+        Args:
+            device: Where, by default where they are.
+            dtype: Of floating point, by default as it is.
+
+        Returns:
+            The other accumulator.
         """
         arguments.device(device)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"to: dtype={dtype}: the sums are real numbers: pass torch.float32 or torch.float64")
         return self._moved(lambda t: t.to(device, dtype if t.is_floating_point() else None, copy=True))
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,13 +18,20 @@ FORMAT = 1
 
 
 def write(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write what a work is and how far it is, beside the file, and rename that."""
+    """Write what a work is and how far it is, beside the file, and rename that.
+
+    Raises:
+        OSError: If that cannot be written: the file is as it was.
+    """
     beside = _beside(path)
-    with beside.open("wb") as file:
-        torch.save({"nngeometry checkpoint": FORMAT, "identity": dict(identity), "state": dict(state)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            torch.save({"nngeometry checkpoint": FORMAT, "identity": dict(identity), "state": dict(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        raise OSError(_unwritable(path, error)) from error
     with suppress(OSError):  # where folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -44,10 +51,20 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Raises:
         ValueError: If the file is damaged, none of these, or of another work: it is left as it is.
+        OSError: If it could not be written.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else f"is in {path.absolute().parent}, which is no folder"
         raise ValueError(f"checkpoint: {path} {what}: give the path of a file, which will be written")
+    beside = _beside(path)
+    try:
+        there = beside.exists()
+        with beside.open("ab"):  # rather now than after long work
+            pass
+        if not there:
+            beside.unlink()
+    except OSError as error:
+        raise OSError(_unwritable(path, error)) from error
     if not path.exists():
         return None
     remedy = "give another path, or delete the file to begin anew"
@@ -77,3 +94,10 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".new")
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return (
+        f"checkpoint: {path} cannot be written ({error}); what was there before is as it was: give a path on a disk "
+        "with room, in a folder that this process may write to"
+    )

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from .identity import of_batch
 from .model import data
+from .owners import decompose as decompose
 from .team import Team
 
 #: A minibatch with its position among those of all ranks.
@@ -129,6 +130,10 @@ class Share(ABC):
         count = self.count()
         return None if count is None else len(range(start + self.team.rank, count, self.team.size))
 
+    def length(self) -> int | None:
+        """How many minibatches this rank has, if that is known."""
+        return self.left(0)
+
     def note(self) -> Any:
         """What tells these data from others, as far as that is known before they are read."""
         return None
@@ -238,6 +243,9 @@ class _Own(Share):
             position = self.team.rank + k * self.team.size
             if position >= start:
                 yield position, batch
+
+    def length(self) -> int | None:
+        return len(self.loader) if isinstance(self.loader, list | tuple) else None
 
     def note(self) -> Any:
         return self.note_of(self.loader) if isinstance(self.loader, list | tuple) else None

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from . import forms
 from .blocks import Block, DirectSum, Operator, Part, add
 from .changes import no_grad, uninterrupted
 from .forms import LayerJacobian
@@ -24,11 +23,9 @@ from .kinds import Packing
 from .layercollection import Layer, LayerCollection
 from .model.data import require_repeatable
 from .model.evaluator import counted
+from .sums import OTHER_STATISTICS, State, Sums, mapped, merge, same_shapes
 
 __all__ = ["Estimation", "Estimator", "ProductSource", "Source", "State", "merge"]
-
-#: What a statistic consists of: tensors, numbers and :class:`Deferred`, merged entry by entry.
-State = tuple[Any, ...]
 
 
 class Source(Protocol):
@@ -177,168 +174,6 @@ class Refinement:
     carried: Callable[[Block, State], State]
 
 
-class Deferred(ABC):
-    """A statistic that is held by what it is made of, because that is smaller. A subclass is merged with ``+``, and
-    has tensors in plain containers.
-    """
-
-    @abstractmethod
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Deferred:
-        """The same with a function applied to every tensor."""
-
-    @abstractmethod
-    def scaled(self, c: float) -> Deferred:
-        """c times the statistic, which may be written into."""
-
-    @abstractmethod
-    def plain(self) -> Any:
-        """As tensors and plain values, from which :meth:`of_plain` makes it again."""
-
-    @classmethod
-    @abstractmethod
-    def of_plain(cls, value: Any) -> Deferred:
-        """What :meth:`plain` was given."""
-
-
-class Samples(Deferred):
-    """Few vectors ``(N, d)`` whose second moment is a statistic: the moment itself would be larger, and of low rank."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __add__(self, other: Samples | Tensor) -> Samples | Tensor:
-        if isinstance(other, Samples) and 2 * (len(self.rows) + len(other.rows)) <= self.rows.shape[1]:
-            return Samples(torch.cat([self.rows, other.rows]))
-        return self.moment().add_(other.moment() if isinstance(other, Samples) else other)
-
-    def moment(self) -> Tensor:
-        """The lower triangle of ``(1, d, d)``."""
-        return forms.second_moment(self.rows.unsqueeze(1))
-
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Samples:
-        return Samples(fn(self.rows))
-
-    def scaled(self, c: float) -> Samples:
-        return Samples(self.rows * c**0.5)
-
-    def plain(self) -> Any:
-        return self.rows
-
-    @classmethod
-    def of_plain(cls, value: Any) -> Samples:
-        return cls(value)
-
-
-class Rows(Deferred):
-    """All vectors ``(N, d)`` whose second moment is a statistic.
-
-    Args:
-        pieces: The vectors.
-        most: How many are kept at least; twice as many are replaced by the ``most`` that are best in the sense of least
-            squares, by a singular value decomposition. None keeps all.
-    """
-
-    def __init__(self, pieces: list[Tensor], most: int | None = None) -> None:
-        self.pieces = pieces
-        self.most = most
-
-    def __add__(self, other: Rows) -> Rows:
-        pieces = self.pieces + other.pieces
-        if self.most is None or sum(map(len, pieces)) <= 2 * self.most:
-            return Rows(pieces, self.most)
-        _, s, vh = torch.linalg.svd(torch.cat(pieces), full_matrices=False)
-        return Rows([s[: self.most, None] * vh[: self.most]], self.most)
-
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(list(map(fn, self.pieces)), self.most)
-
-    def scaled(self, c: float) -> Rows:
-        return Rows([piece.mul_(c**0.5) for piece in self.pieces], self.most)
-
-    def plain(self) -> Any:
-        return [self.most, *self.pieces]
-
-    @classmethod
-    def of_plain(cls, value: Any) -> Rows:
-        return cls(list(value[1:]), value[0])
-
-
-class Contracted(Deferred):
-    """A :class:`~nngeometry.forms.Contraction`."""
-
-    def __init__(self, contraction: forms.Contraction) -> None:
-        self.contraction = contraction
-
-    def __add__(self, other: Contracted) -> Contracted:
-        return Contracted(self.contraction + other.contraction)
-
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Contracted:
-        pairs = {key: fn(pair) for key, pair in self.contraction.pairs.items()}
-        return Contracted(forms.Contraction(self.contraction.shapes, pairs))
-
-    def scaled(self, c: float) -> Contracted:
-        for pair in self.contraction.pairs.values():
-            pair.mul_(c)
-        return self
-
-    def plain(self) -> Any:
-        return [[list(shape) for shape in self.contraction.shapes], dict(self.contraction.pairs)]
-
-    @classmethod
-    def of_plain(cls, value: Any) -> Contracted:
-        shapes, pairs = value
-        return cls(forms.Contraction([tuple(shape) for shape in shapes], dict(pairs)))
-
-
-def merge(a: State, b: State) -> State:
-    """The statistic of the union of what two have seen, entry by entry.
-
-    Args:
-        a: The one, which is written into.
-        b: The other one.
-    """
-    return tuple(_add(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _add(x: Any, y: Any) -> Any:
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return x.add_(y)  # x is the accumulator: nobody else holds it
-    if isinstance(x, Tensor) and isinstance(y, Samples):
-        return x.add_(y.moment())
-    return x if isinstance(y, int) and y == 0 else x + y
-
-
-def scaled(state: State, c: float) -> State:
-    """c times a statistic, which is written into."""
-    return tuple(
-        x.mul_(c) if isinstance(x, Tensor) else x.scaled(c) if isinstance(x, Deferred) else c * x for x in state
-    )
-
-
-def mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
-    """A statistic with a function applied to every tensor."""
-    return tuple(fn(x) if isinstance(x, Tensor) else x.mapped(fn) if isinstance(x, Deferred) else x for x in state)
-
-
-#: How statistics are called in what is saved.
-_NAMES: dict[str, type[Deferred]] = {"samples": Samples, "rows": Rows, "contracted": Contracted}
-
-
-def _plain(state: State | None) -> Any:
-    """A statistic as tensors and plain values."""
-    if state is None:
-        return None
-    names = {kind: name for name, kind in _NAMES.items()}
-    return [{"kind": names[type(x)], "value": x.plain()} if isinstance(x, Deferred) else x for x in state]
-
-
-def _of_plain(value: Any) -> State | None:
-    """What :func:`_plain` was given."""
-    if value is None:
-        return None
-    return tuple(_NAMES[x["kind"]].of_plain(x["value"]) if isinstance(x, dict) else x for x in value)
-
-
 class Estimation(ABC):
     """A matrix while it is estimated: what was seen so far, from which it can be made at any time. ``seen`` is how many
     examples that were, those of the past for less where they were decayed.
@@ -444,8 +279,9 @@ class OfJacobians(Estimation):
         for e in self.estimators:
             if source.centred and e.centre is None:
                 raise NotImplementedError(
-                    f"layer {e.layers[0].name!r}: this representation does not say how its block is centred, which a "
-                    "covariance is: use another one, or EmpiricalFisher, which is not centred"
+                    f"layer {e.layers[0].name!r}: this representation does not say how its block is centred (a centred "
+                    "covariance has no Kronecker factors; use PMatEKFAC, which is its exact diagonal in the Kronecker "
+                    "eigenbasis, or EmpiricalFisher, which is not centred)"
                 )
         self.sums = Sums.nothing(len(self.estimators))
         #: Of the blocks that are refined.
@@ -454,10 +290,10 @@ class OfJacobians(Estimation):
 
     @property
     def seen(self) -> float:  # type: ignore[override]
-        return self.sums.seen
+        return self.sums.count
 
     def update(self, examples: Any, last: bool = False) -> None:
-        first_time = self.sums.seen == 0 and not self.refinements
+        first_time = self.seen == 0 and not self.refinements
         new = Sums.nothing(len(self.estimators))
         refinements = dict(self.refinements)
         if first_time and (again := [k for k, e in enumerate(self.estimators) if e.refine is not None]):
@@ -476,7 +312,7 @@ class OfJacobians(Estimation):
     def include(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
         """Add what was seen. position: the one of what comes next."""
         self.refinements = refinements
-        self.sums = new if self.sums.seen == 0 else self._joined(self.sums, new)
+        self.sums = new if self.seen == 0 else self._joined(self.sums, new)
         self.position = position
 
     def replace(self, new: Sums, refinements: dict[int, Refinement], position: int) -> None:
@@ -534,7 +370,8 @@ class OfJacobians(Estimation):
         return self.estimators[k].finish(state if last else mapped(state, Tensor.clone), self._count(sums))
 
     def _count(self, sums: Sums) -> float:
-        return counted(sums.weight) if self.source.mean else 1.0
+        """What the statistics are divided by: their scale divides out of a mean."""
+        return counted(sums.weight) if self.source.mean else 1 / sums.scale
 
     def root(self, last: bool = False) -> Block:
         return DirectSum(tuple(self.part(k, last) for k in range(len(self.estimators))))
@@ -553,6 +390,9 @@ class OfJacobians(Estimation):
             block = final.finish(state if last else mapped(state, Tensor.clone), n)
             if last:
                 sums.states[k] = None
+            elif k in self.refinements:  # the basis stays where the model is
+                like = sums.like
+                block = block.map(lambda t: t.to(like.device, like.dtype))
             if self.source.centred:
                 assert final.centre is not None
                 mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
@@ -582,25 +422,29 @@ class OfJacobians(Estimation):
         return made
 
     def take(self, ahead: OfJacobians) -> None:
-        if ahead.sums.seen:
+        if ahead.seen:
+            self._require_same_bases(ahead)
             uninterrupted(self.include, ahead.sums, self.refinements or ahead.refinements, ahead.position)
 
     def decay(self, weight: float) -> None:
         uninterrupted(self.sums.decay, weight)
 
     def absorb(self, other: OfJacobians) -> None:
-        if other.sums.seen == 0:
+        if other.seen == 0:
             return
+        self._require_same_bases(other)
+        uninterrupted(
+            self.include, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position
+        )
+
+    def _require_same_bases(self, other: OfJacobians) -> None:
         for k, mine in self.refinements.items():
             if not _same_block(mine.basis, other.refinements[k].basis):
                 raise ValueError(
                     f"layer {self.estimators[k].layers[0].name!r}: the two have second moments in different bases, so "
                     "they have no exact sum: call b.rebase(a) first, which carries those of b over to the basis of a, "
-                    "approximately, or begin b from a state of a"
+                    "approximately, or begin b with it, as a.ahead() does"
                 )
-        uninterrupted(
-            self.include, other.sums.mapped(Tensor.clone), self.refinements or other.refinements, self.position
-        )
 
     def rebase(self, other: OfJacobians | None = None) -> None:
         """Refine in the eigenbasis of all that was seen from now on, or in the basis of another one. The second moments
@@ -608,11 +452,14 @@ class OfJacobians(Estimation):
         """
         if not any(e.refine for e in self.estimators):
             raise ValueError("rebase: this representation has no basis of its own: only PMatEKFAC and mixtures with it")
-        refinements, refined = dict(self.refinements), dict(self.sums.refined)
-        for k, old in self.refinements.items():
-            refinements[k] = self.refined(k, self.sums) if other is None else other.refinements[k]
+        if other is not None and not other.refinements:
+            raise ValueError("rebase: the other accumulator has no basis yet: call update(loader) on it first")
+        refinements, refined = dict(self.refinements if other is None else other.refinements), dict(self.sums.refined)
+        for k, state in self.sums.refined.items():
+            if other is None:
+                refinements[k] = self.refined(k, self.sums)
             with no_grad():
-                refined[k] = refinements[k].carried(old.basis, refined[k])
+                refined[k] = refinements[k].carried(self.refinements[k].basis, state)
         uninterrupted(self._rebased, refinements, refined)
 
     def _rebased(self, refinements: dict[int, Refinement], refined: dict[int, State]) -> None:
@@ -620,7 +467,11 @@ class OfJacobians(Estimation):
 
     def _joined(self, a: Sums, b: Sums) -> Sums:
         """What two have seen; a is written into."""
-        b = b.mapped(lambda t: t.to(a.like.device, a.like.dtype) if t.is_floating_point() else t)
+        for e, x, y in zip(self.estimators, a.states, b.states, strict=True):  # before anything is written into
+            if x is not None and y is not None and not same_shapes(x, y):
+                raise ValueError(f"layer {e.layers[0].name!r} ({e.layers[0].kind_name}): {OTHER_STATISTICS}")
+        like, a = a.like, a.settled()
+        b = b.mapped(lambda t: t.to(like.device, like.dtype) if t.is_floating_point() else t).settled()
         states = [
             e.merged(x, y) if x is not None and y is not None else x
             for e, x, y in zip(self.estimators, a.states, b.states, strict=True)
@@ -649,61 +500,6 @@ class OfJacobians(Estimation):
             refinements[k] = refine(Block.from_state(basis).map(lambda t: t.to(self.source.device)))
         sums = Sums.of_plain(saved).mapped(lambda t: t.to(self.source.device, copy=True))
         self.replace(sums, refinements, saved["position"])
-
-
-@dataclass
-class Sums:
-    """What was seen: the statistics of the blocks, those in a basis, the sum of the Jacobians of each layer where the
-    matrix is centred, what divides them and the number of examples.
-    """
-
-    states: list[State | None]
-    refined: dict[int, State]
-    means: dict[str, Tensor]
-    weight: float
-    seen: float
-
-    @classmethod
-    def nothing(cls, blocks: int) -> Sums:
-        return cls([None] * blocks, {}, {}, 0.0, 0.0)
-
-    @property
-    def like(self) -> Tensor:
-        """One of the tensors."""
-        found: list[Tensor] = []
-        self.mapped(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
-        return next(t for t in found if t.is_floating_point())
-
-    def mapped(self, fn: Callable[[Tensor], Tensor]) -> Sums:
-        return Sums(
-            [None if state is None else mapped(state, fn) for state in self.states],
-            {k: mapped(state, fn) for k, state in self.refined.items()},
-            {name: fn(mean) for name, mean in self.means.items()},
-            self.weight,
-            self.seen,
-        )
-
-    def decay(self, c: float) -> None:
-        self.states = [None if state is None else scaled(state, c) for state in self.states]
-        self.refined = {k: scaled(state, c) for k, state in self.refined.items()}
-        self.means = {name: c * mean for name, mean in self.means.items()}
-        self.weight *= c
-        self.seen *= c
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            "states": [_plain(state) for state in self.states],
-            "refined": {k: _plain(state) for k, state in self.refined.items()},
-            "means": self.means,
-            "weight": self.weight,
-            "seen": self.seen,
-        }
-
-    @classmethod
-    def of_plain(cls, saved: Mapping[str, Any]) -> Sums:
-        refined = {k: _of_plain(state) for k, state in saved["refined"].items()}
-        states = [_of_plain(state) for state in saved["states"]]
-        return cls(states, refined, saved["means"], saved["weight"], saved["seen"])  # type: ignore[arg-type]
 
 
 class OfProducts(Estimation):
@@ -787,6 +583,8 @@ class OfProducts(Estimation):
 
 
 def _same_block(one: Block, other: Block) -> bool:
+    if one is other:
+        return True
     a, b = one.tensors(), other.tensors()
     return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -14,7 +14,7 @@ from . import arguments
 from .blocks import Block
 from .distributed import everything, require_same
 from .generator import Generator
-from .identity import checksum, of_model
+from .identity import checksum, in_training, of_model
 from .jacobian import of_outputs
 from .layercollection import LayerCollection
 from .memory import budget, slices
@@ -71,36 +71,40 @@ def GramMatrix(
 ) -> Any:
     """The kernel ``K[c, x, d, y] = J[c, x] M J'[d, y]^T`` of Jacobians of outputs; with M the identity, the NTK.
 
-    Jacobians are kept in the form in which layers make them, in memory while they fit the memory budget, and made again
-    for pairs of minibatches where they do not. Each loader is read once, so that a shuffling or augmenting one is
-    consistent.
+    Each loader is read once, so that a shuffling or augmenting one is consistent. Jacobians are kept in the form in
+    which layers make them, in memory while they fit the memory budget, and made again for pairs of minibatches where
+    they do not.
 
     Args:
-        model: As in :func:`~nngeometry.Jacobian`.
-        loader: The examples of the rows, as in :func:`~nngeometry.Jacobian`.
-        loader2: The examples of the columns, where they are others. A function in this place is one of both sides,
-            followed by the representation and the layer collection, as in NNGeometry.
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        loader2: Other examples on the other side, by default the same. A function in the place of it is one of both
+            sides, followed by the representation and the layer collection, as in NNGeometry.
         function: As in :func:`~nngeometry.Jacobian`.
-        function2: Another function of the model for the columns.
-        model2: The model at other parameters for the columns.
-        layer_collection: As in :func:`~nngeometry.Jacobian`.
-        representation: FMatDense; FMatImplicit, products by automatic differentiation; ``FMatMemmap.at(folder)``, on
-            disk.
-        output: "full" ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output with itself; "trace" and "mean_trace"
-            ``(n, n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel of the sum of outputs.
-        per_layer: Whether to return a dict of the kernels of the layers, which sum to the whole. Not with a metric that
-            couples layers.
-        metric: M, a PMat or an inverse of one, ``F.inv(r)``. By default the identity.
-        centering: Whether Jacobians are taken less their mean over the examples of their side.
+        function2: Another function of the model on the other side, by default the same.
+        model2: The model at other parameters on the other side, by default the same.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        representation: FMatDense (the default); FMatImplicit, products by automatic differentiation; or
+            ``FMatMemmap.at(folder)``, on disk.
+        output: Which outputs are paired: "full" (the default) ``(C, n, C', n')``; "diag" ``(C, n, n')``, each output
+            with itself; "trace" and "mean_trace" ``(n, n')``, the sum and mean of these; "sum" ``(n, n')``, the kernel
+            of the sum of outputs.
+        per_layer: Whether to return a dict of the kernels of the layers, which sum to the whole; by default not, and
+            not with a metric that couples layers.
+        metric: M, a PMat or an inverse of one (``F.inv(r)``), by default the identity.
+        centering: Whether Jacobians are less their mean over the examples of their side; by default not.
         batch_statistics: As in :func:`~nngeometry.FIM`.
         unit: As in :func:`~nngeometry.Jacobian`.
-        device: Where minibatches go, by default to the model.
-        verbose: Whether a progress bar is shown.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
         process_group: Of ``torch.distributed``, among whose ranks the tiles of the kernel are shared out. All call this
             with the same loaders, and all get the whole kernel; a folder of FMatMemmap is on a disk that they share.
 
     Returns:
-        The kernel, an instance of the representation, or a dict of them.
+        The kernel, of the representation.
+
+    Raises:
+        ValueError: As :func:`~nngeometry.Jacobian`, and for a metric of other layers.
 
     Example:
         >>> from nngeometry import GramMatrix
@@ -294,6 +298,7 @@ def _check_team(
     metric_of = None if metric is None else checksum(metric.root.tensors())
     told = {
         "parameters and buffers of the model": list(map(of_model, models)),
+        "modules in training mode": list(map(in_training, models)),
         "layers": [[layer.name, [list(shape) for _, shape in layer.params]] for layer in lc.layers.values()],
         "metric": metric_of,
         "representation and options": [str(options), getattr(representation, "__name__", "FMatMemmap")],

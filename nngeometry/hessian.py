@@ -38,17 +38,17 @@ class FiniteDifference:
     product takes four gradients, at two steps on either side, which together with the gradient at the parameters also
     tell its error; two more if the loss is strongly curved. Where a kink is nearer than the step, or rounding too
     large, other steps are tried at four gradients each, if need be for some of the examples alone. All is computed in
-    float64 if the model runs in it, whatever its own precision.
+    float64 if the model runs in it, whatever its own precision. A product raises ``RuntimeError`` if its estimated
+    error is larger than rtol.
 
     Args:
-        step: How far parameters are moved at first, for a vector whose largest entry is one. By default 6e-6, and 5e-3
+        step: How far parameters are moved at first, for a vector whose largest entry is one; by default 6e-6, and 5e-3
             for a model that does not run in float64.
         rtol: The error that is allowed, relative to the length of H v (or, for a vector that H nearly takes away, of H
-            times a typical vector of its length). By default 1e-9 for models in float64 and 1e-3 for others.
+            times a typical vector of its length), by default 1e-9 for models in float64 and 1e-3 for others.
 
     Raises:
         ValueError: For a step or rtol that is not positive.
-        RuntimeError: From a product whose estimated error is larger than rtol.
 
     Example:
         >>> from nngeometry import Hessian, PMatImplicit, PVector
@@ -93,27 +93,37 @@ def GGN(
 ) -> Any:
     """The generalised Gauss-Newton matrix of a loss, ``sum_x J^T H J`` with H the Hessian of the loss in the output.
 
-    Arguments that are not listed are those of :func:`~nngeometry.FIM`, and so are the representations.
-
     Args:
-        loss: ``loss(outputs, *minibatch[1:])``, or ``loss(outputs, minibatch)`` for a mapping. CrossEntropyLoss (with
-            class weights, ignore_index, label_smoothing, class probabilities, extra axes),
-            :class:`~nngeometry.TokenCrossEntropy`, BCEWithLogitsLoss, MSELoss, PoissonNLLLoss, GaussianNLLLoss,
-            HuberLoss, SmoothL1Loss and others that compare element by element, with reduction "mean" or "sum": the loss
-            of all minibatches is that of the data set as one minibatch, however it is split. Or any callable with one
-            value for each example, of which the mean is taken, and whose Hessian must be positive semidefinite.
-            Products check that for a few of them, representations made of Jacobians exactly. By default
-            ``nn.CrossEntropyLoss()``.
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        representation: As in :func:`~nngeometry.FIM`.
+        loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping), by default
+            ``nn.CrossEntropyLoss()``. Either CrossEntropyLoss (with class weights, ignore_index, label_smoothing, class
+            probabilities, extra axes), :class:`~nngeometry.TokenCrossEntropy`, BCEWithLogitsLoss, MSELoss,
+            PoissonNLLLoss, GaussianNLLLoss, HuberLoss, SmoothL1Loss and others that compare element by element with
+            reduction "mean" or "sum", whose loss over all minibatches is that of the data set as one minibatch, however
+            it is split. Or any callable with one value for each example, of which the mean over examples is taken, and
+            whose Hessian must be positive semidefinite; products are checked for that by a few of them, and
+            representations made of Jacobians exactly.
         targets: As in :func:`~nngeometry.EmpiricalFisher`, and so are the shapes that are refused.
-        unit: With "minibatch" it is the mean over minibatches of ``J^T H J``, with H that of the loss of a minibatch,
-            which may couple its examples, and J the derivative of all of its output.
+        unit: As in :func:`~nngeometry.FIM`; with "minibatch", the mean over minibatches of ``J^T H J`` with H that of
+            the loss of a minibatch, which may couple its examples, and J the derivative of all of its output.
+        function: As in :func:`~nngeometry.FIM`.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
 
     Raises:
-        ValueError: If the Hessian of a callable is found not to be positive semidefinite, and as in
-            :func:`~nngeometry.FIM`.
+        ValueError: As :func:`~nngeometry.FIM`, and for a loss that is not convex in the output.
 
     Example:
         >>> from nngeometry import GGN, PMatKFAC
@@ -179,24 +189,34 @@ def Hessian(
 ) -> Any:
     """The Hessian of a loss with respect to the parameters, by products: exact, indefinite in general.
 
-    Arguments that are not listed are those of :func:`~nngeometry.FIM`.
+    A loss that gives one number for a minibatch is the mean over its examples or their sum, whichever it is.
 
     Args:
-        representation: PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products), or PMatLowRank (``rank=``, the
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        representation: PMatImplicit, PMatDense, PMatBlockDiag, PMatDiag (P products) or PMatLowRank (``rank=``, the
             eigenvalues of largest magnitude).
-        loss: As in :func:`GGN`, convex or not, or :class:`~nngeometry.OwnLoss`, the loss that the model computes.
-            A loss that gives one number for a minibatch is the mean over its examples or their sum, whichever it is. By
-            default ``nn.CrossEntropyLoss()``.
-        *old: layer_collection and verbose by position, in NNGeometry's order.
+        loss: As in :func:`~nngeometry.GGN`, any callable, convex or not, by default ``nn.CrossEntropyLoss()``; or
+            :class:`~nngeometry.OwnLoss`, the loss that the model computes itself.
+        *old: Of layer_collection and verbose, by position.
         targets: As in :func:`~nngeometry.EmpiricalFisher`.
-        function: As in :func:`~nngeometry.FIM`; or the loss itself, as in NNGeometry.
-        products: ``FiniteDifference()`` for models that cannot be differentiated twice.
-        unit: With "minibatch" it is the Hessian of the mean over minibatches of any loss of a minibatch, with its own
-            reduction: BatchNorm in train mode (whose derivative goes through its statistics), contrastive losses,
-            graphs, packed sequences.
+        function: As in :func:`~nngeometry.FIM`; it may also be the loss itself, as in NNGeometry.
+        products: ``FiniteDifference()`` for models that cannot be differentiated twice; by default, they are exact.
+        unit: As in :func:`~nngeometry.FIM`; with "minibatch", the Hessian of the mean over minibatches of any loss of a
+            minibatch, with the loss's own reduction: BatchNorm in train mode (whose derivative goes through its
+            statistics), contrastive losses, graphs, packed sequences.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
 
     Raises:
         NotImplementedError: Where torch's second derivative is known to be wrong (weight_norm).
@@ -268,7 +288,8 @@ class LossCurvature(Evaluator):
         """The minibatches, each for itself if the model mixes examples."""
 
         def of_two(batch: data.Batch) -> int:
-            return made_of_two(batch) if self._keeps_apart(batch) else 2 * work_array(self.device)
+            some = [data.count(batch) // 2, 0]  # in another order: examples may depend on those before
+            return made_of_two(batch) if self.keeps_apart(batch, some) else 2 * work_array(self.device)
 
         same: set[int] = set()  # how many examples groups had of which the model computes the same as of their parts
         for position, batches in super().joined(examples, of_two):
@@ -290,21 +311,6 @@ class LossCurvature(Evaluator):
             return all(same_up_to_rounding(self.outputs_of(batches[k]).detach(), rows[k], f) for k in (0, -1))
 
         return self.looked(alike)
-
-    def _keeps_apart(self, batch: data.Batch) -> bool:
-        if self.called_apart(batch) is not None:
-            return True
-        some = torch.tensor([data.count(batch) // 2, 0])  # in another order: examples may depend on those before
-
-        def apart() -> bool:
-            f = self.outputs_of(batch).detach()
-            try:
-                g = self.outputs_of(data.take(batch, some)).detach()
-            except Exception:
-                return False
-            return same_up_to_rounding(g, f[some], f)
-
-        return self.looked(apart)
 
     def operator(self, examples: Any) -> Operator:
         """The Hessian as an operator."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -65,11 +66,17 @@ def checksum(items: Iterable[Any], start: int = 0) -> int:
     return total
 
 
-def of_model(model: nn.Module) -> int:
-    """The checksum of all parameters and buffers, by name."""
-    return checksum(
-        item for named in (model.named_parameters(), model.named_buffers()) for pair in named for item in pair
-    )
+def of_model(model: nn.Module, running: bool = True) -> int:
+    """The checksum of all parameters and buffers, by name. running: also of the running statistics of batch norms."""
+    norms = (name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    without = () if running else tuple(f"{name}." if name else "" for name in norms)
+    buffers = (pair for pair in model.named_buffers() if not without or not pair[0].startswith(without))
+    return checksum(item for named in (model.named_parameters(), buffers) for pair in named for item in pair)
+
+
+def in_training(model: nn.Module) -> list[str]:
+    """The modules that are in training mode, by name."""
+    return [name for name, module in model.named_modules() if module.training]
 
 
 def of_batch(batch: Any, start: int = 0) -> int:
@@ -79,16 +86,30 @@ def of_batch(batch: Any, start: int = 0) -> int:
 
 
 def of_options(options: Mapping[str, Any]) -> int:
-    """The checksum of the tensors among options and in the modules among them, as the class weights of a loss."""
+    """The checksum of the tensors among options, and of what the modules among them hold and were made with, as the
+    class weights and the label smoothing of a loss.
+    """
     found: list[Any] = []
     for name, value in sorted(options.items()):
         if name in NOT_WHAT:
             continue
         if isinstance(value, nn.Module):
-            found += [name, *value.parameters(), *value.buffers()]
+            found += [name, *value.parameters(), *value.buffers(), *map(_made_with, value.modules())]
         elif isinstance(value, Tensor):
             found += [name, value]
     return checksum(found)
+
+
+def told_of_options(options: Mapping[str, Any]) -> str:
+    """:func:`of_options` in words."""
+    return f"tensors and numbers in the options, of checksum {of_options(options)}"
+
+
+def _made_with(module: nn.Module) -> list[tuple[str, Any]]:
+    """The plain arguments of its constructor, as far as it has kept them by their names."""
+    kept = vars(module)
+    names = [name for name in inspect.signature(type(module).__init__).parameters if name in kept]
+    return [(name, kept[name]) for name in names if isinstance(kept[name], str | int | float | bool | None)]
 
 
 def short(value: Any) -> str:

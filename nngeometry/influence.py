@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from . import arguments
 from .changes import unrecorded
+from .distributed import everything, require_same
 from .generator import Generator
 from .identity import checksum
 from .losses import Loss
 from .losses.targets import Targets
 from .metrics import gradient_source
+from .model import data
 from .object import PFMapFactored, PMat, Relative
 from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, left_of, through, tile
 from .object.kernel_layouts import Traced
 from .reading import Placing, Reading, positions_of
+from .registry import name_in_files
 from .team import Team
 
 
@@ -138,6 +141,7 @@ class Influence:
             ``(q, t)``.
         """
         train = self._begun(train)
+        queries = self._same(queries)
         names = list(self.matrix.layer_collection)
 
         def own() -> list[Tensor]:
@@ -201,6 +205,7 @@ class Influence:
         arguments.integer("top: k", k, least=1)
         arguments.flag("top: largest", largest)
         train = self._begun(train)
+        queries = self._same(queries)
         sizes: list[int] = []
 
         def best() -> tuple[Tensor, Tensor] | None:
@@ -248,8 +253,23 @@ class Influence:
         if self.team.group is None:
             arguments.loader(train, "train")
             return train
-        what = ("Influence", self.matrix.__class__.__name__, f"matrix {checksum(self.matrix.root.tensors())}")
+        what: tuple[str, ...] = (
+            "Influence",
+            name_in_files(type(self.matrix)),
+            f"matrix {checksum(self.matrix.root.tensors())}",
+        )
+        what += (f"regul={self.regul}", f"refine={self.refine is not None}", f"rtol={self.rtol}")
         return Placing(Reading(train, self.team, None, what).begin(self._train))
+
+    def _same(self, queries: Any) -> Any:
+        """The queries, which all ranks have: a list of them where they are compared."""
+        if self.team.size == 1:
+            return queries
+        self.team.attempt(lambda: arguments.loader(queries, "queries"))
+        whole = everything(queries, self.team, "queries")
+        batches = self.team.attempt(lambda: [whole] if data.is_minibatch(whole) else list(data.drawn(whole)))[0]
+        require_same(self.team, batches, "queries")
+        return batches
 
     def _gathered(self, train: Any, own: Callable[[], list[Tensor]]) -> Tensor:
         """Columns of all training examples ``(..., t)``: those of this rank, one tensor for each minibatch, at their

@@ -42,23 +42,26 @@ def Jacobian(
     Args:
         model: As in :func:`~nngeometry.FIM`.
         loader: As in :func:`~nngeometry.FIM`.
-        function: As in :func:`~nngeometry.FIM`. It may be any function of the model with a row for each example.
-            Further axes of its result are flattened into outputs.
-        representation: PFMapDense, ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of layers; or
-            PFMapImplicit, products by automatic differentiation.
+        function: ``function(*minibatch)``, any function of the model with a row for each example; further axes of its
+            result are flattened into outputs. By default ``model(minibatch[0])``.
+        representation: PFMapDense (the default), ``(C, n, P)`` in memory; PFMapFactored, inputs and output gradients of
+            layers; or PFMapImplicit, products by automatic differentiation.
         layer_collection: As in :func:`~nngeometry.FIM`.
-        centering: Whether the mean over examples is taken away, output by output.
-        n_output: How many outputs there are, which is checked. Not needed.
+        centering: Whether it is less the mean over examples, output by output; by default not.
+        n_output: How many outputs there should be, if that is to be checked.
         batch_statistics: As in :func:`~nngeometry.FIM`.
-        unit: With "minibatch" all entries of what ``function`` returns for a minibatch, of any shape, are outputs of
-            one example.
-        device: Where minibatches go, by default to the model.
-        verbose: Whether a progress bar is shown.
-        process_group: Of ``torch.distributed``, whose ranks call this together, each with its own minibatches
-            (:func:`nngeometry.distributed.shard`). The rows of a rank are those of its own examples, in their order.
+        unit: As in :func:`~nngeometry.FIM`; with "minibatch" all entries of what ``function`` returns for a minibatch,
+            of any shape, are outputs of one example.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: Of ``torch.distributed``: its ranks call this together, each with its own minibatches
+            (:func:`nngeometry.distributed.shard`): the rows of a rank are those of its own examples, in their order.
 
     Returns:
-        The map, an instance of the representation.
+        The map, of the representation.
+
+    Raises:
+        ValueError: As :func:`~nngeometry.FIM`, and for minibatches with different numbers of outputs.
 
     Example:
         >>> from nngeometry import Jacobian, PFMapFactored, PVector

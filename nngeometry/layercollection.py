@@ -389,6 +389,13 @@ class LayerCollection:
                         f"{type(model).__name__} has {found}. Build it with LayerCollection.from_model(model)"
                     )
                 parameters.append((full, p))
+        if len({id(p) for _, p in parameters}) < len(parameters):
+            names: dict[int, str] = {}
+            one, other = next((names[id(p)], k) for k, p in parameters if names.setdefault(id(p), k) != k)
+            raise ValueError(
+                f"the layer collection is of another model: in {type(model).__name__} its parameters {one!r} and "
+                f"{other!r} are one and the same. Build it with LayerCollection.from_model(model)"
+            )
         return parameters
 
     def parameters(
@@ -513,6 +520,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind, dict[str,
         if kind.whole:
             inside = (*inside, name + "." if name else "")
             params = dict(module.named_parameters(remove_duplicate=False))
+            kind = serving(kind, params)
         else:
             params = own_parameters(module)
             if any(isinstance(child, _LISTS) for child in module._modules.values()):

@@ -175,16 +175,37 @@ class Likelihood(ABC):
     # What curvature has no need of, and predictions and evidence have.
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        """``log p(y | f)`` of each example, normalised, summed over its positions: ``(n,)``."""
+        """``log p(y | f)`` of each example, normalised, summed over its positions.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            y: Targets, one for each position.
+
+        Returns:
+            A tensor ``(n,)``.
+        """
         self._lacks("log_prob(f, y)", "log p(y | f) of each example")
 
     def mean(self, f: Tensor) -> Tensor:
-        """The mean of y given f, in the shape of f: probabilities of classes, rates, or f itself."""
+        """The mean of y given f: probabilities of classes, rates, or f itself.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+
+        Returns:
+            A tensor in the shape of f.
+        """
         self._lacks("mean(f)", "the mean of y given f")
 
     def averaged(self, f: Tensor, variance: Tensor) -> Tensor:
-        """The mean of :meth:`mean` over normal outputs with means f and these variances, in closed form, or as is usual
-        where there is none.
+        """The mean of :meth:`mean` over normal outputs, in closed form, or as is usual where there is none.
+
+        Args:
+            f: The means of the outputs, ``(n, *out)``.
+            variance: Their variances, in the same shape.
+
+        Returns:
+            A tensor in the shape of f.
         """
         self._lacks("averaged(f, variance)", "the mean of y for normal outputs")
 
@@ -244,7 +265,15 @@ class Elementwise(Likelihood):
         return self.scale(f).square() * u
 
     def log_density(self, f: Tensor, y: Tensor) -> Tensor:
-        """``log p(y | f)`` of each element."""
+        """``log p(y | f)`` of each element.
+
+        Args:
+            f: Outputs, of any shape.
+            y: Targets in their shape.
+
+        Returns:
+            A tensor in the shape of f.
+        """
         self._lacks("log_density(f, y)", "log p(y | f) of each element")
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:

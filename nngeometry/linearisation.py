@@ -123,7 +123,7 @@ class Linearisations:
     ) -> tuple[Any, float, Sequence[Tensor]]:
         """What a minibatch gives, with a look at what the model does to itself, thorough for the first one."""
         first = not self.checked
-        state, before = State(self.evaluator.model, values=first), self.weights.norm() if first else None
+        state, before = State(self.evaluator.model, values=first), self.weights.marks() if first else None
 
         def look() -> tuple[Any, float, Sequence[Tensor]]:
             if not within:

@@ -48,43 +48,44 @@ def FIM(
     keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
-    """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the
-    expectation over y exact.
+    """The Fisher information matrix ``F = 1/n sum_x E_{y ~ p(y|x)} [grad log p (grad log p)^T]``, with the expectation
+    over y exact.
 
     The log-likelihood of an example is the sum over its positions (pixels, tokens), so an example is one row of the
     output.
 
     Args:
-        model: Any module, in eval mode; for others see ``batch_statistics`` and ``unit``.
-        loader: A DataLoader, an iterable of minibatches (tuple, list, dict, ...), or one minibatch.
+        model: The model, in eval mode; or in train mode with ``batch_statistics`` or ``unit``.
+        loader: A DataLoader, an iterable of minibatches (tuple, list, dict), or one minibatch.
         representation: A PMat class, a partial of one, or ``PMatMixed.of(...)``.
-        variant: What the output means: "classif_logits", "classif_binary_logits", "regression",
-            "segmentation_logits", or a :class:`~nngeometry.likelihood.Likelihood`.
-        *old: device, function, layer_collection and verbose by position, in NNGeometry's order.
-        n_output: How many outputs the model has, which is checked. Not needed.
-        function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``. Of a mapping or an object it
-            is ``function(minibatch)``, as of a named tuple, or of a list of examples if it takes one argument.
-        layer_collection: Which parameters there are, by default all that are trainable.
-        batch_statistics: Whether BatchNorm uses the statistics of the minibatch at hand, held constant. Dropout is off
-            then, running statistics are left alone, and the model may be in train mode.
-        unit: What counts as an example: "example", a row of the output, or "minibatch". Then nothing is taken apart or
-            looked at, the likelihood of a minibatch is the product of those of its rows, and n counts minibatches.
+        variant: What the output means: "classif_logits" (the default), "classif_binary_logits", "regression",
+            "segmentation_logits" or a :class:`~nngeometry.likelihood.Likelihood`.
+        *old: Of device, function, layer_collection and verbose, by position in NNGeometry's order.
+        n_output: How many outputs the model should have, if that is to be checked.
+        function: ``function(*minibatch) -> outputs``, by default ``model(minibatch[0])``; of a mapping or an object
+            ``function(minibatch)``, as of a named tuple or a list of examples if it takes one argument.
+        layer_collection: The coordinates, by default all trainable parameters.
+        batch_statistics: Whether BatchNorm uses the statistics of the minibatch at hand, held constant, dropout is off,
+            and running statistics are left alone. By default not.
+        unit: What counts as an example: "example" (the default), a row of the output; or "minibatch", of which nothing
+            is taken apart or looked at. Its likelihood is the product of those of the rows of its output, and n counts
+            minibatches.
         device: Where minibatches go, by default to the model.
-        verbose: Whether a progress bar is shown.
-        process_group: Of ``torch.distributed``. Its ranks call this together, each with its own minibatches
+        verbose: Whether to show a progress bar; by default not.
+        process_group: Of ``torch.distributed``: its ranks call this together, each with its own minibatches
             (:func:`nngeometry.distributed.shard`), and all get the matrix of all.
-        checkpoint: A file for what was seen, from which the same call goes on when the program was stopped, on any
-            number of ranks.
-        every: After how many minibatches of a rank that file is written, by default 100.
-        keep_checkpoint: Whether the file stays when the matrix is done.
-        **options: Of the representation.
+        checkpoint: A file in which what was seen is written now and then, so that the same call goes on from there when
+            the program was stopped, on any number of ranks.
+        every: After how many minibatches of a rank it is written, by default 100.
+        keep_checkpoint: Whether the file stays when the matrix is done; by default it goes.
+        **options: Those of the representation.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
 
     Raises:
-        ValueError: If derivatives of single examples are undefined (BatchNorm in train mode, dropout, ...), with the
-            remedy.
+        ValueError: For a model whose per-example derivatives are undefined (train-mode BatchNorm, dropout, ...), with
+            the remedy.
 
     Example:
         >>> from nngeometry import FIM, PMatDense, PMatKFAC
@@ -143,22 +144,43 @@ def FIM_MonteCarlo(
     keep_checkpoint: bool = False,
     **options: Any,
 ) -> Any:
-    """An unbiased estimate of the Fisher information matrix from ``trials`` draws of y from p(y|x) for each example.
+    """An unbiased estimate of the Fisher information matrix, from draws of y from p(y|x) for each example.
 
-    The draws are a function of the generator and of the position of a minibatch in the loader, so every pass over the
-    same data sees the same ones. Arguments that are not listed are those of :func:`FIM`.
+    The draws are a function of ``generator`` and of the position of a minibatch in the loader, so every pass over the
+    same data sees the same ones.
 
     Args:
-        trials: How many y are drawn for each example.
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        representation: As in :func:`~nngeometry.FIM`.
+        variant: As in :func:`~nngeometry.FIM`.
+        *old: Of trials, device, function, layer_collection and verbose, by position in NNGeometry's order.
+        trials: How many draws for each example, by default one.
         generator: The source of randomness, by default torch's global one, of which one number is drawn.
-        covariance: NNGeometry's c, for ``variant=Gaussian(1 / c)``.
+        covariance: NNGeometry's c for ``variant=Gaussian(1 / c)``.
+        n_output: As in :func:`~nngeometry.FIM`.
+        function: As in :func:`~nngeometry.FIM`.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        unit: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
+
+    Raises:
+        ValueError: As :func:`~nngeometry.FIM`, and for fewer than one draw.
 
     Example:
         >>> from nngeometry import FIM_MonteCarlo, PMatDiag
-        >>> model, g = nn.Linear(4, 3), torch.Generator().manual_seed(0)
+        >>> model = nn.Linear(4, 3)
+        >>> g = torch.Generator().manual_seed(0)
         >>> F = FIM_MonteCarlo(model, (torch.randn(20, 4),), PMatDiag, trials=2, generator=g)
     """
     if old or isinstance(variant, int):
@@ -217,25 +239,40 @@ def EmpiricalFisher(
 ) -> Any:
     """The second moment of per-example loss gradients, ``1/n sum_x g_x g_x^T`` (often called empirical Fisher).
 
-    Arguments that are not listed are those of :func:`FIM`. Outputs and targets of the shapes (n, 1) and (n,) are the
-    same to a loss of ``torch.nn``.
+    Outputs and targets of the shapes (n, 1) and (n,) are the same to a loss of ``torch.nn``.
 
     Args:
-        loss: ``loss(outputs, *minibatch[1:])``, or ``loss(outputs, minibatch)`` for a mapping: a loss of ``torch.nn``,
-            :class:`~nngeometry.TokenCrossEntropy`, or any callable that returns one value, or several to be summed, for
-            each example. :class:`~nngeometry.OwnLoss` is the loss that the model computes, for minibatches of one
-            example. By default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of one
-            example's loss, summed over its positions.
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        representation: As in :func:`~nngeometry.FIM`.
+        loss: ``loss(outputs, *minibatch[1:])`` (``loss(outputs, minibatch)`` for a mapping): a loss of ``torch.nn``,
+            :class:`~nngeometry.TokenCrossEntropy` or any callable that returns one value, or several to be summed, for
+            each example; by default ``nn.CrossEntropyLoss()``. Its ``reduction`` does not matter: a gradient is that of
+            one example's loss, summed over its positions. :class:`~nngeometry.OwnLoss` is the loss that the model
+            computes, for minibatches of one example.
         targets: What the loss receives beside the outputs: a key of the minibatch (or a position in the tuple),
-            several, or a function of the minibatch that returns one target or a tuple of them.
-        unit: With "minibatch" the gradient is that of the loss of a minibatch, with its own reduction (summed if that
-            leaves several values), and examples may depend on each other.
+            several, or a function of the minibatch that returns one target or a tuple of them. By default all but the
+            first element of a tuple, or a whole mapping.
+        unit: As in :func:`~nngeometry.FIM`; with "minibatch", the gradient is that of the loss of a minibatch, with its
+            own reduction (summed if that leaves several values), and examples may depend on each other.
+        n_output: As in :func:`~nngeometry.FIM`.
+        function: As in :func:`~nngeometry.FIM`.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
 
     Raises:
-        ValueError: If outputs and targets would be broadcast otherwise, or the loss of an example depends on others.
+        ValueError: As :func:`~nngeometry.FIM`, for shapes of outputs and targets that would be broadcast, and for a
+            loss whose value for an example depends on other examples.
 
     Example:
         >>> from nngeometry import EmpiricalFisher, PMatDiag
@@ -270,10 +307,27 @@ def GradientCovariance(
 ) -> Any:
     """The covariance of per-example loss gradients, ``1/n sum_x (g_x - g)(g_x - g)^T`` with g their mean.
 
-    Arguments are those of :func:`EmpiricalFisher`, which is the same without centring.
+    Args:
+        model: As in :func:`~nngeometry.FIM`.
+        loader: As in :func:`~nngeometry.FIM`.
+        representation: As in :func:`~nngeometry.FIM`.
+        loss: As in :func:`~nngeometry.EmpiricalFisher`, which is the same without centring.
+        targets: As in :func:`~nngeometry.EmpiricalFisher`.
+        unit: As in :func:`~nngeometry.EmpiricalFisher`.
+        n_output: As in :func:`~nngeometry.FIM`.
+        function: As in :func:`~nngeometry.FIM`.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
 
     Returns:
-        The matrix, an instance of the representation.
+        The matrix, a PMat of the representation.
 
     Raises:
         NotImplementedError: For PMatKFAC, which has no centred form.

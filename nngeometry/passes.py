@@ -12,11 +12,13 @@ from . import checkpoint as file
 from .blocks import Block
 from .changes import no_grad, uninterrupted
 from .distributed import Placed, Share
-from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source, Sums
+from .estimation import Estimation, Estimator, OfJacobians, OfProducts, Refinement, Source
 from .identity import checksum
 from .model import data
+from .owners import owners_of
 from .pooling import joined, merged, outline
 from .reading import Assigned, Reading, Segment
+from .sums import Sums
 from .team import Team
 
 #: What is estimated in a pass, by the number of the block.
@@ -50,7 +52,10 @@ def assigned(examples: Any, source: Source) -> Any:
             "checkpoint out, or use a representation that holds entries"
         )
     data.require_repeatable(examples.loader, "a matrix or map known by its products")
-    return Assigned(examples.begin(source), examples.team)
+    share = examples.begin(source)
+    if not any(examples.team.exchange(share.length() != 0)):
+        raise ValueError("the loader yielded no minibatch on any rank: it is empty")
+    return Assigned(share, examples.team)
 
 
 def reduce(estimation: Estimation, team: Team) -> None:
@@ -67,7 +72,7 @@ def reduce(estimation: Estimation, team: Team) -> None:
     assert isinstance(estimation, OfJacobians)
     bases = {k: refinement.basis for k, refinement in estimation.refinements.items()}
     notes = [(k, checksum(basis.tensors())) for k, basis in bases.items()]
-    told = team.exchange((notes, estimation.sums.seen, estimation.position))
+    told = team.exchange((notes, estimation.seen, estimation.position))
     with_data = [(rank, of) for rank, (of, seen, _) in enumerate(told) if seen]
     if not with_data:
         return
@@ -84,7 +89,7 @@ def reduce(estimation: Estimation, team: Team) -> None:
             refinements[k] = _refinement(estimation.estimators[k], Block.from_state(state))
     every = dict(enumerate(estimation.estimators))
     later = {k: refinement.later for k, refinement in refinements.items()}
-    own = estimation.sums.mapped(Tensor.clone)
+    own = estimation.sums.mapped(Tensor.clone).settled()
     outlines = team.exchange(outline(own))
     new = merged(team, own, estimation, every, later, outlines)
     uninterrupted(estimation.replace, new, refinements, max(position for *_, position in told))
@@ -241,7 +246,7 @@ class _Passes(_Work):
     def __init__(self, estimation: OfJacobians, reading: Reading, last: bool) -> None:
         self.estimation = estimation
         self.last = last
-        self.first_time = estimation.sums.seen == 0 and not estimation.refinements
+        self.first_time = estimation.seen == 0 and not estimation.refinements
         every = enumerate(estimation.estimators)
         self.again = [k for k, e in every if e.refine is not None] if self.first_time else []
         if self.again:
@@ -301,7 +306,7 @@ class _Passes(_Work):
     def _refine(self) -> None:
         """The eigenbases, each found by one rank, which tells the others."""
         e, team = self.estimation, self.team
-        owners = _owners([_cost(e.estimators[k]) for k in self.again], team.size)
+        owners = owners_of([_cost(e.estimators[k]) for k in self.again], team.size)
         mine = [k for k, owner in zip(self.again, owners, strict=True) if owner == team.rank]
         found = team.attempt(lambda: {k: e.refined(k, self.sums, self.last) for k in mine})[0]
         with no_grad():
@@ -320,16 +325,6 @@ def _cost(estimator: Estimator) -> float:
     """Of a decomposition, the third power of its size."""
     groups, rows, cols = estimator.packing.shape
     return groups * (float(rows) ** 3 + float(cols) ** 3)
-
-
-def _owners(costs: list[float], size: int) -> list[int]:
-    """Who does which of some works: the largest first, each by who has least to do."""
-    load = [0.0] * size
-    owners = [0] * len(costs)
-    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        owners[k] = load.index(min(load))
-        load[owners[k]] += costs[k]
-    return owners
 
 
 class _Products(_Work):

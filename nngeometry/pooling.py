@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import forms
-from .estimation import Contracted, Estimator, OfJacobians, Rows, Samples, State, Sums
+from .estimation import Estimator, OfJacobians
+from .sums import Contracted, Rows, Samples, State, Sums
 from .team import Team
 
 

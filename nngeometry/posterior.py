@@ -158,7 +158,14 @@ class Posterior:
 
     @contextmanager
     def sampled(self, generator: torch.Generator | None = None) -> Iterator[PVector]:
-        """Hold the model at one draw inside of a ``with`` block, see :func:`~nngeometry.at`. Gives the draw."""
+        """Hold the model at one draw inside of a ``with`` block, see :func:`~nngeometry.at`.
+
+        Args:
+            generator: The source of randomness, by default torch's global one.
+
+        Yields:
+            The draw.
+        """
         (draw,) = self.sample(1, generator)
         with at(self.model, self._cast(draw)):
             yield draw
@@ -407,7 +414,11 @@ class Posterior:
         return made
 
     def save(self, path: str | Path) -> None:
-        """Write all but the model, the accumulator and functions of yours to a file that :meth:`load` reads."""
+        """Write all but the model, the accumulator and functions of yours to a file that :meth:`load` reads.
+
+        Args:
+            path: Where to write the file.
+        """
         arguments.path("save: path", path, "where to write the file")
         fit = None if self._data is None and "_fit" not in vars(self) else [self._fit[0], self._fit[1]]
         known = type(self.likelihood).__name__ if type(self.likelihood) in _OURS.values() else None

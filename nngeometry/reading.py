@@ -13,7 +13,7 @@ import torch
 
 from . import arguments
 from .distributed import Placed, Share, peek, require_apart, share_of
-from .identity import of_model, of_options, short, told
+from .identity import in_training, of_model, short, told, told_of_options
 from .model import data
 from .team import Team
 
@@ -85,11 +85,13 @@ class Reading:
     def identity(self, source: Any, seen: float = 0.0) -> dict[str, Any]:
         """What must be the same on all ranks, and when a work goes on that was stopped."""
         layers = source.layer_collection.layers.values()
+        running = not getattr(source, "batch_statistics", False)
         return {
             "matrix and options": list(self.what),
             "layers": [[layer.name, [[name, list(shape)] for name, shape in layer.params]] for layer in layers],
             "dtype": str(source.dtype),
-            "parameters and buffers of the model": of_model(source.model),
+            "parameters and buffers of the model": of_model(source.model, running),
+            "modules in training mode": in_training(source.model),
             "examples seen before": seen,
             "checkpoint": None if self.checkpoint is None else [str(self.checkpoint.path), self.checkpoint.every],
         }
@@ -97,9 +99,16 @@ class Reading:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     """In what two identities differ, in words; empty if in nothing."""
-    return "; ".join(
-        f"{name} ({short(one.get(name))} and {short(other.get(name))})" for name in one if one[name] != other.get(name)
-    )
+    pairs = {name: _narrowed(value, other.get(name)) for name, value in one.items() if value != other.get(name)}
+    return "; ".join(f"{name} ({short(here)} and {short(there)})" for name, (here, there) in pairs.items())
+
+
+def _narrowed(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two values that differ their entries that do, if they have as many."""
+    if not isinstance(one, list) or not isinstance(other, list) or len(one) != len(other):
+        return one, other
+    pairs = [_narrowed(a, b) for a, b in zip(one, other, strict=True) if a != b]
+    return pairs[0] if len(pairs) == 1 else ([a for a, _ in pairs], [b for _, b in pairs])
 
 
 class Assigned:
@@ -216,7 +225,7 @@ def together(matrix: Callable[P, R]) -> Callable[P, R]:
         given = bound.arguments
         options = {k: v for k, v in given.items() if k not in ("model", "loader", *_NAMES)}
         options.update(options.pop("options", {}))
-        what = (told(matrix, options), str(of_options(options)))
+        what = (told(matrix, options), told_of_options(options))
         given["loader"] = reading(given["loader"], **{k: given[k] for k in _NAMES & given.keys()}, what=what)
         return matrix(*bound.args, **bound.kwargs)
 

@@ -36,7 +36,7 @@ class Registry(Generic[T]):
 
     def add(self, cls: type[T]) -> None:
         """Raises ``TypeError`` for a second class of the library that has the name of another."""
-        name = _name(cls)
+        name = name_in_files(cls)
         other = self._classes.get(name, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
 
     def name_of(self, cls: type[T]) -> str:
         """What files call a class. Raises ``TypeError`` if they would then mean another one."""
-        name = _name(cls)
+        name = name_in_files(cls)
         if self._classes.get(name) is not cls:
             raise TypeError(
                 f"this {self._what} is of a class {name} that has been defined again since, and a file would be read "
@@ -69,7 +69,8 @@ class Registry(Generic[T]):
         return [name for name in self._classes if "." not in name]
 
 
-def _name(cls: type) -> str:
+def name_in_files(cls: type) -> str:
+    """Its own name for a class of the library, which may move to another file; ``module.qualname`` for any other."""
     package = __name__.partition(".")[0]
     ours = cls.__module__.partition(".")[0] == package and "." not in cls.__qualname__
     return cls.__qualname__ if ours else f"{cls.__module__}.{cls.__qualname__}"

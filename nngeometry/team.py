@@ -77,8 +77,18 @@ class Team:
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place: one collective."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            sent = tensor.to(self.wire(tensor.device))
+            dist.all_reduce(sent, group=self.group)
+            if sent is not tensor:
+                tensor.copy_(sent)
         return tensor
+
+    def wire(self, device: torch.device) -> torch.device:
+        """Where tensors are that the backend of the group can send: the device, or the rank's own one of those that it
+        knows, since nccl sends nothing from the memory of the CPU.
+        """
+        kinds = [pair.split(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
+        return device if device.type in kinds else torch.device(kinds[0])
 
     def summed(self, like: Tensor, work: Callable[[Tensor], float], vectors: Tensor | None = None) -> float:
         """``work(out)`` adds to ``out``, which has the shape of ``like``, and returns a number. The sums of both over
@@ -133,8 +143,9 @@ class Team:
                 flat = torch.cat([leaves[k].detach().reshape(-1) for k in those])
             else:
                 flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-            dist.broadcast(flat, src=source, group=self.group)
-            for k, piece in zip(those, flat.split(sizes), strict=True):
+            sent = flat.to(self.wire(flat.device))
+            dist.broadcast(sent, src=source, group=self.group)
+            for k, piece in zip(those, sent.to(flat.device).split(sizes), strict=True):
                 leaves[k] = piece.view(known[k].shape)
         return pytree.tree_unflatten(leaves, spec)  # also here, so that all lie in memory alike
 
@@ -186,9 +197,9 @@ def in_common(team: Team | None) -> Iterator[None]:
         return
 
     def sent(rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        dist.broadcast(rows, src=dist.get_global_rank(team.group, 0), group=team.group)
-        return rows
+        sent = rows.contiguous().to(team.wire(rows.device))
+        dist.broadcast(sent, src=dist.get_global_rank(team.group, 0), group=team.group)
+        return sent.to(rows.device)
 
     token = SENT.set(sent)
     try:

@@ -47,7 +47,7 @@ class Undivided(Generator):
     (1, torch.Size([10, 1, 1, 2, 4]))
     """
 
-    def plan(self, batch: data.Batch) -> Plan:
+    def examine(self, batch: data.Batch) -> Plan:
         """There is nothing to know."""
         self.check_mode()
         return Plan((), (), aligned=False, axes=data.axes(batch), looked=False)
@@ -67,7 +67,7 @@ class Undivided(Generator):
         for position, batch in enumerate(self.minibatches(examples)):
             if self._remembered() is None:
                 self.looked(partial(self.outputs_of, batch))
-                self._looked = Structure(self.model), self.plan(batch)
+                self._looked = Structure(self.model), self.examine(batch)
             f = self._recorded(parameters, batch)
             outputs = f.detach()
             cotangents = self._of_one(outputs, batch, start + data.position_of(batch, position))

@@ -21,6 +21,8 @@ from nngeometry import (
     FIM_MonteCarlo,
     GradientCovariance,
     Hessian,
+    LayerCollection,
+    PMatBlockDiag,
     PMatDense,
     PMatDiag,
     PMatEKFAC,
@@ -118,6 +120,52 @@ def test_decay_weighs_the_old(matrix, representation):
         second = matrix(model, other, representation, **options(matrix)).to_torch()
         expected = (0.25 * 7 * first + 5 * second) / (0.25 * 7 + 5)
         assert oracle.relative(acc.matrix().to_torch(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*SMALL, "attention"])
+@pytest.mark.parametrize("representation", [*EXACT, PMatEKFAC])
+def test_a_mean_stays_what_it_is_however_little_is_left_of_it(name, representation):
+    model, one, function = CASES[name].make(3)
+    acc = Accumulator(FIM, model, representation, variant="regression", function=function).update(one)
+    before = acc.matrix().to_torch()
+    same_as_before = partial(oracle.relative, b=before)
+    assert same_as_before(acc.decay(1e-3).matrix().to_torch()) < TOLERANCE
+    assert same_as_before(acc.decay(1e-9).update(one).matrix().to_torch()) < 1e-9
+
+
+@pytest.mark.parametrize(("matrix", "representation"), PAIRS, ids=name_of)
+def test_what_underflows_in_single_precision_stays_a_mean(matrix, representation):
+    model, (one, other) = net().float(), [(x.float(), y) for x, y in batches(7, 5)]
+    acc = Accumulator(matrix, model, representation, **options(matrix)).update(one)
+    before = acc.matrix().to_torch()
+    for _ in range(1000):
+        acc.decay(0.9)
+    assert oracle.relative(acc.matrix().to_torch(), before) < 1e-6
+    saved = acc.state_dict()
+    again = Accumulator(matrix, model, representation, **options(matrix)).load_state_dict(saved)
+    assert torch.equal(again.matrix().to_torch(), acc.matrix().to_torch())
+    assert again.n == acc.n > 0
+    assert bool(torch.isfinite(acc.update(other).matrix().to_torch()).all())
+    assert abs(acc.n - 5) < 1e-12
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatLowRank, PMatEKFAC])
+@pytest.mark.parametrize("matrix", [GGN, Hessian])
+def test_a_sum_of_losses_is_a_decayed_sum(matrix, representation):
+    if matrix is Hessian and representation in (PMatLowRank, PMatEKFAC):
+        return  # no running average
+    model, (one, other) = net(), batches(7, 5)
+    made = partial(Accumulator, matrix, model, representation, loss=nn.CrossEntropyLoss(reduction="sum"))
+    first, second = (made().update(batch).matrix() for batch in (one, other))
+    acc = made().update(one).decay(0.25)
+    assert oracle.relative(acc.matrix().to_torch(), 0.25 * first.to_torch()) < TOLERANCE
+    again = made().load_state_dict(acc.state_dict())
+    assert torch.equal(again.matrix().to_torch(), acc.matrix().to_torch())
+    trace = 0.25 * first.trace() + second.trace()
+    assert oracle.relative(acc.update(other).matrix().trace(), trace) < TOLERANCE
+    if representation is not PMatEKFAC:
+        both = (again + made().update(other).decay(0.5)).matrix().to_torch()
+        assert oracle.relative(both, 0.25 * first.to_torch() + 0.5 * second.to_torch()) < TOLERANCE
 
 
 def test_decayed_factors_are_decayed_means():
@@ -286,6 +334,78 @@ def test_ekfac_in_different_bases_does_not_merge_silently():
     assert oracle.relative(a.matrix().trace(), FIM(model, [one, other], PMatDense).trace()) < TOLERANCE
 
 
+def test_what_went_ahead_in_another_basis_is_not_taken_silently():
+    model, (one, other, third) = net(), batches(7, 5, 6)
+    acc = Accumulator(FIM, model, PMatEKFAC)
+    early = acc.ahead().update(other)
+    acc.update(one)
+    rebased, late = acc.ahead().update(other).update(third).rebase(), acc.ahead().update(other)
+    expected = copy.deepcopy(acc).take(copy.deepcopy(late)).matrix()
+    for ahead in (early, rebased):
+        with pytest.raises(ValueError, match="different bases"):
+            acc.take(ahead)
+        assert acc.n == 7
+    same(copy.deepcopy(acc).take(late).matrix(), expected)
+    late = acc.ahead().update(other)
+    with pytest.raises(ValueError, match="different bases"):
+        acc.update(third).rebase().take(late)
+
+
+def test_an_empty_one_takes_the_basis_of_another():
+    model, (one, other) = net(), batches(7, 5)
+    a, b = Accumulator(FIM, model, PMatEKFAC), Accumulator(FIM, model, PMatEKFAC)
+    with pytest.raises(ValueError, match="no basis yet"):
+        b.rebase(a)
+    a.update(one)
+    b.rebase(a).update(other)
+    same((a + b).matrix(), copy.deepcopy(a).update(other).matrix())
+
+
+@pytest.mark.parametrize(("matrix", "representation"), PAIRS, ids=name_of)
+def test_nothing_is_taken_twice(matrix, representation):
+    model, (one, other) = net(), batches(7, 5)
+    acc = Accumulator(matrix, model, representation, **options(matrix)).update(one)
+    ahead = acc.ahead().update(other)
+    expected = acc.take(ahead).matrix().to_torch()
+    assert ahead.n == 0
+    assert torch.equal(acc.take(ahead).matrix().to_torch(), expected)
+    ahead.update(one)
+    assert torch.equal(acc.matrix().to_torch(), expected)
+    with pytest.raises(ValueError, match="use merge"):
+        acc.take(acc)
+    assert acc.n == 12
+
+
+@pytest.mark.parametrize(("matrix", "representation"), PAIRS, ids=name_of)
+def test_all_of_a_matrix_is_where_the_sums_are(matrix, representation):
+    model, (one, other) = net(), batches(7, 5)
+    acc = Accumulator(matrix, model, representation, **options(matrix)).update(one).to(dtype=torch.float32)
+    assert acc.update(other).matrix().dtype == torch.float32
+    wide = Accumulator(matrix, model, representation, **options(matrix)).update(one).update(other)
+    assert oracle.relative(acc.matrix().to_torch().double(), wide.matrix().to_torch()) < 1e-5
+    with pytest.raises(ValueError, match=r"to: dtype=torch\.int64"):
+        acc.to(dtype=torch.int64)
+
+
+def test_a_covariance_without_factors_is_refused_before_anything_is_read():
+    with pytest.raises(NotImplementedError, match="no Kronecker factors; use PMatEKFAC"):
+        Accumulator(GradientCovariance, net(), PMatKFAC)
+
+
+def test_parameters_that_became_one():
+    model, (one, other) = net(), batches(7, 5)
+    model = nn.Sequential(nn.Linear(4, 4), *model).double()
+    acc = Accumulator(FIM, model, PMatDense).update(one)
+    model[0].bias = nn.Parameter(torch.zeros(4).double())
+    before = acc.update(other).matrix().to_torch()
+    model.insert(1, nn.Linear(4, 4).double())
+    lc = LayerCollection.from_model(model)
+    model[1].bias = model[0].bias
+    with pytest.raises(ValueError, match=r"'0\.bias' and '1\.bias' are one and the same"):
+        FIM(model, one, PMatDense, layer_collection=lc)
+    assert torch.equal(acc.matrix().to_torch(), before)
+
+
 def test_low_rank_keeps_the_best_rows():
     model, data = net(), batches(7, 5, 4, 6)
     acc = Accumulator(FIM, model, PMatLowRank, rows=6)
@@ -385,6 +505,45 @@ def test_a_changed_model_is_looked_at_again(how, representation):
     acc = Accumulator(FIM, model, representation).update(one).update(other)
     before = acc.matrix().to_torch()
     changed(model, how)
+    with pytest.raises(ValueError, match=r"mixes examples|depends on the others"):
+        acc.update(one)
+    assert torch.equal(acc.matrix().to_torch(), before)
+
+
+class Settings:
+    def __init__(self):
+        self.mixes = self.centred = False
+
+
+class Configured(nn.Module):
+    """Mixes examples behind its last layer, where only a look at the model tells."""
+
+    mixes = False
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.settings = nn.Linear(4, 5), nn.Linear(5, 3), Settings()
+
+    def head(self, y):
+        return y
+
+    def forward(self, x):
+        y = self.head(self.b(torch.tanh(self.a(x))))
+        return y - y.mean(0) if self.mixes or self.settings.mixes else y
+
+
+@pytest.mark.parametrize("how", ["settings", "type", "method"])
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatEKFAC, PMatDiag])
+def test_a_change_of_what_a_model_consults_is_seen(how, representation, monkeypatch):
+    model, (one, other) = Configured().double(), batches(7, 5)
+    acc = Accumulator(FIM, model, representation).update(one).update(other)
+    before = acc.matrix().to_torch()
+    if how == "settings":
+        model.settings.mixes = True
+    elif how == "type":
+        monkeypatch.setattr(Configured, "mixes", True)
+    else:
+        monkeypatch.setattr(Configured, "head", lambda self, y: y - y.mean(0))
     with pytest.raises(ValueError, match=r"mixes examples|depends on the others"):
         acc.update(one)
     assert torch.equal(acc.matrix().to_torch(), before)

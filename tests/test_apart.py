@@ -6,7 +6,7 @@ from models import CASES
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from nngeometry import EmpiricalFisher, LayerCollection, PMatDense
+from nngeometry import FIM, EmpiricalFisher, Hessian, LayerCollection, PMatDense
 from nngeometry.forms import Dense
 from nngeometry.kinds import Kind, Packing
 from nngeometry.kinds.kind import _TABLE
@@ -240,3 +240,27 @@ def test_the_same_as_when_looked_at(name):
     one = EmpiricalFisher(model, batches, PMatDense, **options)
     other = EmpiricalFisher(model, batches, PMatDense, function=lambda x, *_: model(x), **options)
     torch.testing.assert_close(one.to_torch(), other.to_torch(), rtol=1e-10, atol=1e-12)
+
+
+class Turns(nn.Module):
+    """Writes other values of the same size into its weight at every call."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.a, self.b, self.turned = nn.Linear(4, 5), nn.Linear(5, 3), turned
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.a.weight.data = self.turned(self.a.weight.data)
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("turned", [torch.neg, lambda w: w.roll(1, 0), lambda w: w.flip(1)])
+@pytest.mark.parametrize("unit", ["example", "minibatch"])
+@pytest.mark.parametrize("call", [FIM, Hessian])
+def test_a_model_that_turns_its_weights_at_every_call(call, unit, turned):
+    model, batch = Turns(turned).double(), (torch.randn(6, 4).double(), torch.randint(3, (6,)))
+    before = model.a.weight.clone()
+    with pytest.raises(ValueError, match=r"writes into its parameters|depends on the others, or is random"):
+        call(model, batch, PMatDense, unit=unit)
+    assert torch.equal(model.a.weight, before)

@@ -138,8 +138,20 @@ def test_running_merged_and_saved(tmp_path):
     F.save(tmp_path / "F")
     assert torch.equal(PMatKFAC.load(tmp_path / "F").to_torch(), F.to_torch())
     exact = Accumulator(FIM, model, PMatKFAC, variant="classif_logits").update(loader[0])
+    before = exact.matrix().to_torch()
     with pytest.raises(ValueError, match=r"the same nngeometry\.memory_budget"):
         exact.merge(b)
+    with memory_budget(SMALL), pytest.raises(ValueError, match=r"the same nngeometry\.memory_budget"):
+        exact.update(loader[1])
+    assert torch.equal(exact.matrix().to_torch(), before), "nothing of it is kept"
+    for budget in (SMALL // 2, SMALL // 8):  # other factors are dense
+        with memory_budget(budget):
+            other = Accumulator(FIM, model, PMatKFAC, variant="classif_logits").update(loader[0])
+        held, seen = again.matrix().to_torch(), again.n
+        with pytest.raises(ValueError, match=r"the same nngeometry\.memory_budget"):
+            again.merge(other)
+        assert torch.equal(again.matrix().to_torch(), held)
+        assert again.n == seen
 
 
 def test_what_fits_is_exact_and_what_must_be_says_so():

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import ranks
@@ -333,3 +334,39 @@ def test_on_another_number_of_processes(size, tmp_path):
 def test_partial_matrices_have_files_too(tmp_path):
     F = made(partial(FIM, variant="regression"), PMatDiag, tmp_path / "file")
     assert relative(F.to_torch(), FIM(net(), batches(), PMatDiag, "regression").to_torch()) < 1e-12
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_any_work(tmp_path, monkeypatch):
+    def none(self, mode="r", *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    seen = []
+    model = torch.nn.Linear(4, 3)
+
+    def function(x):
+        seen.append(len(x))
+        return model(x)
+
+    monkeypatch.setattr(Path, "open", none)
+    with pytest.raises(OSError, match=r"cannot be written .*a path on a disk"):
+        FIM(model, [(torch.randn(5, 4),)], PMatDiag, function=function, checkpoint=tmp_path / "state.pt")
+    assert len(seen) <= 1
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_disk_that_is_full_leaves_the_state_before(tmp_path, monkeypatch, kind):
+    model, path = torch.nn.Linear(4, 3), tmp_path / "state.pt"
+    data = [(torch.randn(5, 4),)] * 4
+    original, times = torch.save, []
+
+    def save(*args):
+        times.append(1)
+        if len(times) == 2:
+            raise kind("no space left on device")
+        original(*args)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="no space left"):
+        FIM(model, data, PMatDiag, checkpoint=path, every=1)
+    F = FIM(model, data, PMatDiag, checkpoint=path, every=1)
+    assert torch.equal(F.to_torch(), FIM(model, data, PMatDiag).to_torch())

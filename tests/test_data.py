@@ -396,3 +396,39 @@ def test_what_is_not_of_tensors_is_not_looked_into():
 def test_functions_that_cannot_be_called(net, xy):
     with pytest.raises(TypeError, match="function: it receives the elements of a minibatch, 2 here"):
         FIM(net, [xy], PMatDense, function=lambda batch: net(batch[0]))
+
+
+class Refilled:
+    """A loader that writes its minibatches into the same memory, of one or several in turn."""
+
+    def __init__(self, minibatches, buffers, by_numpy):
+        self.minibatches, self.buffers, self.by_numpy = minibatches, buffers, by_numpy
+
+    def __iter__(self):
+        memory = [[np.empty_like(t.numpy()) for t in self.minibatches[0]] for _ in range(self.buffers)]
+        held = [tuple(map(torch.from_numpy, arrays)) for arrays in memory]
+        for k, batch in enumerate(self.minibatches):
+            place = k % self.buffers
+            for array, tensor, t in zip(memory[place], held[place], batch, strict=True):
+                if self.by_numpy:  # which torch does not see
+                    array[:] = t.numpy()
+                else:
+                    tensor.copy_(t)
+            yield tuple(map(torch.from_numpy, memory[place])) if self.by_numpy else held[place]
+
+
+@pytest.mark.parametrize("by_numpy", [True, False])
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_a_loader_may_write_into_what_it_gave_before(buffers, by_numpy, net):
+    net = net.double()
+    given = [(torch.randn(N, D).double(), torch.randint(C, (N,))) for _ in range(5)]
+    loader = Refilled(given, buffers, by_numpy)
+    for call in (FIM, GGN, EmpiricalFisher, Hessian):
+        for R in (PMatDense, PMatDiag, PMatImplicit):
+            assert torch.allclose(call(net, loader, R).to_torch(), call(net, given, R).to_torch(), rtol=0, atol=1e-12)
+    for R in (PFMapDense, PFMapFactored):
+        found = Jacobian(net, loader, representation=R).to_dense().to_torch()
+        assert torch.equal(found, Jacobian(net, given, representation=R).to_dense().to_torch())
+    for R in (FMatDense, FMatImplicit):
+        found = GramMatrix(net, loader, representation=R).to_torch()
+        assert torch.allclose(found, GramMatrix(net, given).to_torch(), rtol=0, atol=1e-12)

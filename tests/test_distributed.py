@@ -38,8 +38,9 @@ from nngeometry import (
     PVector,
     linalg,
 )
-from nngeometry.distributed import shard
+from nngeometry.distributed import decompose, shard
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
+from nngeometry.team import Team
 
 TOLERANCE = 1e-12
 EXACT = [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatKFAC, PMatLowRank, PMatEye, PMatEKFAC]
@@ -400,6 +401,21 @@ def test_a_group_needs_processes():
         shard([(torch.randn(3, 2),)], object())
 
 
+def test_what_is_sent_is_where_the_backend_can_send_it_from(monkeypatch):
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    for config, expected in (("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, config=config: config)
+        assert Team().wire(cpu).type == expected
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "meta:nccl")
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda t, group: sent.append(t.device))
+    team = Team()
+    team.size = 2
+    with pytest.raises(NotImplementedError):  # nothing comes back from there
+        team.add(torch.ones(2))
+    assert sent == [meta]
+
+
 # Wrapped models
 
 
@@ -428,6 +444,84 @@ def wrapped(group):
     raises(NotImplementedError, "in pieces", partial(FIM, net, (torch.randn(3, 4),), PMatDiag))
 
 
+# Found by trying
+
+
+def decomposed(group):
+    """Decompositions have owners, and all have what these found."""
+    model, data = convnet()
+    size = dist.get_world_size(group)
+    v = PVector.from_model(model).detach()
+    for representation in (PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatDiag, PMatImplicit):
+        F, one = (
+            FIM(model, d, representation, process_group=g) for d, g in ((shard(data, group), group), (data, None))
+        )
+        G = decompose(F, group)
+        assert type(G) is type(F)
+        if representation is PMatImplicit:
+            continue
+        assert relative(G.solve(v, 0.1).to_torch(), one.solve(v, 0.1).to_torch()) < TOLERANCE
+        assert relative(G.inv(0.1).mv(v).to_torch(), one.inv(0.1).mv(v).to_torch()) < TOLERANCE
+        assert same_on_all(group, G.eigenvalues()), representation
+        assert torch.equal(G.to_torch(), F.to_torch())
+    done, original = [], torch.linalg.eigh
+
+    def noted(m, *args, **kwargs):
+        done.append(m.shape[-1])
+        return original(m, *args, **kwargs)
+
+    F = FIM(model, shard(data, group), PMatKFAC, process_group=group)
+    torch.linalg.eigh = noted
+    try:
+        G = decompose(F, group)
+        here = len(done)
+        G.solve(v, 0.1), G.inv(0.1), G.logdet(0.1), decompose(G, group)
+        assert len(done) == here, "nothing is decomposed again"
+    finally:
+        torch.linalg.eigh = original
+    told = [None] * size
+    dist.all_gather_object(told, done, group=group)
+    assert all(told), "each has some"
+    several = decompose([part.block for part in F.root.parts], group)
+    assert len(several) == len(F.root.parts)
+    own = FIM(model, data[dist.get_rank(group)], PMatKFAC)
+    raises(ValueError, "different matrices", lambda: decompose(own, group))
+
+
+def tried(group):
+    """What would be wrong raises on all ranks alike, and what is right works."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (7, 3, 1, 9)]
+    mine = shard(data, group)
+    for representation in (PMatKFAC, PMatImplicit):
+        raises(ValueError, "no minibatch on any rank", partial(FIM, model, [], representation, process_group=group))
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1 * rank)
+    raises(ValueError, "options", partial(GGN, model, mine, PMatKFAC, loss=smooth, process_group=group))
+    running = Accumulator(GGN, model, PMatKFAC, loss=smooth, process_group=group)
+    raises(ValueError, "options", lambda: running.update(mine))
+    model.train(rank == 1)
+    raises(ValueError, "training mode", partial(FIM, model, mine, PMatKFAC, process_group=group))
+    model.eval()
+    norm = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    norm[1].running_mean.fill_(rank)  # as each rank of DistributedDataParallel has its own
+    raises(ValueError, "buffers", partial(FIM, norm.eval(), mine, PMatKFAC, process_group=group))
+    norm.train()
+    several = [b for b in data if len(b[0]) > 1]
+    held = partial(FIM, norm, representation=PMatKFAC, batch_statistics=True)
+    F = held(loader=shard(several, group), process_group=group)
+    assert relative(F.to_torch(), held(loader=several).to_torch()) < TOLERANCE
+    matrix = GGN(model, data, PMatKFAC)
+    influence = Influence(model, matrix, regul=0.1, process_group=group)
+    for ask in (influence.scores, partial(influence.top, k=2)):
+        raises(ValueError, "queries: rank 1", lambda ask=ask: ask(data[rank], mine))
+    other = Influence(model, matrix, regul=0.1 + rank, process_group=group)
+    raises(ValueError, "regul", lambda: other.scores(data[0], mine))
+    shuffled = DataLoader(TensorDataset(*data[0]), batch_size=2, shuffle=True)
+    assert influence.scores(shuffled, data if rank == 0 else []).shape == (7, 20)
+
+
 #: Looked at by two processes, and by three.
 BY_TWO = {
     "a convnet": partial(all_matrices, make=convnet),
@@ -437,6 +531,8 @@ BY_TWO = {
     "accumulators": accumulators,
     "kernels and scores": kernels_and_scores,
     "products": products,
+    "decompositions": decomposed,
+    "tried": tried,
     "collectives": counted,
     "refused": refused,
     "wrapped": wrapped,

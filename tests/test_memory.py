@@ -40,7 +40,7 @@ def test_nothing_is_kept_elsewhere_than_in_this_process(budget):
 
 
 def test_a_block_that_does_not_fit_the_budget_of_its_device():
-    model = nn.Sequential(nn.Linear(3, 4), nn.MultiheadAttention(4, 2, batch_first=True))
+    model = nn.Sequential(nn.Linear(3, 4), nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True))
     function = lambda x: model[1](model[0](x), model[0](x), model[0](x))[0].mean(1)  # noqa: E731
     with memory_budget(2**12), pytest.raises(MemoryError, match=r"layer '1' .* has no Kronecker form"):
         FIM(model, (torch.randn(5, 2, 3),), PMatKFAC, "regression", function=function, dense=True)

@@ -14,6 +14,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: or file by file where its files are on several floors.
 FLOORS = [
     ["tables", "spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
+    ["model.entries"],
     [
         "model.batch",
         "model.data",
@@ -24,7 +25,7 @@ FLOORS = [
         "model.weights",
     ],
     ["model.batch_statistics"],
-    ["identity", "team", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
+    ["identity", "team", "owners", "distributed", "model.refused", "arguments", "reading", "checkpoint"],
     ["linalg", "likelihood", "losses"],
     ["kinds", "blocks"],
     ["layercollection"],
@@ -34,6 +35,7 @@ FLOORS = [
     ["model.layer_jacobians"],
     ["model.probing"],
     ["generator", "minibatchloss"],
+    ["sums"],
     ["estimation"],
     ["pooling", "passes"],
     ["object"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -333,6 +333,21 @@ class Block(ABC):
         """The same of other matrices."""
         (block,) = statistics
         return block
+
+    @property
+    def work(self) -> float:
+        """About how many operations :meth:`eig` takes, which keeps what it finds; zero where it takes none, or keeps
+        nothing.
+        """
+        return 0.0
+
+    def with_eig(self, found: Block) -> Block:
+        """The same matrix, for which :meth:`eig` gives what was found by another process: where :attr:`work` is not
+        zero.
+        """
+        known = replace(self)
+        vars(known)["_eig"] = found
+        return known
 
     def pinv(self, rtol: float | None = None) -> Block:
         """The pseudo-inverse.

@@ -90,6 +90,10 @@ class Dense(Block):
     def eig(self) -> Spectral:
         return self._eig
 
+    @property
+    def work(self) -> float:
+        return float(prod(self.data.shape[:-1])) * self.data.shape[-1] ** 2 if self.symmetric else 0.0
+
     def eigenvalues(self) -> Tensor:
         if "_eig" in vars(self) or not self.symmetric:
             return self.eig().eigenvalues()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,13 @@ class DirectSum(Block):
             start += n
         return l[:k], vectors
 
+    def statistics(self) -> tuple[Block, ...]:
+        return tuple(one for part in self.parts for one in part.block.statistics())
+
+    def with_statistics(self, statistics: Sequence[Block]) -> DirectSum:
+        remaining = iter(statistics)
+        return self._each(lambda b: b.with_statistics([next(remaining) for _ in b.statistics()]))
+
     def describe(self) -> str:
         return " (+) ".join(part.block.describe() for part in self.parts)
 
@@ -221,16 +228,10 @@ class DirectSum(Block):
     def state(self) -> dict[str, Any]:
         parts = []
         for part in self.parts:
-            packing = part.packing
             parts.append(
                 {
                     "slices": [list(pair) for pair in part.slices],
-                    "packing": [
-                        list(packing.shape),
-                        packing.view and list(packing.view),
-                        list(packing.perm),
-                        packing.bias,
-                    ],
+                    "packing": part.packing.state(),
                     "block": part.block.state(),
                 }
             )
@@ -240,10 +241,8 @@ class DirectSum(Block):
     def _rebuild(cls, state: dict[str, Any]) -> DirectSum:
         parts = []
         for part in state["parts"]:
-            shape, view, perm, bias = part["packing"]
-            packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
             slices = tuple((a, b) for a, b in part["slices"])
-            parts.append(Part(slices, packing, Block.from_state(part["block"])))
+            parts.append(Part(slices, Packing.from_state(part["packing"]), Block.from_state(part["block"])))
         return cls(tuple(parts))
 
 

@@ -59,6 +59,11 @@ class LowRank(Block):
     def eig(self) -> Spectral:
         return self._eig
 
+    @property
+    def work(self) -> float:
+        k, p = self.rows.shape
+        return float(p) * min(k, p) ** 2
+
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         return self.solver(regul)(V)
 

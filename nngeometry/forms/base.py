@@ -16,8 +16,8 @@ from .moments import total_of
 Map = Callable[[Tensor], Tensor]
 
 
-#: Columns of a packed Jacobian, each with the view of flat ones where they go.
-Places = Sequence[tuple[slice, Tensor]]
+#: Parts of a packed Jacobian, by a slice of each packed axis, each with the view of flat parameters where it goes.
+Places = Sequence[tuple[tuple[slice, ...], Tensor]]
 
 
 #: From flat parameters of a layer ``(..., p)`` to where the columns of its form go.
@@ -59,8 +59,8 @@ class LayerJacobian(ABC):
     def write(self, places: Places) -> None:
         """Put :meth:`dense` where it belongs in a larger array."""
         j = self.dense()
-        for columns, place in places:
-            place.copy_(j[..., columns].reshape(place.shape))
+        for index, place in places:
+            place.copy_(j[(..., *index)].reshape(place.shape))  # type: ignore[index]
 
     def tiles(self) -> Iterator[tuple[slice, slice, LayerJacobian]]:
         """Pieces over cotangents and examples whose dense Jacobian fits a work array, with where they are."""

@@ -21,7 +21,7 @@ def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     first = forms[0]
     if len(forms) == 1:
         return first
-    if all(isinstance(f, Outer) for f in forms):
+    if all(isinstance(f, Outer) and f.filled is None for f in forms):
         return Outer(torch.cat([f.a for f in forms], 1), torch.cat([f.g for f in forms], 2))  # type: ignore[attr-defined]
     if all(isinstance(f, Gather) for f in forms):
         ids = torch.cat([f.ids for f in forms], 1)  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
         return first
     if all(isinstance(f, Outer) for f in forms):
         g = torch.cat([f.g for f in forms])  # type: ignore[attr-defined]
-        return Outer(first.inputs, g, first.expand, first.shape[2])  # type: ignore[attr-defined]
+        return Outer(first.inputs, g, first.expand, first.shape[2], filled=first.filled)  # type: ignore[attr-defined]
     if all(isinstance(f, Gather) for f in forms):
         return Gather(first.ids, torch.cat([f.g for f in forms]), first.size)  # type: ignore[attr-defined]
     return Dense(torch.cat([f.dense() for f in forms]))

@@ -54,9 +54,9 @@ class Contraction:
                 pair = whole
             packed = pair.view(g, h, o, p, i, j).permute(1, 3, 5, 0, 2, 4)
             block = out[where[k], where[m]]
-            for columns, of_rows in places[m](block):  # (P, h, p, columns)
+            for index, of_rows in places[m](block):  # (P, h, p, columns)
                 for others, place in places[k](of_rows.movedim(0, -1)):  # (h, p, columns, g, o, others)
-                    place.copy_(packed[:, :, columns][..., others].reshape(place.shape))
+                    place.copy_(packed[index][(..., *others)].reshape(place.shape))  # type: ignore[index]
             if k != m:
                 out[where[m], where[k]] = block.T
         return out

@@ -29,6 +29,8 @@ class Outer(LayerJacobian):
         cols: The number of columns, if there is an ``expand``.
         moment: From inputs to the sum of a a^T over examples and positions, ``(G, cols, cols)``, if there is a faster
             way than from a.
+        filled: Of each group the share of the positions that it has; a and g are zero at the others. By default it has
+            all of them.
 
     Example:
         >>> Outer(torch.ones(5, 1, 1, 3), torch.ones(4, 5, 1, 1, 2)).dense().shape
@@ -36,7 +38,13 @@ class Outer(LayerJacobian):
     """
 
     def __init__(
-        self, inputs: Tensor, g: Tensor, expand: Map | None = None, cols: int | None = None, moment: Map | None = None
+        self,
+        inputs: Tensor,
+        g: Tensor,
+        expand: Map | None = None,
+        cols: int | None = None,
+        moment: Map | None = None,
+        filled: tuple[float, ...] | None = None,
     ) -> None:
         cols = inputs.shape[-1] if cols is None else cols
         super().__init__(g.shape[0], g.shape[1], (g.shape[3], g.shape[4], cols), g.dtype, g.device)
@@ -44,6 +52,7 @@ class Outer(LayerJacobian):
         self.g = g
         self.expand = expand
         self.moment = moment
+        self.filled = filled
 
     @cached_property
     def a(self) -> Tensor:
@@ -62,15 +71,15 @@ class Outer(LayerJacobian):
         lead = self.cotangents, self.examples, *self.shape[:-1]
         if self.positions > 1 or any(place.shape[:-1] != lead for _, place in places):
             return super().write(places)
-        for columns, place in places:
+        for (*_, columns), place in places:
             torch.mul(self.g[:, :, 0].unsqueeze(-1), self.a[:, 0, :, None, columns], out=place)
         return None
 
     def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Outer:
         g = self.g[first:last, start:stop]
         if self.expand is None or "a" in vars(self):
-            return Outer(self.a[start:stop], g)
-        return Outer(self.inputs[start:stop], g, self.expand, self.shape[2], self.moment)
+            return Outer(self.a[start:stop], g, filled=self.filled)
+        return Outer(self.inputs[start:stop], g, self.expand, self.shape[2], self.moment, self.filled)
 
     def pieces(self) -> Iterator[LayerJacobian]:
         groups, rows, cols = self.shape
@@ -82,7 +91,7 @@ class Outer(LayerJacobian):
     def fold(self, ratio: int) -> Outer:
         a = self.a.reshape(-1, ratio * self.a.shape[1], *self.a.shape[2:])
         g = self.g.reshape(self.cotangents, -1, ratio * self.g.shape[2], *self.g.shape[3:])
-        return Outer(a, g)
+        return Outer(a, g, filled=self.filled)
 
     def _panels(self) -> Iterator[tuple[slice, slice, slice, Tensor]]:
         """J in pieces that stay in the cache: of which examples, groups and rows, and ``(b, G', C, r, cols)``."""
@@ -163,10 +172,10 @@ class Outer(LayerJacobian):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Outer:
         inputs, g = (t.to(device=device, dtype=dtype) for t in (self.inputs, self.g))
-        return Outer(inputs, g, self.expand, self.shape[2])
+        return Outer(inputs, g, self.expand, self.shape[2], filled=self.filled)
 
     def map_cotangents(self, fn: Map) -> Outer:
-        made = Outer(self.inputs, fn(self.g), self.expand, self.shape[2])
+        made = Outer(self.inputs, fn(self.g), self.expand, self.shape[2], filled=self.filled)
         if "a" in vars(self):
             vars(made)["a"] = self.a
         return made
@@ -224,7 +233,7 @@ class Outer(LayerJacobian):
 
     def without_last_column(self) -> Outer:
         """The same layer with its bias left out."""
-        return Outer(self.a[..., :-1], self.g)
+        return Outer(self.a[..., :-1], self.g, filled=self.filled)
 
     def left_factor(self, reduce: bool) -> Tensor:
         """Sum of g g^T over cotangents and examples (and positions, or of their sum): the lower triangles of
@@ -264,4 +273,7 @@ class Outer(LayerJacobian):
             a = self.narrow(b.start, b.stop).a  # what it expands goes with it
             return second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1))
 
-        return total_of(map(of, slices(self.examples, few))), count
+        total = total_of(map(of, slices(self.examples, few)))
+        if self.filled is not None:  # of the mean over positions, twice
+            total = total / total.new_tensor(self.filled).pow(2 if reduce else 1).view(-1, 1, 1)
+        return total, count

@@ -1,6 +1,6 @@
 """Layer kinds: for each type of module, how what its hooks saw becomes a form of its Jacobian."""
 
-from . import affine, generic, norm
+from . import affine, attention, generic, norm
 from .kind import GENERIC, Kind, Packing, declared_whole, is_ours, kind, kind_of, own_parameters, serving, whole
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Kind",
     "Packing",
     "affine",
+    "attention",
     "declared_whole",
     "generic",
     "is_ours",

@@ -15,12 +15,13 @@ from ..changes import Borrowed, Change, Changed, entered, recording, uninterrupt
 from ..derivatives.composites import OneExample
 from ..derivatives.pulling import NO_BATCHING_RULE
 from ..forms import Lazy
+from ..model.entries import rows
 from ..model.recurrent import recurrent_without_cudnn
 from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
-whole(nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN)
+whole(nn.LSTM, nn.GRU, nn.RNN)
 _NO_VMAP = (nn.RNNBase, nn.RNNCellBase)
 #: Arguments that are not taken apart, but for objects that may hold tensors of all examples.
 _PLAIN = (Tensor, str, bool, int, float, complex, type(None), torch.dtype, torch.device)
@@ -62,7 +63,7 @@ def generic(
 
     def by_loop(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         leaf = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
-        rows = []
+        found = []
         with Changed(recording(True)):
             for b in range(gs[0].shape[1]):
                 ys = uninterrupted(outputs, leaf, [x[b] if m == 0 else x for x, m in zip(xs, mapped, strict=True)])
@@ -75,8 +76,8 @@ def generic(
                         allow_unused=True,
                         materialize_grads=True,
                     )
-                    rows.append(torch.cat([d.flatten() for d in grads]))
-        return torch.stack(rows).view(-1, len(gs[0]), numel).transpose(0, 1)
+                    found.append(torch.cat([d.flatten() for d in grads]))
+        return torch.stack(found).view(-1, len(gs[0]), numel).transpose(0, 1)
 
     def one_by_one(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         try:
@@ -95,7 +96,7 @@ def generic(
         return vmap(one_example, in_dims=(list(mapped), 1), out_dims=1)(xs, gs).to(dtype)
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
-        xs = [x[start:stop] if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
+        xs = [rows(x, start, stop) if m == 0 else x for x, m in zip(leaves, mapped, strict=True)]
         gs = tuple(g[first:last, start:stop] for _, g in gys)
         changes = [_undisturbed(module), warnings_ignored(NO_BATCHING_RULE), entered(OneExample())]
         if gs[0].device.type == "cuda":

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..arguments import described
 from ..changes import Change
-from ..forms import LayerJacobian, Places
+from ..forms import Places
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,16 @@ class Packing:
 
     With ``view=None`` the flat parameters are kept, ``shape = (p,)``. Otherwise the first parameter (the weight) is
     viewed as ``view``, its axes permuted by ``perm``, reshaped to ``shape``, and a bias, if there is one, becomes the
-    last column. :meth:`flat` and :meth:`matrix` make the two sorts.
+    last column. :meth:`flat` and :meth:`matrix` make the two sorts. Weight and bias may each be of several parameters,
+    whose groups follow one another (``runs``).
 
     Args:
         shape: The shape of the tensor.
         view: The axes of the weight, None to keep the flat parameters.
         perm: Their order in the tensor.
         bias: Whether a bias is the last column.
+        runs: Where the groups of the weight, and then those of the bias, are in the flat parameters, as pairs of start
+            and stop; by default they are in this order.
 
     Example:
         >>> packing = Packing.matrix((1, 2, 3), (0, 1, 2), (1, 2), bias=True)
@@ -42,6 +45,7 @@ class Packing:
     view: tuple[int, ...] | None = None
     perm: tuple[int, ...] = ()
     bias: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def flat(cls, numel: int) -> Packing:
@@ -59,6 +63,7 @@ class Packing:
         perm: tuple[int, ...],
         rows: tuple[int, ...],
         bias: bool,
+        runs: tuple[tuple[int, int], ...] = (),
     ) -> Packing:
         """The weight as ``(*rows, cols)``, plus a column for the bias.
 
@@ -67,8 +72,9 @@ class Packing:
             perm: The order of these axes in the matrix.
             rows: The shape of the rows, ``(groups, rows of each)`` for a form with Kronecker factors.
             bias: Whether there is a bias, of one number for each row.
+            runs: As of the class.
         """
-        return cls((*rows, prod(view) // prod(rows) + bias), view, perm, bias)
+        return cls((*rows, prod(view) // prod(rows) + bias), view, perm, bias, runs)
 
     def numel(self) -> int:
         """Number of entries."""
@@ -76,6 +82,8 @@ class Packing:
 
     def without_bias(self) -> Packing:
         """The same of the weight alone."""
+        if self.runs:
+            raise NotImplementedError("a packing of several parameters has no part without bias")
         return Packing((*self.shape[:-1], self.shape[-1] - 1), self.view, self.perm)
 
     @property
@@ -94,6 +102,8 @@ class Packing:
         """
         if self.view is None:
             return v
+        if self.runs:
+            v = torch.cat([v[..., a:b] for a, b in self.runs], -1)
         lead = v.shape[:-1]
         weight = v[..., : prod(self.view)]
         if not self._in_order:
@@ -122,32 +132,68 @@ class Packing:
         if not self._in_order:
             weight = weight.reshape(*lead, *(self.view[k] for k in self.perm))
             weight = weight.permute(*range(n), *(n + self.perm.index(k) for k in range(len(self.perm))))
-        weight = weight.reshape(*lead, prod(self.view))
-        if not self.bias:
-            return weight
-        return torch.cat([weight, m[..., -1].reshape(*lead, prod(self.shape[:-1]))], -1)
+        flat = weight.reshape(*lead, prod(self.view))
+        if self.bias:
+            flat = torch.cat([flat, m[..., -1].reshape(*lead, prod(self.shape[:-1]))], -1)
+        if not self.runs:
+            return flat
+        pieces = zip(self.runs, flat.split([b - a for a, b in self.runs], -1), strict=True)
+        return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], -1)
 
     def places(self, v: Tensor) -> Places:
-        """Where the columns of the tensor are in flat parameters, as views of these.
+        """Where the parts of the tensor are in flat parameters, as views of these.
 
         Args:
             v: Flat parameters ``(..., p)``.
         """
         if self.view is None:
-            return [(slice(None), v)]
+            return [((slice(None),), v)]
         lead, n = v.shape[:-1], v.ndim - 1
-        size = prod(self.view)
+        every, size = slice(None), prod(self.view)
+        columns, last = (slice(-1), slice(-1, None)) if self.bias else (every, every)
+        if self.runs:
+            return self._places_of_groups(v, columns, last)
         if self._in_order:
             weight = v[..., :size].view(*lead, *self.shape[:-1], -1)
         else:
             weight = v[..., :size].view(*lead, *self.view).permute(*range(n), *(n + k for k in self.perm))
+        rows = [every] * (len(self.shape) - 1)
         if not self.bias:
-            return [(slice(None), weight)]
-        return [(slice(-1), weight), (slice(-1, None), v[..., size:].view(*lead, *self.shape[:-1], 1))]
+            return [((*rows, columns), weight)]
+        return [((*rows, columns), weight), ((*rows, last), v[..., size:].view(*lead, *self.shape[:-1], 1))]
+
+    def _places_of_groups(self, v: Tensor, columns: slice, last: slice) -> Places:
+        """Those of a weight, and a bias, each of several parameters that have some of the groups."""
+        groups, rows, _ = self.shape
+        found, group = [], 0
+        for a, b in self.runs:
+            of_weight = group < groups
+            width = prod(self.view or ()) // (groups * rows) if of_weight else 1
+            count = (b - a) // (rows * width)
+            index = slice(group % groups, group % groups + count), slice(None), columns if of_weight else last
+            found.append((index, v[..., a:b].view(*v.shape[:-1], count, rows, width)))
+            group += count
+        return found
+
+    def state(self) -> list[Any]:
+        """Plain values, from which :meth:`from_state` makes it again."""
+        found = [list(self.shape), None if self.view is None else list(self.view), list(self.perm), self.bias]
+        return [*found, [list(run) for run in self.runs]] if self.runs else found
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Packing:
+        """The packing of which :meth:`state` gave these values.
+
+        Args:
+            state: The values.
+        """
+        shape, view, perm, bias, *runs = state
+        pairs = tuple((a, b) for a, b in runs[0]) if runs else ()
+        return cls(tuple(shape), None if view is None else tuple(view), tuple(perm), bias, pairs)
 
 
 #: ``(module, gy, *inputs) -> form``, see :func:`kind`.
-KindFunction = Callable[..., LayerJacobian]
+KindFunction = Callable[..., Any]
 #: ``(module, bias) -> packing``, with or without a column for the module's last parameter.
 PackingFunction = Callable[[Any, bool], Packing]
 _USUAL = ("weight", "bias")
@@ -167,6 +213,9 @@ class Kind:
         parameters: The names of those that the form is with respect to, in its order.
         ours: Whether it is one of the library's own, whose Jacobians are known to be right; others are compared with
             autograd.
+        bound: Whether the function is given the arguments of the call by their names, those with an axis of examples
+            with that in front, and the names of the tensors without one, instead of its tensors in order; it may then
+            return None where it does not know the call.
     """
 
     function: KindFunction | None
@@ -176,6 +225,7 @@ class Kind:
     whole: bool = False
     parameters: tuple[str, ...] = _USUAL
     ours: bool = False
+    bound: bool = False
 
     @property
     def name(self) -> str:
@@ -267,14 +317,16 @@ def kind(
     return register
 
 
-def built_in(*types: type[nn.Module], **options: Any) -> Callable[[KindFunction], KindFunction]:
+def built_in(
+    *types: type[nn.Module], whole: bool = False, bound: bool = False, **options: Any
+) -> Callable[[KindFunction], KindFunction]:
     """:func:`kind` for those of the library."""
     add = kind(*types, **options)
 
     def register(function: KindFunction) -> KindFunction:
         add(function)
         for t in types:
-            _TABLE[t] = replace(_TABLE[t], ours=True)
+            _TABLE[t] = replace(_TABLE[t], ours=True, whole=whole, bound=bound)
         return function
 
     return register
@@ -361,4 +413,6 @@ def serving(found: Kind, params: dict[str, nn.Parameter]) -> Kind:
     """
     if found.function is None or (found.parameters[0] in params and list(found.known(params)) == list(params)):
         return found
-    return GENERIC if is_ours(found) else found
+    if is_ours(found):
+        return _WHOLE if found.whole else GENERIC
+    return found

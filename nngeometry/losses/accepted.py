@@ -170,7 +170,14 @@ class OwnLoss:
         return found.reshape(())
 
     def check_unit(self, unit: str) -> None:
-        """Raise if minibatches count as one each and otherwise at the same time."""
+        """Raise if minibatches count as one each and otherwise at the same time.
+
+        Args:
+            unit: What counts as an example, "example" or "minibatch".
+
+        Raises:
+            ValueError: For "minibatch" where there is a ``count``.
+        """
         if unit == "minibatch" and self.count is not None:
             raise ValueError(
                 'loss=OwnLoss(count=...): with unit="minibatch" every minibatch counts as one: leave count or unit out'

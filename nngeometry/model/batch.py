@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from . import entries
+
 #: Where something is in a minibatch: the position in its container, and so on inward.
 Path = tuple[int, ...]
 
@@ -303,8 +305,7 @@ def picked(tree: Any, index: Tensor, n: int, whole: frozenset[Path], path: Path 
             return tree, False
         if tree.is_nested:
             raise TypeError("a nested tensor cannot be taken apart by examples: pad it in the minibatch")
-        where = index.to(tree.device)
-        return (tree[where] if tree.layout == torch.strided else tree.index_select(0, where)), True
+        return entries.picked(tree, index.to(tree.device)), True
     if is_array(tree):
         return (tree[index.cpu().numpy()], True) if tree.ndim > 0 and len(tree) == n else (tree, False)
     if isinstance(tree, PackedSequence):
@@ -358,4 +359,4 @@ def join(several: Sequence[Any]) -> Any:
 def shares(one: Any, other: Any) -> bool:
     """Whether two minibatches have a tensor in common, which is then none of examples."""
     pairs: Iterable[tuple[Tensor, Tensor]] = zip(tensors_of(one), tensors_of(other), strict=False)
-    return any(a is b or (a.shape == b.shape and a.ndim > 0 and torch.equal(a, b)) for a, b in pairs)
+    return any(a is b or (a.shape == b.shape and a.ndim > 0 and entries.equal(a, b)) for a, b in pairs)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from . import batch as parts
 from .batch import Path, map_tensors, tensors_of
@@ -111,8 +111,23 @@ def checked(batch: Batch, device: torch.device | None) -> Batch:
 def drawn(loader: Iterable[Batch]) -> Iterable[Batch]:
     """What a loader yields, without a trace in the random state: what it draws from the global generators of torch,
     numpy and Python (the order of a shuffling one, augmentations) comes after their states, which are put back.
+
+    Minibatches are held while others are read, and a loader may write the next one into the memory of the last: tensors
+    are copied, unless the loader has them already or makes each anew.
     """
-    return loader if isinstance(loader, list | tuple) else _draw(loader)
+    if isinstance(loader, list | tuple):
+        return loader
+    makes_anew = isinstance(loader, DataLoader) and loader.collate_fn is default_collate
+    return _draw(loader) if makes_anew else map(_own, _draw(loader))
+
+
+def _own(batch: Batch) -> Batch:
+    """A minibatch with the tensors in plain containers copied."""
+    if isinstance(batch, Tensor):
+        return batch.detach().clone().requires_grad_(batch.requires_grad)
+    if type(batch) in (tuple, list):
+        return type(batch)(map(_own, batch))
+    return {key: _own(part) for key, part in batch.items()} if type(batch) is dict else batch
 
 
 def _draw(loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -374,7 +389,8 @@ def take(batch: Batch, index: Tensor) -> Batch:
     if not taken and index.tolist() != list(range(n)):
         raise ValueError(
             f"nothing in a minibatch of {n} examples has a row for each of them, so it cannot be taken apart (graphs, "
-            "sets): use Hessian, which needs no single examples, or minibatches of one example and PMatImplicit"
+            'sets): pass unit="minibatch", by which it counts as one example, or use Hessian, which needs no single '
+            "examples, or minibatches of one example and PMatImplicit"
         )
     return replace(batch, content=made, n=len(index)) if isinstance(batch, Minibatch) else made
 
@@ -426,7 +442,8 @@ def settled(batch: Batch, output: Callable[[Batch], Any]) -> Minibatch | None:
             )
     if isinstance(first, _Differs):
         return None
-    those, two, use = f"the {bare.n} examples", "two of them", "Hessian, or minibatches of one and PMatImplicit"
+    those, two = f"the {bare.n} examples", "two of them"
+    use = 'unit="minibatch", or Hessian, or minibatches of one and PMatImplicit'
     if bare.n == 1:
         those, two, use = "the one example", "two copies of it", "PMatImplicit"
     raise ValueError(

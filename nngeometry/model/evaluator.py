@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from .batch_statistics import (
     mixing_norms,
     rate_of_dropout,
 )
+from .entries import same_entries
 from .independence import called_apart
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
@@ -259,10 +260,10 @@ class Evaluator:
             return self.function(*arguments)
         if isinstance(arguments[0], Tensor):
             return self.model(arguments[0])
-        raise TypeError(
-            f"minibatches of type {type(arguments[0]).__name__} need function=, "
-            "e.g. function=lambda batch: model(**batch).logits"
-        )
+        first, call = type(arguments[0]).__name__, "batch: model(**batch).logits"
+        if len(arguments) > 1:
+            first, call = f"{first} and more", "*batch: model(batch[0])"
+        raise TypeError(f"minibatches of type {first} need function=, e.g. function=lambda {call}")
 
     def running(self, *changes: Change, record: bool = True) -> Borrowed:
         """What is in force while the model runs: changes, and whether autograd records."""
@@ -292,19 +293,24 @@ class Evaluator:
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
-        return data.grouped(self.minibatches(examples), most, self._alike_alone)
+        return data.grouped(self.minibatches(examples), most, lambda batch: self.keeps_apart(batch, [0], 2))
 
-    def _alike_alone(self, batch: data.Batch) -> bool:
-        """Whether the model returns the same for an example alone as among others."""
+    def keeps_apart(self, batch: data.Batch, some: Sequence[int], among: int | None = None) -> bool:
+        """Whether the model returns the same for some examples of a minibatch as for these among others.
+
+        some: which examples. among: how many of the first ones the others are, by default all.
+        """
         if self.called_apart(batch) is not None:
             return True
 
         def alike() -> bool:
             try:
-                two, one = (self.outputs_of(data.take(batch, torch.arange(n))).detach() for n in (2, 1))
+                whole = batch if among is None else data.take(batch, torch.arange(among))
+                f = self.outputs_of(whole).detach()
+                g = self.outputs_of(data.take(whole, torch.tensor(some))).detach()
             except Exception:
                 return False
-            return same_up_to_rounding(one, two[:1], two)
+            return same_up_to_rounding(g, f[list(some)], f)
 
         return self.looked(alike)
 
@@ -317,7 +323,7 @@ class Evaluator:
         weights = Weights([self.model], self.layer_collection.parameters(self.model))
         state = State(self.model, values=True)
         with self.running(weights.in_place, state):
-            before = weights.norm()
+            before = weights.marks()
             found = look()
             state.check(look)
             weights.check(before)
@@ -530,11 +536,6 @@ def _replaced(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> bool:
     """Whether a module has other buffers than it had."""
     now = module._buffers
     return len(now) != len(buffers) or any(now.get(k, now) is not b for k, b in buffers.items())
-
-
-def same_entries(a: Tensor, b: Tensor) -> bool:
-    """Whether all entries are equal, those that are not numbers included."""
-    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 WRITES = "the model modifies its inputs in place, so a second look at them would differ: clone them"

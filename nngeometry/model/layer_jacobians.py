@@ -14,7 +14,7 @@ from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
 from ..derivatives.composites import OneExample
 from ..forms import Gather, LayerJacobian, Outer
-from ..kinds import is_ours
+from ..kinds import Packing, is_ours
 from ..kinds.generic import generic
 from ..layercollection import Layer, LayerCollection, Site
 from . import data
@@ -164,8 +164,9 @@ class Recorded(Evaluator):
         inputs = zip(leaves, layout.inputs, strict=True)
         axes = [(t.shape, axis) for t, axis in (*inputs, *outputs) if axis is not None]
         lengths = {shape[axis] for shape, axis in axes}
-        length = lengths.pop() if lengths else examples
-        if lengths or length % examples:
+        length = min(lengths, default=examples)
+        several = site.kind.bound and all(other % length == 0 for other in lengths)  # e.g. a mask for each head
+        if (len(lengths) > 1 and not several) or length % examples:
             raise Refused(
                 [site.name], f"{call.what}: its inputs and outputs split {examples} examples differently", EXCLUDE
             )
@@ -176,28 +177,46 @@ class Recorded(Evaluator):
                 zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
                 gy = zero.expand(cotangents, *y.shape)
             fronts.append(_to_front(gy.reshape(cotangents, *y.shape), axis or 0, 1))
-        if site.kind.function is None:
+        form = self._known(call, layout, fronts, [axis for _, axis in axes], length)
+        if form is None:
             of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
-            form: LayerJacobian = generic(
-                site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype
-            )
-        else:
-            (gy,) = fronts
-            for _, axis in axes:
-                if axis and not site.kind.features_last:
-                    raise Refused(
-                        [site.name], f"{call.what}: its examples are along axis {axis}, expected axis 0", EXCLUDE
-                    )
-            where = {id(x): axis for x, axis in zip(leaves, layout.inputs, strict=True)}
-            given = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
-            with no_grad():
-                form = site.kind.function(site.module, self._cast(gy), *given)
-            if not is_ours(site.kind) and form.shape != site.packing.shape:
-                raise ValueError(
-                    f"{call.what}: its registered kind {site.kind.name!r} returned a Jacobian in the shape "
-                    f"{form.shape}, but its parameters {', '.join(site.params)} are packed in {site.packing.shape}"
-                )
+            form = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
+            if site.kind.function is not None:
+                form = _packed(form, site.packing)
         return form if length == examples else form.fold(length // examples)
+
+    def _known(
+        self, call: Call, layout: Layout, gys: Sequence[Tensor], axes: Sequence[int], length: int
+    ) -> LayerJacobian | None:
+        """What the kind of a module says of one call; None if it has none that knows this call."""
+        site, kind = call.site, call.site.kind
+        if kind.function is None or (kind.whole and len(gys) > 1):
+            return None
+        (gy,) = gys
+        where = {id(x): axis for x, axis in zip(leaves_of(call.inputs), layout.inputs, strict=True)}
+        if kind.bound:
+            given = call.arguments()
+            constant = {k for k, x in given.items() if isinstance(x, Tensor) and where[id(x)] is None}
+            moved = {
+                k: self._cast(x if k in constant else _to_front(x, where[id(x)] or 0, 0))
+                for k, x in given.items()
+                if isinstance(x, Tensor)
+            }
+            with no_grad():
+                found: LayerJacobian | None = kind.function(site.module, self._cast(gy), {**given, **moved}, constant)
+            return found
+        if any(axes) and not kind.features_last:
+            axis = next(filter(None, axes))
+            raise Refused([site.name], f"{call.what}: its examples are along axis {axis}, expected axis 0", EXCLUDE)
+        tensors = [self._cast(_examples_first(x, where[id(x)], length)) for x in call.tensors()]
+        with no_grad():
+            form = kind.function(site.module, self._cast(gy), *tensors)
+        if not is_ours(kind) and form.shape != site.packing.shape:
+            raise ValueError(
+                f"{call.what}: its registered kind {kind.name!r} returned a Jacobian in the shape {form.shape}, but "
+                f"its parameters {', '.join(site.params)} are packed in {site.packing.shape}"
+            )
+        return form
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
@@ -210,6 +229,15 @@ def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
 def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
     """Move an axis, counted after ``lead`` leading axes, to just behind them."""
     return t if axis == 0 else t.movedim(lead + axis, lead)
+
+
+def _packed(form: forms.Lazy, packing: Packing) -> forms.Lazy:
+    """A Jacobian in flat parameters as one of a packed shape."""
+
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        return packing.pack(form.narrow(start, stop, first, last).dense())
+
+    return forms.Lazy(compute, form.cotangents, form.examples, packing.shape, form.dtype, form.device)
 
 
 def _examples_first(x: Tensor, axis: int | None, examples: int) -> Tensor:

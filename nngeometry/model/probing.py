@@ -58,7 +58,7 @@ class Probed(Recorded):
         #: How many examples minibatches had that were found to keep them apart, with the axes of their tensors.
         self._apart: set[tuple[int, tuple[int, ...]]] = set()
 
-    def plan(self, batch: data.Batch) -> Plan:
+    def examine(self, batch: data.Batch) -> Plan:
         """What :meth:`stream` has to know of the model, which it takes if it has been found before."""
         self.check_mode()
         return self._plan(self.layer_collection.sites(self.model), batch)
@@ -113,7 +113,7 @@ class Probed(Recorded):
             require_derivative(site.module)
         parameters = self.layer_collection.parameters(self.model)
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
-        before = weights.norm()
+        before = weights.marks()
         with self.running(weights.in_place, *self.within(batch), state):
             few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
             with BytesMade() if measure else nullcontext() as made:

@@ -54,6 +54,13 @@ class Call:
             args = (*bound.args, *bound.kwargs.values())
         return [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
 
+    def arguments(self) -> dict[str, Any]:
+        """What it was called with, by the names of the module's signature, defaults included."""
+        args, kwargs = self.inputs
+        bound = inspect.signature(self.site.module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
     def check_inputs(self) -> None:
         """Raise if what it was called with has been modified since."""
         if self.versions != versions(self.inputs):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..changes import alone, other_tensors
+from .entries import stored
 
 WRITES_WEIGHTS = (
     "the forward pass of the model writes into its parameters, so its output depends on the calls before: leave them "
@@ -117,20 +121,26 @@ class Weights:
         """Whether something has put other parameters in their places."""
         return any(held.get(name) is not t for held, name, t in self._places if isinstance(t, nn.Parameter))
 
-    def check(self, norm: float | None = None) -> None:
-        """Raise if a forward pass has written into the parameters or put others in their place. norm: of
-        before, if it is to be compared."""
-        if self.replaced() or (norm is not None and repr(norm) != repr(self.norm())):
+    def check(self, marks: list[float] | None = None) -> None:
+        """Raise if a forward pass has written into the parameters or put others in their place. marks: of before, if
+        they are to be compared.
+        """
+        if self.replaced() or (marks is not None and repr(marks) != repr(self.marks())):
             raise ValueError(WRITES_WEIGHTS)
 
     def _present(self) -> list[tuple[int, type]]:
         return [(id(module), type(module)) for top in self._tops for module in top.modules()]
 
-    def norm(self) -> float:
-        """Of all copies together, by which one sees whether something has written into them."""
+    def marks(self) -> list[float]:
+        """Sums over all copies with weights that are alike nowhere, by which one sees whether something has written
+        into them: one for each dtype and device.
+        """
         holders = self._theirs if self._inside else self._ours
-        floats = [t.detach() for t in holders if t.is_floating_point()]
-        return float(nn.utils.get_total_norm(floats)) if floats else 0.0
+        like: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for entries in chain.from_iterable(map(stored, holders)):
+            if entries.is_floating_point():
+                like.setdefault((entries.dtype, entries.device), []).append(entries)
+        return [_mark(tensors, *key) for key, tensors in like.items()]
 
     def check_reached(self, nodes: Iterable[Any], wanted: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
         """Raise, naming it, if a graph that was recorded of the copies goes to a parameter of the model itself: through
@@ -159,6 +169,24 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 #: Those whose copies are in place, the last one last.
 _active: list[Weights] = []
 _ABSENT: Any = object()
+
+
+def _mark(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> float:
+    flat = [t.flatten() for t in tensors]
+    whole = [len(t) // _ROW * _ROW for t in flat]
+    rows = [t[:n].view(-1, _ROW) @ _weights(_ROW, dtype, device) for t, n in zip(flat, whole, strict=True) if n]
+    left = [t[n:] for t, n in zip(flat, whole, strict=True)]
+    each = torch.cat([*left, *rows]).to(torch.promote_types(dtype, torch.float32))
+    return float(each @ _weights(len(each), each.dtype, device))
+
+
+#: Large tensors are multiplied as matrices with rows of that length.
+_ROW = 4096
+
+
+@lru_cache(8)
+def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.cos(torch.arange(1, size + 1, dtype=torch.float64)).to(dtype).to(device)
 
 
 def _computed(t: Tensor) -> bool:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import forms
 from ..blocks import AxisKron, Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
-from ..estimation import Contracted, Estimator, Refinement, Rows, Samples, State, merge
+from ..estimation import Estimator, Refinement
 from ..forms import LayerJacobian
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import budget, chunk_length, require
+from ..sums import Contracted, Rows, Samples, State, merge
 
 
 def _flat(layers: Sequence[Layer]) -> Packing:
@@ -277,10 +278,11 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         (j,) = js
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
-                f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch" and '
-                'of loss=OwnLoss() never do, so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or '
-                "the loss as a function of the output); otherwise the layer collection is of another model, so build "
-                "it with LayerCollection.from_model(model)"
+                f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
+                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, so use "
+                'PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a function of the '
+                "output); otherwise the layer collection is of another model, so build it with "
+                "LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
@@ -295,16 +297,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         if isinstance(right, Samples):
             rows = right.rows / count**0.5
             return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
-        a = right.div_(max(count, 1))
+        a = right.div_(count or 1)  # what is left of a decayed count may be less than one
         return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
 
-    def centre(block: Block, mean: Tensor) -> Block:
-        raise NotImplementedError(
-            f"layer {layer.name!r}: a centred covariance has no Kronecker factors; use PMatEKFAC, which is its exact "
-            "diagonal in the Kronecker eigenbasis, or EmpiricalFisher, which is not centred"
-        )
-
-    return Estimator((layer,), layer.packing, observe, finish, centre)
+    return Estimator((layer,), layer.packing, observe, finish)
 
 
 def ekfac(layer: Layer, reduce: bool = False) -> Estimator:
@@ -353,8 +349,9 @@ def second_moments(layer: Layer, basis: Block, elsewhere: bool = False) -> Estim
         return Spectral(basis, l, (outside / n).clamp(min=0) / max(1, prod(basis.shape) - l.numel()))
 
     def centre(block: Block, mean: Tensor) -> Block:
-        m = basis.transpose().mv(layer.packing.pack(mean))
-        return Spectral(basis, (block.l - m.square()).clamp(min=0), block.rest)  # type: ignore[attr-defined]
+        assert isinstance(block, Spectral)
+        m = block.basis.transpose().mv(layer.packing.pack(mean))
+        return Spectral(block.basis, (block.l - m.square()).clamp(min=0), block.rest)
 
     return Estimator((layer,), layer.packing, observe, finish, centre, by_example=True)
 

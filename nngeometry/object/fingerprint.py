@@ -20,6 +20,7 @@ from ..blocks import Block
 from ..changes import no_grad
 from ..layercollection import LayerCollection
 from ..model import data
+from ..registry import name_in_files
 from .kernel import Kernel, KernelSide, batch_jacobians, sides, tile
 
 #: The version of what is written.
@@ -121,7 +122,7 @@ def _outline(value: Any, numbers: list[float]) -> Any:
     if isinstance(value, tuple | list):
         return [_outline(v, numbers) for v in value]
     if is_dataclass(value):
-        return type(value).__name__, [_outline(getattr(value, f.name), numbers) for f in fields(value)]
+        return name_in_files(type(value)), [_outline(getattr(value, f.name), numbers) for f in fields(value)]
     return value if value is None or isinstance(value, str | int | bool) else "a function"
 
 

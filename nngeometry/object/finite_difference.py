@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from ..linearisation import INDEPENDENT, Linearisations, Total, split_like
 from ..memory import nbytes_of
 from ..model import data
-from ..model.evaluator import Evaluator, State, counted, same_entries
+from ..model.entries import same_entries
+from ..model.evaluator import Evaluator, State, counted
 from ..model.weights import WRITES_WEIGHTS
 
 #: From one step to the next.

@@ -364,7 +364,7 @@ class KernelSide:
         self.generator = generator
         self.metric: Block | None = None if matrix is None else matrix.root
         self.partners = partners
-        self.plan = generator.plan(batches[0])
+        self.plan = generator.examine(batches[0])
         self.batches = batches = data.Minibatches(map(self.plan.read, batches))
         one = next(batch_jacobians(generator, data.Minibatches([data.take(batches[0], torch.arange(1))]), self.plan))
         self.outputs = one.outputs

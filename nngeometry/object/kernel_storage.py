@@ -70,22 +70,47 @@ class FMatMemmap(FMat):
 
     Tiles that were written are not computed again when a program that was interrupted runs again on the same folder,
     with the same layers, model, function, data and metric, which is looked at: tensors, and what the model returns.
-    Raises ``ValueError`` if the folder holds another kernel, foreign or damaged files, and ``OSError`` before anything
-    is computed if the disk has no room for the entries.
 
     Products read the file; solve and eig(k) are matrix-free, and what needs all eigenvalues (logdet, eigenvalues)
     raises: ``FMatDense`` has them.
+
+    Args:
+        file: The entries.
+        layout: How rows and columns are laid out.
+        symmetric: Whether both sides are the same.
+        definite: Whether no eigenvalue is negative.
+
+    Raises:
+        ValueError: If the folder holds another kernel, foreign or damaged files.
+        OSError: Before anything is computed, if the disk has no room for the entries.
     """
 
     @classmethod
     def at(cls, path: str | Path) -> Any:
-        """The representation with its files in a folder, which is made if it is missing."""
+        """The representation with its files in a folder.
+
+        Args:
+            path: The folder, which is made if it is missing.
+
+        Returns:
+            What ``GramMatrix`` takes as ``representation``.
+        """
         arguments.path("FMatMemmap.at: path", path, "the folder of the kernel's files")
         return partial(cls.fill, Path(path))
 
     @classmethod
     def fill(cls, path: Path, kernel: Kernel, verbose: bool = False, team: Team = ALONE) -> dict[str, FMatMemmap]:
-        """Write every matrix of a kernel. team: who shares its tiles out."""
+        """Write every matrix of a kernel.
+
+        Args:
+            path: The folder.
+            kernel: The kernel.
+            verbose: Whether to show a progress bar; by default not.
+            team: Who shares its tiles out, by default this process alone.
+
+        Returns:
+            The matrices, by name.
+        """
         files = [File(path / f"{k}.npy", kernel.layout.shape, kernel.left.dtype) for k in range(len(kernel.groups))]
         by_name = dict(zip(kernel.groups, files, strict=True))
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from .. import arguments
 from ..blocks import Block, DirectSum, Regul, Solver, Uniform, Varying, add, matmul
 from ..blocks.operator import drawn_alike
-from ..estimation import Estimation, OfJacobians, OfProducts, Source
-from ..estimation import Estimator as BlockEstimator
+from ..estimation import Estimation, Estimator, OfJacobians, OfProducts, Source
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
 from ..linalg import gaussian
@@ -34,7 +33,7 @@ RegulLike = float | Relative | Mapping[str, "float | Relative"]
 
 
 #: A stochastic estimate from products: ``(matvec, size, like=) -> Estimate``, see :mod:`nngeometry.linalg`.
-Estimator = Callable[..., Any]
+OfProbes = Callable[..., Any]
 
 
 CLASSES: Registry[PMat] = Registry("representation")
@@ -183,7 +182,7 @@ class PMat(VectorSpace):
         )
 
     @classmethod
-    def plan(cls, layers: Sequence[Layer]) -> list[BlockEstimator]:
+    def plan(cls, layers: Sequence[Layer]) -> list[Estimator]:
         """How this representation estimates a set of layers. Further arguments, with defaults, are its options.
 
         Args:
@@ -372,7 +371,14 @@ class PMat(VectorSpace):
 
     def solver(self, regul: RegulLike = 1e-8, **options: Any) -> Solver:
         """The map from flat values ``(..., P)`` to those of :meth:`solve`, with all of the work done that takes no
-        vector. options: as of :class:`~nngeometry.blocks.Solver`.
+        vector.
+
+        Args:
+            regul: As in :meth:`solve`.
+            **options: As of :class:`~nngeometry.blocks.Solver`.
+
+        Returns:
+            The map.
         """
         assert isinstance(self.root, DirectSum), self.root.describe()
         return Solver(self.root, self._regul(regul), **options)
@@ -458,8 +464,16 @@ class PMat(VectorSpace):
         return l, [PVector(self.layer_collection, v) for v in vectors]
 
     def eigenvalues(self, per_layer: bool = False) -> Any:
-        """All P eigenvalues, descending. per_layer: a dict of those of each layer; ``ValueError`` if it couples
-        layers.
+        """All P eigenvalues, descending.
+
+        Args:
+            per_layer: Whether to return a dict of those of each layer; by default not.
+
+        Returns:
+            A tensor ``(P,)``, or the dict.
+
+        Raises:
+            ValueError: If they are asked for by layer and the matrix couples layers.
         """
         arguments.flag("eigenvalues: per_layer", per_layer)
         if not per_layer:
@@ -480,7 +494,7 @@ class PMat(VectorSpace):
         with drawn_alike(self.root):
             return self.root.norm(ord)
 
-    def trace(self, per_layer: bool = False, estimator: Estimator | None = None) -> Any:
+    def trace(self, per_layer: bool = False, estimator: OfProbes | None = None) -> Any:
         """The trace, exact unless it is estimated.
 
         Args:
@@ -522,7 +536,7 @@ class PMat(VectorSpace):
 
     # Entries
 
-    def get_diag(self, estimator: Estimator | bool | None = None, split_weight_bias: bool = True) -> Any:
+    def get_diag(self, estimator: OfProbes | bool | None = None, split_weight_bias: bool = True) -> Any:
         """The diagonal ``(P,)``, in flat parameter order.
 
         Args:
@@ -620,12 +634,7 @@ class PMat(VectorSpace):
             {
                 "name": layer.name,
                 "params": [[k, list(shape)] for k, shape in layer.params],
-                "packing": [
-                    list(layer.packing.shape),
-                    None if layer.packing.view is None else list(layer.packing.view),
-                    list(layer.packing.perm),
-                    layer.packing.bias,
-                ],
+                "packing": layer.packing.state(),
                 "kronecker": layer.kronecker,
             }
             for layer in self.layer_collection.layers.values()
@@ -637,14 +646,23 @@ class PMat(VectorSpace):
     def from_state(
         saved: Mapping[str, Any], unknown: str = "PMat.from_state", damaged: str = "PMat.from_state"
     ) -> PMat:
-        """The matrix of which :meth:`state` gave these values. unknown, damaged: how the errors for a representation
-        that is not imported and for wrong values begin.
+        """The matrix of which :meth:`state` gave these values.
+
+        Args:
+            saved: The values.
+            unknown: How the error for a representation that is not imported begins.
+            damaged: How the error for wrong values begins.
+
+        Returns:
+            The matrix.
+
+        Raises:
+            ValueError: If it is none, or of a representation that is not imported.
         """
         try:
             layers = {}
             for entry in saved["layers"]:
-                shape, view, perm, bias = entry["packing"]
-                packing = Packing(tuple(shape), None if view is None else tuple(view), tuple(perm), bias)
+                packing = Packing.from_state(entry["packing"])
                 params = tuple((k, tuple(size)) for k, size in entry["params"])
                 layers[entry["name"]] = Layer(entry["name"], params, packing, entry["kronecker"])
             found: PMat = CLASSES.find(saved["class"])._of_blocks(
@@ -727,7 +745,7 @@ class PMat(VectorSpace):
 
     # Helpers
 
-    def _estimated(self, estimator: Estimator) -> Any:
+    def _estimated(self, estimator: OfProbes) -> Any:
         if not callable(estimator):
             raise TypeError(
                 f"estimator: expected a function such as linalg.hutchpp or functools.partial(linalg.xtrace, "

@@ -573,6 +573,11 @@ class PMatEye(PMat):
         return super(PMatEye, self._fitted(pfmap)).mapTMmap(pfmap, reduction)
 
     def solve(self, b: Any = None, regul: RegulLike = 1e-8, impl: Any = None, **options: Any) -> Any:
+        """As :meth:`PMat.solve`.
+
+        Args:
+            **options: The keywords of that.
+        """
         return super(PMatEye, self._fitted(b)).solve(b, regul, impl, **options)
 
     def inv(self, regul: RegulLike = 1e-8) -> PMat:

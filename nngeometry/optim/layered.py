@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..layercollection import LayerCollection
+from ..model.batch_statistics import mixing_norms
 
 
 class LayeredOptimizer(torch.optim.Optimizer):
@@ -198,20 +199,26 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
 
 def options_for(
-    matrix: Callable[..., Any], model: nn.Module, options: Mapping[str, Any], generator: torch.Generator
+    matrix: Callable[..., Any], model: nn.Module, options: Mapping[str, Any], generator: torch.Generator | None = None
 ) -> dict[str, Any]:
     """Options of a matrix, with those that it takes and that are not given: random draws of the optimiser's own, and
-    the statistics of the minibatch where the model normalises with them.
+    the statistics of the minibatch where the model, as it is now, normalises with them.
+
+    generator: for the draws, by default one with a seed from torch's global one.
     """
-    known = inspect.signature(matrix).parameters if callable(matrix) else {}
+    known = parameters_of(matrix)
     given = {**getattr(matrix, "keywords", {}), **options}
     chosen = dict(options)
     if "generator" in known and given.get("generator") is None:
-        chosen["generator"] = generator
-    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if normalises and "batch_statistics" in known and "batch_statistics" not in given:
+        chosen["generator"] = own_generator(torch.device("cpu")) if generator is None else generator
+    if "batch_statistics" in known and "batch_statistics" not in given and any(mixing_norms(model)):
         chosen["batch_statistics"] = True
     return chosen
+
+
+def parameters_of(matrix: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a constructor of matrices takes, by name."""
+    return inspect.signature(matrix).parameters if callable(matrix) else {}
 
 
 def own_generator(device: torch.device) -> torch.Generator:

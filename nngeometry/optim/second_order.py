@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,12 +14,11 @@ from ..changes import Changed
 from ..layercollection import LayerCollection
 from ..metrics import FIM_MonteCarlo
 from ..model import data
-from ..model.batch_statistics import mixing_norms
 from ..model.evaluator import State
 from ..object import PMat, PMatImplicit, PMatKFAC, PVector
 from .damping import LevenbergMarquardt
 from .last import Last
-from .layered import LayeredOptimizer
+from .layered import LayeredOptimizer, options_for, parameters_of
 from .quadratic import QuadraticModel
 from .refresh import policy
 from .running import Running
@@ -139,7 +137,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
         arguments.flag("factored", factored)
         self.absolute = absolute
 
-        options = {**options, **_defaults_of(matrix, model, options)}
+        options = options_for(matrix, model, options)
         if process_group is not None:
             options["process_group"] = process_group
         self._generator: torch.Generator | None = options.get("generator")
@@ -166,7 +164,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
             )
         self._last: Last | None = None
         if implicit or self.quadratic or self.levenberg is not None:
-            of_matrix = _parameters_of(matrix)
+            of_matrix = parameters_of(matrix)
             own = {name: value for name, value in options.items() if name in of_matrix}
             self._last = Last(matrix, model, absolute, layer_collection=lc, **own)
         self._implicit = implicit
@@ -441,22 +439,3 @@ class SecondOrderOptimizer(LayeredOptimizer):
 
 def _number(loss: Any) -> float:
     return loss.detach().item() if isinstance(loss, Tensor) else float(loss)
-
-
-def _defaults_of(matrix: Callable[..., Any], model: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a matrix takes and that are not given: random draws of the optimiser's own, and the statistics of
-    the minibatch where the model normalises with them.
-    """
-    known = _parameters_of(matrix)
-    given = {**getattr(matrix, "keywords", {}), **options}
-    defaults: dict[str, Any] = {}
-    if "generator" in known and given.get("generator") is None:
-        seed = int(torch.randint(2**62, ()))
-        defaults["generator"] = torch.Generator().manual_seed(seed)
-    if "batch_statistics" in known and "batch_statistics" not in given and any(mixing_norms(model)):
-        defaults["batch_statistics"] = True
-    return defaults
-
-
-def _parameters_of(matrix: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(matrix).parameters if callable(matrix) else {}
