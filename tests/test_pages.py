@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+import torch.distributed as dist
 
 DOCS = Path(__file__).parents[1] / "docs"
 GENERATED = {"_build", "gallery", "extending.rst"}  # the code of the last is held to by test_extending.py
@@ -54,6 +55,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
             run(block, names, page, line)
     finally:
         torch.set_default_dtype(dtype)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_pages_are_found():
