@@ -368,7 +368,10 @@ class Generator(Probed):
         edges = [e for c in calls for e in c.edges]
         within = self.within(batch)
         with self._back(calls, within), operations_named():
-            grads = self._pull([f], edges, [s], last) if calls else []
+            each = any(layout is not None and layout.each for layout in plan.layouts)
+            grads = self._pull([f], edges, [s], last and not each) if calls else []
+            if each:
+                grads = self._with_each(calls, plan.layouts, grads, s, lambda e, one: self._pull([f], e, [one], False))
             found = self._forms(calls, plan.layouts, grads, len(s), len(f))
         if not within:
             return found

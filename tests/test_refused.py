@@ -55,15 +55,15 @@ class Passing(nn.Module):
 
 
 class Reading(nn.Module):
-    """Uses weights of children that it does not call, as the attention of torchvision's Swin."""
+    """Computes with weights of children that it does not call, as layers with weights of their own precision."""
 
     def __init__(self):
         super().__init__()
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight, self.proj.bias)
+        q, k, v = F.linear(x, 1.5 * self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight.tanh(), self.proj.bias)
 
 
 class Window(nn.Module):
@@ -108,7 +108,7 @@ class Mixer(nn.Module):
     def forward(self, x, cache):
         cache.state = x[:, :1] if cache.state is None else cache.state
         y = torch.cat([cache.state, x], 1).mT
-        return self.out(F.conv1d(y, self.conv.weight, self.conv.bias, groups=D).mT.tanh())
+        return self.out(F.conv1d(y, self.conv.weight.tanh(), self.conv.bias, groups=D).mT.tanh())
 
 
 class Cached(nn.Module):
@@ -131,7 +131,12 @@ class Heads(nn.Module):
     def forward(self, x, bias):
         if bias is None:
             bias = self.table(torch.arange(T * T).view(T, T)).permute(2, 0, 1).repeat(len(x), 1, 1)
-        q = F.linear(x, self.q.weight, self.q.bias).unflatten(-1, (2, D // 2)).transpose(1, 2).flatten(0, 1)
+        q = (
+            F.linear(x, self.q.weight.tanh(), self.q.bias.tanh())
+            .unflatten(-1, (2, D // 2))
+            .transpose(1, 2)
+            .flatten(0, 1)
+        )
         a = (q @ q.mT + bias).softmax(-1) @ q
         return a.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2), bias
 

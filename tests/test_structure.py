@@ -31,7 +31,7 @@ FLOORS = [
     ["layercollection"],
     ["model.evaluator", "model.recording", "model.remedies"],
     ["linearisation"],
-    ["model.mixing"],
+    ["model.mixing", "model.functional"],
     ["model.layer_jacobians"],
     ["model.probing"],
     ["generator", "minibatchloss"],

@@ -7,6 +7,7 @@ its structure makes cheaper.
 """
 
 from .base import ColumnViews, Dense, LayerJacobian, Map, Places
+from .beside import Beside, LinearMap
 from .combine import add, dense_rows, gram, rows, stack, write_rows
 from .contraction import Contraction
 from .gather import Gather
@@ -15,12 +16,14 @@ from .moments import add_gram, copy_transposed, mirror, moment_with_one, second_
 from .outer import Outer
 
 __all__ = [
+    "Beside",
     "ColumnViews",
     "Contraction",
     "Dense",
     "Gather",
     "LayerJacobian",
     "Lazy",
+    "LinearMap",
     "Map",
     "Outer",
     "Places",

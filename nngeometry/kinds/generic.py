@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 from ..changes import Borrowed, Change, Changed, entered, recording, uninterrupted, warnings_ignored
 from ..derivatives.composites import OneExample
 from ..derivatives.pulling import NO_BATCHING_RULE
-from ..forms import Lazy
+from ..forms import LayerJacobian, Lazy
 from ..model.entries import rows
 from ..model.recurrent import recurrent_without_cudnn
 from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
+from .recurrent import recurrent
 
 # Recurrent layers call a fused kernel on a flat list of weights, which vmap refuses; the loop over examples is exact.
 whole(nn.LSTM, nn.GRU, nn.RNN)
@@ -36,7 +37,7 @@ def generic(
     gys: Sequence[tuple[int, Tensor]],
     name: str,
     dtype: torch.dtype,
-) -> Lazy:
+) -> LayerJacobian:
     """The Jacobian of a module with respect to ``params``, flat in their order.
 
     inputs: ``(args, kwargs)`` of the call. axes: for each leaf of ``inputs``, the axis of its examples, None if it
@@ -44,6 +45,10 @@ def generic(
     rest).
     """
     leaves, tree = pytree.tree_flatten(inputs)
+    if isinstance(module, nn.RNNBase):
+        known = recurrent(module, params, leaves, axes, gys, dtype)
+        if known is not None:
+            return known
     # One example is a batch of one: the axis that vmap hides is put back with length one.
     leaves = [x.movedim(a, 0) if a is not None else x for x, a in zip(leaves, axes, strict=True)]
     mapped = tuple(0 if a is not None else None for a in axes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
@@ -23,6 +24,7 @@ from .evaluator import (
     Evaluator,
     State,
 )
+from .functional import Uses
 from .recording import Call, Layout, Recorder, in_first, in_front, leaves_of
 from .refused import EXCLUDE, Refused
 
@@ -37,7 +39,8 @@ class Plan:
     long as the minibatch that are none of examples. trial: of two examples, if what is made of them was counted.
     looked: whether it was found by running the model. one: whether with one example, too. normalises_one: whether
     something is normalised as one example however many there are. repeated: whether it saw one example several times,
-    by which one cannot tell whether a model mixes examples.
+    by which one cannot tell whether a model mixes examples. uses: whether weights are used without a call of their
+    module.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -50,6 +53,7 @@ class Plan:
     one: bool = False
     normalises_one: bool = False
     repeated: bool = False
+    uses: bool = False
 
     def read(self, batch: data.Batch) -> data.Batch:
         """A minibatch, with what was found about those like it."""
@@ -79,6 +83,8 @@ class Recorded(Evaluator):
             changes.append(state)
         if n == 1 or plan is None or plan.normalises_one:
             changes.append(entered(OneExample()))
+        if plan is None or plan.uses:
+            changes += Uses(recorder, sites).changes()
         self.within(batch)  # what is looked for there is none of the calls
         with self.running(*changes):
             f = self.outputs_of(batch)
@@ -103,6 +109,35 @@ class Recorded(Evaluator):
             return self.running(trainable(frozen), *within, record=False)
         return Borrowed(*within)
 
+    def _with_each(
+        self,
+        calls: Sequence[Call],
+        layouts: Sequence[Layout | None],
+        grads: Sequence[Tensor | None],
+        s: Tensor,
+        pull: Callable[[Sequence[GradientEdge], Tensor], Sequence[Tensor | None]],
+    ) -> list[Tensor | None]:
+        """Gradients in all outputs of calls; in those of which the examples have one in common the gradients of each,
+        ``(C, B, *shape)``.
+
+        s: cotangents ``(C, B, *outputs)``. pull: from edges and cotangents to the gradients in these, ``(C, *shape)``.
+        """
+        of_calls = zip(calls, layouts, strict=True)
+        edges = [(e, layout is not None and layout.each) for c, layout in of_calls for e in c.edges]
+        found = list(grads)
+        common = [k for k, (_, each) in enumerate(edges) if each]
+        if not common:
+            return found
+        of_each = []
+        for b in range(s.shape[1]):
+            alone = torch.zeros_like(s)
+            alone[:, b] = s[:, b]
+            of_each.append(pull([edges[k][0] for k in common], alone))
+        for k, several in zip(common, zip(*of_each, strict=True), strict=True):
+            one = next((g for g in several if g is not None), None)
+            found[k] = None if one is None else torch.stack([one * 0 if g is None else g for g in several], 1)
+        return found
+
     def _forms(
         self,
         calls: Sequence[Call],
@@ -112,8 +147,8 @@ class Recorded(Evaluator):
         examples: int,
     ) -> dict[str, LayerJacobian]:
         """One form for each layer, of all calls and all modules through which its parameters act."""
-        of_site: dict[str, list[LayerJacobian]] = {}
-        sites = {call.site.name: call.site for call in calls}
+        of_site: dict[int, list[LayerJacobian]] = {}
+        sites = {id(call.site): call.site for call in calls}
         remaining = iter(grads)
         for call, layout in zip(calls, layouts, strict=True):
             gys = [next(remaining) for _ in call.edges]
@@ -124,12 +159,12 @@ class Recorded(Evaluator):
                     "not supported: leave it out with LayerCollection.exclude"
                 )
             if layout is not None:
-                of_site.setdefault(call.site.name, []).append(self._form(call, layout, gys, cotangents, examples))
+                of_site.setdefault(id(call.site), []).append(self._form(call, layout, gys, cotangents, examples))
         of_layer: dict[str, list[LayerJacobian]] = {name: [] for name in self.layer_collection}
-        for name, of_calls in of_site.items():
+        for key, of_calls in of_site.items():
             form = forms.add(of_calls)
-            for layer, names in sites[name].routes:
-                of_layer[layer.name].append(_routed(form, sites[name], layer, names))
+            for layer, names in sites[key].routes:
+                of_layer[layer.name].append(_routed(form, sites[key], layer, names))
         return {
             name: forms.add(of_sites) if of_sites else self._nothing(self.layer_collection[name], cotangents, examples)
             for name, of_sites in of_layer.items()
@@ -175,14 +210,14 @@ class Recorded(Evaluator):
         for (y, axis), gy in zip(outputs, used_gys, strict=True):
             if gy is None:
                 zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
-                gy = zero.expand(cotangents, *y.shape)
-            fronts.append(_to_front(gy.reshape(cotangents, *y.shape), axis or 0, 1))
+                gy = zero.expand(cotangents, *([length] if layout.each else []), *y.shape)
+            shape = (length, *y.shape) if layout.each else y.shape
+            fronts.append(_to_front(gy.reshape(cotangents, *shape), axis or 0, 1))
         form = self._known(call, layout, fronts, [axis for _, axis in axes], length)
         if form is None:
             of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
-            form = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
-            if site.kind.function is not None:
-                form = _packed(form, site.packing)
+            flat = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
+            form = flat if site.kind.function is None else _packed(flat, site.packing)
         return form if length == examples else form.fold(length // examples)
 
     def _known(
@@ -231,7 +266,7 @@ def _to_front(t: Tensor, axis: int, lead: int) -> Tensor:
     return t if axis == 0 else t.movedim(lead + axis, lead)
 
 
-def _packed(form: forms.Lazy, packing: Packing) -> forms.Lazy:
+def _packed(form: LayerJacobian, packing: Packing) -> forms.Lazy:
     """A Jacobian in flat parameters as one of a packed shape."""
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:

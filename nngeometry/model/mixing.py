@@ -58,7 +58,7 @@ def check_apart(
     for call, layout in zip(calls, layouts, strict=True):
         for k, y in enumerate(call.outputs):
             g, other = next(pairs)
-            if g is None or other is None or layout is None or not layout.used[k] or g.numel() == 0:
+            if g is None or other is None or layout is None or layout.each or not layout.used[k] or g.numel() == 0:
                 continue
             axis = layout.outputs[k] or 0
             g, other = (t.reshape(y.shape).movedim(axis, 0) for t in (g, other))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from ..changes import no_grad
 from ..derivatives.composites import normalises_one, require_derivative
@@ -28,6 +29,7 @@ from .evaluator import (
     same_up_to_rounding,
     tolerance,
 )
+from .functional import is_use
 from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
 from .operations_apart import recorded_apart
@@ -147,6 +149,7 @@ class Probed(Recorded):
                 None if made is None else DryRun(few[0], f2.detach(), made.nbytes),
                 normalises_one=any(map(normalises_one, graph)),
                 repeated=n == 1,
+                uses=any(is_use(call, sites) for call in two),
             )
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[1], plan, f3, parameters)
@@ -162,7 +165,7 @@ class Probed(Recorded):
         weights = Weights([self.model], parameters)
         with self.running(weights.in_place, *self.within(batch), State(self.model)):
             f, calls = self._forward(sites, batch, plan)
-            self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters))
+            self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters, plan.layouts))
         return replace(plan, one=True)
 
     def _forward_apart(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> tuple[Tensor, list[Call]]:
@@ -248,10 +251,37 @@ class Probed(Recorded):
                 wrong = error
             else:
                 return tried
+        if wrong is refused:
+            return self._with_each_alone(sites, batch, plan, constant, parameters)
         assert wrong is not None
         raise wrong
 
-    def _probed(self, f: Tensor, calls: Sequence[Call], parameters: Sequence[Tensor]) -> _Gradients:
+    def _with_each_alone(
+        self,
+        sites: Sequence[Site],
+        batch: data.Batch,
+        plan: Plan,
+        constant: Sequence[int],
+        parameters: Sequence[Tensor],
+    ) -> Plan:
+        """The plan by which the gradients of each example in the outputs that they have in common are taken one by
+        one, as many more pulls as there are examples.
+        """
+        layouts = list(plan.layouts)
+        for k in constant:
+            layouts[k] = replace(layouts[k], each=True)  # type: ignore[type-var]
+        tried = replace(plan, layouts=tuple(layouts))
+        f, calls = self._forward(sites, batch, tried)
+        self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters, tried.layouts))
+        return tried
+
+    def _probed(
+        self,
+        f: Tensor,
+        calls: Sequence[Call],
+        parameters: Sequence[Tensor],
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> _Gradients:
         """The gradients of a few examples in the outputs of calls and in the parameters."""
         edges = [e for c in calls for e in c.edges]
         uncalled = not calls and self.ignore_uncalled
@@ -260,15 +290,27 @@ class Probed(Recorded):
         if not f.requires_grad or not (edges or uncalled):
             raise ValueError("the output of the model does not depend on the collected parameters")
         cotangent = _generic_cotangent(f)
-        several = len(f) > 1
+        several, each = len(f) > 1, any(layout is not None and layout.each for layout in layouts or ())
         every: list[Any] = [*edges, *parameters]
+
+        def pull(edges: Sequence[GradientEdge], s: Tensor) -> Sequence[Tensor | None]:
+            found = torch.autograd.grad(f, list(edges), s[0], retain_graph=True, allow_unused=True)
+            return [None if g is None else g.unsqueeze(0) for g in found]
+
+        def of_each(grads: Sequence[Tensor | None], s: Tensor) -> Sequence[Tensor | None]:
+            if layouts is None or not each:
+                return grads
+            found = self._with_each(calls, layouts, [None if g is None else g[None] for g in grads], s[None], pull)
+            return [None if g is None else g[0] for g in found]
+
         with operations_named():
-            found = torch.autograd.grad(f, every, cotangent, retain_graph=several, allow_unused=True)
-        of_all, truth = found[: len(edges)], found[len(edges) :]
+            found = torch.autograd.grad(f, every, cotangent, retain_graph=several or each, allow_unused=True)
+        of_all, truth = of_each(found[: len(edges)], cotangent), found[len(edges) :]
         if not several:
             return _Gradients(of_all, truth, of_all, truth)
-        found = torch.autograd.grad(f, every, weighted(cotangent, every_other(f)), allow_unused=True)
-        return _Gradients(found[: len(edges)], found[len(edges) :], of_all, truth)
+        half = weighted(cotangent, every_other(f))
+        found = torch.autograd.grad(f, every, half, retain_graph=each, allow_unused=True)
+        return _Gradients(of_each(found[: len(edges)], half), found[len(edges) :], of_all, truth)
 
     def _check_derivatives(
         self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor], probed: _Gradients

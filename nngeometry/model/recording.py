@@ -110,22 +110,27 @@ class Recorder:
                     f"layer {site.name!r} ran under torch.no_grad (or activation checkpointing), where its "
                     "derivative is not recorded: leave it out of the layer collection, or switch checkpointing off"
                 )
-            number = len(self.calls)
-            expand = self._constant[number] if number < len(self._constant) else None
-            found = self._passed_on(site, output, expand)
-            one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
-            if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
-                x, y = args[0], Output(0, found.shape, found.dtype)
-                self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
-                return None if found is output else found
-            inputs = _detached((args, kwargs))
-            leaves = differentiable(found)
-            outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
-            edges = tuple(_edge(y) for _, y in leaves)
-            self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+            found = self.add(site, args, kwargs, output)
             return None if found is output else found
 
         return hook
+
+    def add(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
+        """Record one call, and return the output that is passed on."""
+        number = len(self.calls)
+        expand = self._constant[number] if number < len(self._constant) else None
+        found = self._passed_on(site, output, expand)
+        one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
+        if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
+            x, y = args[0], Output(0, found.shape, found.dtype)
+            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
+            return found
+        inputs = _detached((args, kwargs))
+        leaves = differentiable(found)
+        outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
+        edges = tuple(_edge(y) for _, y in leaves)
+        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+        return found
 
     def _passed_on(self, site: Site, output: Any, expand: Expand | None) -> Any:
         """The output, or copies where its own edges would not do.
@@ -228,7 +233,8 @@ class Layout:
 
     inputs: the axis of examples (or of a multiple of them), None for a tensor without one. outputs: the same of the
     differentiable ones; None for one that is alike for all examples. used: which of them reach the output of the model.
-    shapes: of the outputs, as they were found, () if they were not. expand: how outputs that are alike get their rows.
+    shapes: of the outputs, as they were found, () if they were not. expand: how outputs that are alike get their rows;
+    each: whether instead the gradient of each example in them is taken by itself.
     """
 
     inputs: tuple[int | None, ...]
@@ -236,6 +242,7 @@ class Layout:
     used: tuple[bool, ...] = (True,)
     shapes: tuple[torch.Size, ...] = ()
     expand: Expand | None = None
+    each: bool = False
 
     @classmethod
     def of(cls, two: Call, three: Call, used: Sequence[bool]) -> Layout | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import forms
 from ..blocks import AxisKron, Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
 from ..estimation import Estimator, Refinement
-from ..forms import LayerJacobian
+from ..forms import Beside, LayerJacobian
 from ..kinds import Packing
 from ..layercollection import Layer
 from ..memory import budget, chunk_length, require
@@ -158,28 +159,34 @@ def exact_block(layer: Layer, representation: str) -> Estimator:
 
 
 def block_or_axes(layer: Layer) -> Estimator:
-    """The exact dense block of a layer that has no Kronecker form, if it fits the memory budget; a Kronecker product
-    over the axes of each parameter otherwise (:func:`axes`).
+    """The exact dense block of a layer that has no Kronecker form, if it fits the memory budget; otherwise a Kronecker
+    product for each of its linear maps, if it consists of such (:func:`maps`), or over the axes of each parameter
+    (:func:`axes`).
 
     Args:
         layer: The layer.
     """
-    exact, by_axes, p = dense([layer]), axes(layer), layer.numel()
+    exact, by_axes, by_maps, p = dense([layer]), axes(layer), maps(layer), layer.numel()
+
+    def of(state: State) -> Estimator:
+        return exact if _is_exact(state) else by_maps if len(state) % 2 else by_axes
 
     def fits(j: LayerJacobian) -> bool:
         return j.dtype.itemsize * p * p <= budget(j.device)
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
-        return (exact if fits(js[0]) else by_axes).observe(js, n)
+        if fits(js[0]):
+            return exact.observe(js, n)
+        return (by_maps if isinstance(js[0], Beside) else by_axes).observe(js, n)
 
     def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
         if _is_exact(state):
             assert exact.add is not None
             return exact.add(state, js, n)
-        return by_axes.merged(state, by_axes.observe(js, n))
+        return of(state).merged(state, of(state).observe(js, n))
 
     def finish(state: State, n: float) -> Block:
-        return (exact if _is_exact(state) else by_axes).finish(state, n)
+        return of(state).finish(state, n)
 
     def centre(block: Block, mean: Tensor) -> Block:
         if isinstance(block, Dense) and exact.centre is not None:
@@ -195,9 +202,40 @@ def block_or_axes(layer: Layer) -> Estimator:
                 f"layer {layer.name!r} ({layer.kind_name}): one of the two has its exact block and the other one a "
                 "Kronecker product over axes: estimate both under the same nngeometry.memory_budget"
             )
-        return (exact if _is_exact(a) else by_axes).merged(a, b)
+        return of(a).merged(a, b)
 
     return Estimator((layer,), exact.packing, observe, finish, centre, add=add, merge=merged)
+
+
+def maps(layer: Layer) -> Estimator:
+    """A Kronecker product for each linear map of a layer that consists of several, as recurrent layers do: KFAC of
+    each, a bias as a column of its weight. Different maps are independent.
+
+    Args:
+        layer: The layer, whose parameters are named ``weight...`` and ``bias...`` with the same endings.
+    """
+    names = {name: k for k, (name, _) in enumerate(layer.params)}
+    starts = [0, *accumulate(prod(shape) for _, shape in layer.params)]
+    pairs = [(k, names.get(name.replace("weight", "bias"))) for name, k in names.items() if "weight" in name]
+    each = kron(layer, thin=False)
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        (j,) = js
+        assert isinstance(j, Beside)
+        found = {m.weight: m.form for m in j.maps}
+        state = tuple(s for k, _ in pairs for s in each.observe([found[starts[k]]], n))
+        return state if len(state) % 2 else (*state, 0)  # of an odd length, unlike that of axes
+
+    def finish(state: State, n: float) -> Block:
+        parts = []
+        for i, (k, b) in enumerate(pairs):
+            rows, cols = layer.params[k][1]
+            slices = [(starts[k], starts[k + 1]), *([] if b is None else [(starts[b], starts[b + 1])])]
+            packing = Packing.matrix((1, rows, cols), (0, 1, 2), (1, rows), b is not None)
+            parts.append(Part(tuple(slices), packing, each.finish(state[3 * i : 3 * i + 3], n)))
+        return DirectSum(tuple(parts))
+
+    return Estimator((layer,), _flat([layer]), observe, finish)
 
 
 def _is_exact(state: State) -> bool:
@@ -279,9 +317,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
-                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, so use "
-                'PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a function of the '
-                "output); otherwise the layer collection is of another model, so build it with "
+                "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, nor those of a "
+                "weight that is used in another order than the layer's own (a table of embeddings as output head by "
+                'F.linear), so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a '
+                "function of the output); otherwise the layer collection is of another model, so build it with "
                 "LayerCollection.from_model(model)"
             )
         left = j.left_factor(reduce)

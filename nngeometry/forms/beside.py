@@ -1,0 +1,111 @@
+"""Several linear maps of one layer side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .base import LayerJacobian, Map
+from .outer import Outer
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """One of them: its form, of one group, and where its weight and its bias start in the flat parameters."""
+
+    form: Outer
+    weight: int
+    bias: int | None
+
+    def put(self, m: Tensor, out: Tensor) -> None:
+        """From its packed shape ``(..., 1, rows, cols)`` into flat parameters ``(..., p)``."""
+        m = m.squeeze(-3)
+        if self.bias is not None:
+            out[..., self.bias : self.bias + m.shape[-2]] = m[..., -1]
+            m = m[..., :-1]
+        out[..., self.weight : self.weight + m.shape[-2] * m.shape[-1]] = m.flatten(-2)
+
+    def take(self, v: Tensor) -> Tensor:
+        """The inverse of :meth:`put`."""
+        _, rows, cols = self.form.shape
+        size = rows * (cols - (self.bias is not None))
+        m = v[..., self.weight : self.weight + size].unflatten(-1, (rows, -1))
+        if self.bias is not None:
+            m = torch.cat([m, v[..., self.bias : self.bias + rows].unsqueeze(-1)], -1)
+        return m.unsqueeze(-3)
+
+
+class Beside(LayerJacobian):
+    """The Jacobians of several linear maps, in the flat parameters of one layer, all of which they have between them.
+
+    Args:
+        maps: The maps.
+        numel: How many parameters the layer has.
+    """
+
+    def __init__(self, maps: Sequence[LinearMap], numel: int) -> None:
+        one = maps[0].form
+        super().__init__(one.cotangents, one.examples, (numel,), one.dtype, one.device)
+        self.maps = tuple(maps)
+
+    def _each(self, change: Callable[[Outer], Outer]) -> Beside:
+        return Beside([replace(m, form=change(m.form)) for m in self.maps], self.shape[0])
+
+    def _flat(self, lead: Sequence[int], of: Callable[[LinearMap], Tensor]) -> Tensor:
+        out = torch.empty(*lead, *self.shape, dtype=self.dtype, device=self.device)
+        for m in self.maps:
+            m.put(of(m), out)
+        return out
+
+    def dense(self) -> Tensor:
+        return self._flat((self.cotangents, self.examples), lambda m: m.form.dense())
+
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Beside:
+        return self._each(lambda f: f.narrow(start, stop, first, last))
+
+    def fold(self, ratio: int) -> Beside:
+        return self._each(lambda f: f.fold(ratio))
+
+    def square(self) -> Tensor:
+        return self._flat((), lambda m: m.form.square())
+
+    def total(self) -> Tensor:
+        return self._flat((), lambda m: m.form.total())
+
+    def sqnorm(self) -> Tensor:
+        return torch.stack([m.form.sqnorm() for m in self.maps]).sum(0)
+
+    def dot(self, V: Tensor) -> Tensor:
+        return torch.stack([m.form.dot(m.take(V)) for m in self.maps]).sum(0)
+
+    def pull(self, u: Tensor) -> Tensor:
+        return self._flat((len(u),), lambda m: m.form.pull(u))
+
+    def map_cotangents(self, fn: Map) -> Beside:
+        return self._each(lambda f: f.map_cotangents(fn))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Beside:
+        return self._each(lambda f: f.to(device, dtype))
+
+    def nbytes(self) -> int:
+        return sum(m.form.nbytes() for m in self.maps)
+
+    def dense_is_cheaper(self, examples: int) -> bool:
+        return any(m.form.dense_is_cheaper(examples) for m in self.maps)
+
+    def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Beside):
+            return super().add_inner(other, out)
+        for one, two in zip(self.maps, other.maps, strict=True):
+            one.form.add_inner(two.form, out)
+        return None
+
+    def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
+        if not isinstance(other, Beside):
+            return super().add_traced(other, out)
+        for one, two in zip(self.maps, other.maps, strict=True):
+            one.form.add_traced(two.form, out)
+        return None

@@ -1,0 +1,147 @@
+"""Recurrent layers: their maps of inputs and of states are linear maps over time.
+
+The arithmetic of the module is run once more on what the hook saw, step by step, so that the derivatives in the outputs
+of each of its linear maps are known. The probe compares what comes of it with autograd's derivative of the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..changes import Changed, recording
+from ..forms import Beside, LinearMap, Outer
+
+_EXACT = (nn.RNN, nn.LSTM, nn.GRU)
+
+
+@dataclass
+class _Used:
+    """A linear map as it was used: its parameters by name, its inputs and its outputs over time, ``(B, features)``."""
+
+    weight: str
+    bias: str | None
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class _Run:
+    """The arithmetic of a recurrent module, with all uses of its linear maps."""
+
+    def __init__(self, module: Any, params: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.module = module
+        self.params = {name: p.detach().to(dtype) for name, p in params.items()}
+        self.used: list[_Used] = []
+
+    def _map(self, weight: str, bias: str | None) -> _Used:
+        self.used.append(_Used(weight, bias if bias in self.params else None, [], []))
+        return self.used[-1]
+
+    def _apply(self, of: _Used, x: Tensor) -> Tensor:
+        y = F.linear(x, self.params[of.weight], None if of.bias is None else self.params[of.bias])
+        y = y if y.requires_grad else y.requires_grad_()
+        of.inputs.append(x.detach())
+        of.outputs.append(y)
+        return y
+
+    def outputs(self, x: Sequence[Tensor], h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
+        """From inputs at each time ``(B, I)`` and initial states ``(layers, B, H)`` to what the module returns, time
+        first.
+        """
+        directions = 1 + self.module.bidirectional
+        last_h, last_c = [], []
+        for layer in range(self.module.num_layers):
+            of_directions = []
+            for d in range(directions):
+                k = layer * directions + d
+                order = list(reversed(x)) if d else list(x)
+                ys, hk, ck = self._direction(order, h[k], None if c is None else c[k], f"l{layer}" + "_reverse" * d)
+                of_directions.append(ys[::-1] if d else ys)
+                last_h.append(hk)
+                last_c.append(ck)
+            x = [torch.cat(at, -1) for at in zip(*of_directions, strict=True)]
+        found = torch.stack(list(x)), torch.stack(last_h)
+        return found if c is None else (*found, torch.stack(last_c))  # type: ignore[arg-type]
+
+    def _direction(
+        self, x: Sequence[Tensor], h: Tensor, c: Tensor | None, of: str
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        into = self._map(f"weight_ih_{of}", f"bias_ih_{of}")
+        state = self._map(f"weight_hh_{of}", f"bias_hh_{of}")
+        project = self._map(f"weight_hr_{of}", None) if f"weight_hr_{of}" in self.params else None
+        ys = []
+        for one in x:
+            a, b = self._apply(into, one), self._apply(state, h)
+            if c is not None:
+                i, f, g, o = (a + b).chunk(4, -1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+                h = h if project is None else self._apply(project, h)
+            elif type(self.module) is nn.GRU:
+                (ar, az, an), (br, bz, bn) = a.chunk(3, -1), b.chunk(3, -1)
+                z, n = (az + bz).sigmoid(), (an + (ar + br).sigmoid() * bn).tanh()
+                h = (1 - z) * n + z * h
+            else:
+                h = (a + b).tanh() if self.module.nonlinearity == "tanh" else (a + b).relu()
+            ys.append(h)
+        return ys, h, c
+
+
+def recurrent(
+    module: Any,
+    params: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    axes: Sequence[int | None],
+    gys: Sequence[tuple[int, Tensor]],
+    dtype: torch.dtype,
+) -> Beside | None:
+    """The Jacobian of a recurrent module in its flat parameters; None if it, or how it is called, is not known here.
+
+    Arguments as of :func:`nngeometry.kinds.generic.generic`, inputs as leaves.
+    """
+    time_axis = 1 if getattr(module, "batch_first", False) else 0
+    tensors, where = (
+        [x for x in inputs if x is not None],
+        [a for x, a in zip(inputs, axes, strict=True) if x is not None],
+    )
+    if type(module) not in _EXACT or not all(isinstance(x, Tensor) and x.ndim == 3 for x in tensors):
+        return None
+    if where[0] != 1 - time_axis or not {1, None}.issuperset(where[1:]):
+        return None
+    if any(name.removesuffix("_reverse").rpartition("_l")[0] not in _NAMES for name in params):
+        return None  # old normalisations of weights
+    x = tensors[0].to(dtype).movedim(time_axis, 0)
+    n, count = x.shape[1], module.num_layers * (1 + module.bidirectional)
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size] if type(module) is nn.LSTM else None
+    given = [t.to(dtype).expand(count, n, -1) for t in tensors[1:]]
+    states = given or [x.new_zeros(count, n, size) for size in sizes or [module.hidden_size]]
+    if len(states) != len(sizes or [0]):
+        return None
+    run = _Run(module, params, dtype)
+    with Changed(recording(True)):
+        found = run.outputs(list(x), states[0], states[1] if sizes else None)
+        ys, gs = [], []
+        for leaf, g in gys:
+            ys.append(found[leaf])
+            gs.append(g.to(dtype).transpose(1, 2))  # time, or layers, in front of examples
+        flat = [y for used in run.used for y in used.outputs]
+        grads = iter(
+            torch.autograd.grad(ys, flat, gs, is_grads_batched=True, allow_unused=True, materialize_grads=True)
+        )
+    starts = dict(zip(params, accumulate((p.numel() for p in params.values()), initial=0), strict=False))
+    maps = []
+    for used in run.used:
+        a = torch.stack(used.inputs, 1).unsqueeze(2)
+        g = torch.stack([next(grads) for _ in used.outputs], 2).unsqueeze(3)
+        a = a if used.bias is None else F.pad(a, (0, 1), value=1.0)
+        maps.append(LinearMap(Outer(a, g), starts[used.weight], None if used.bias is None else starts[used.bias]))
+    return Beside(maps, sum(p.numel() for p in params.values()))
+
+
+_NAMES = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")

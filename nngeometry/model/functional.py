@@ -1,0 +1,450 @@
+"""Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, look-ups in a tied table.
+
+A use is one functional call on a parameter, or on consecutive rows and columns of it. Its input and its output are
+recorded as those of a call of the layer are, so that the layer keeps its form, and several uses add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ..changes import Change, entered, forward_hook
+from ..forms import Gather, LayerJacobian, Lazy, Outer
+from ..kinds import Kind, Packing
+from ..kinds.affine import conv, embedding
+from ..layercollection import Layer, Site
+from .recording import Call, Recorder
+
+
+class Home(NamedTuple):
+    """Where a collected parameter belongs: the module of its layer, and its position there."""
+
+    site: Site
+    layer: Layer
+    position: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layer.params[self.position][1]
+
+    @property
+    def start(self) -> int:
+        """Where it is in the flat parameters of the layer."""
+        return sum(prod(shape) for _, shape in self.layer.params[: self.position])
+
+    def flat(self, j: Tensor, first: int) -> Tensor:
+        """Derivatives in some entries of it ``(C, B, n)``, of which the first is given, in the packing of the layer."""
+        out = j.new_zeros(*j.shape[:2], self.layer.numel())
+        start = self.start + first
+        out[..., start : start + j.shape[-1]] = j
+        return self.layer.packing.pack(out)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix ``(out, in)`` that is part of a parameter, whose first axis is its rows and all others are its columns.
+
+    start: the first row and column. size: how many. crossed: whether the outputs are along the columns.
+    """
+
+    home: Home
+    start: tuple[int, int]
+    size: tuple[int, int]
+    crossed: bool
+
+    @classmethod
+    def of(cls, t: Tensor, base: Tensor, home: Home) -> Matrix | None:
+        """From a view of a parameter; None if it is no such part."""
+        if t.ndim != 2 or base.ndim < 2 or not base.is_contiguous() or t.dtype != base.dtype or 0 in t.shape:
+            return None
+        rows, cols = base.shape[0], base[0].numel()
+        start = divmod(_offset(t, base), cols)
+        for crossed in (False, True):
+            size = (t.shape[1], t.shape[0]) if crossed else (t.shape[0], t.shape[1])
+            strides = (t.stride(1), t.stride(0)) if crossed else (t.stride(0), t.stride(1))
+            fits = start[0] + size[0] <= rows and start[1] + size[1] <= cols
+            if fits and all(n == 1 or a == b for n, a, b in zip(size, strides, (cols, 1), strict=True)):
+                return cls(home, start, size, crossed)
+        return None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it lies in the packing of its layer as it is used: the outputs along the rows."""
+        packing = self.home.layer.packing
+        if self.home.position or packing.view is None or packing.shape[0] != 1:
+            return False
+        if self.crossed:
+            return packing.perm == (1, 2, 0) and len(packing.view) == 3
+        return packing.perm == (0, 1, 2) and len(packing.view) == 3
+
+    def form(self, gy: Tensor, x: Tensor, bias: bool) -> LayerJacobian:
+        """From cotangents ``(C, B, ..., out)`` and inputs ``(B, ..., in)``. bias: whether one is added, in the same
+        rows of the layer.
+        """
+        inputs = x.reshape(x.shape[0], -1, x.shape[-1])
+        g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
+        if not self.aligned:
+            return _late(lambda g, x: self._entries(g, x), g, inputs, self.home.layer)
+        (_, rows, cols), packing = self.home.layer.packing.shape, self.home.layer.packing
+        row, col = reversed(self.start) if self.crossed else self.start
+        before, after = col, cols - packing.bias - col - x.shape[-1]
+        inputs = F.pad(inputs, (before, after)) if before or after else inputs
+        if packing.bias:
+            inputs = F.pad(inputs, (0, 1), value=float(bias))
+        return Outer(inputs.unsqueeze(2), _in_rows(g, row, rows).unsqueeze(3))
+
+    def _entries(self, g: Tensor, x: Tensor) -> Tensor:
+        return self._placed(torch.einsum("cbto,bti->cbio" if self.crossed else "cbto,bti->cboi", g, x))
+
+    def _placed(self, found: Tensor) -> Tensor:
+        """Derivatives ``(C, B, rows, cols)`` of this part, in the packing of the layer."""
+        shape = self.home.shape
+        whole = found.new_zeros(*found.shape[:2], shape[0], prod(shape[1:]))
+        (i, j), (m, n) = self.start, self.size
+        whole[..., i : i + m, j : j + n] = found
+        return self.home.flat(whole.flatten(2), 0)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Consecutive entries of a parameter with one axis."""
+
+    home: Home
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, t: Tensor, base: Tensor, home: Home) -> Vector | None:
+        if t.ndim != 1 or base.ndim != 1 or t.stride(0) != 1 or base.stride(0) != 1 or t.dtype != base.dtype:
+            return None
+        return cls(home, _offset(t, base), len(t))
+
+    @property
+    def in_last_column(self) -> bool:
+        """Whether it is the bias in the packing of a layer with one group."""
+        packing, last = self.home.layer.packing, len(self.home.layer.params) - 1
+        return packing.bias and packing.shape[0] == 1 and self.home.position == last > 0
+
+    def form(self, gy: Tensor, x: Tensor) -> LayerJacobian:
+        """The derivative of adding it, from cotangents ``(C, B, ..., size)``."""
+        g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
+        if not self.in_last_column:
+            return _late(lambda g, _: self.home.flat(g.sum(2), self.start), g, g[0], self.home.layer)
+        _, rows, cols = self.home.layer.packing.shape
+        one = F.pad(g.new_zeros(cols - 1), (0, 1), value=1.0)
+        return Outer(one.expand(g.shape[1], g.shape[2], 1, cols), _in_rows(g, self.start, rows).unsqueeze(3))
+
+    def belongs_to(self, matrix: Matrix) -> bool:
+        """Whether it is the bias of the rows that a matrix is in."""
+        row = matrix.start[1 if matrix.crossed else 0]
+        return self.home.layer is matrix.home.layer and self.in_last_column and matrix.aligned and self.start == row
+
+
+def _offset(t: Tensor, base: Tensor) -> int:
+    """Where a view begins in what it is a view of."""
+    return int(t.storage_offset()) - int(base.storage_offset())
+
+
+def _in_rows(g: Tensor, first: int, rows: int) -> Tensor:
+    """Cotangents of some outputs as those of all."""
+    after = rows - first - g.shape[-1]
+    return F.pad(g, (first, after)) if first or after else g
+
+
+def _late(entries: Callable[[Tensor, Tensor], Tensor], g: Tensor, x: Tensor, layer: Layer) -> Lazy:
+    """A Jacobian from cotangents ``(C, B, ...)`` and inputs ``(B, ...)``, made when it is asked for."""
+
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        return entries(g[first:last, start:stop], x[start:stop])
+
+    return Lazy(compute, g.shape[0], g.shape[1], layer.packing.shape, g.dtype, g.device)
+
+
+class Uses(TorchFunctionMode):
+    """Inside of it, uses of collected parameters outside of the calls of their own modules are recorded.
+
+    recorder: what they are recorded by. sites: the modules that are recorded themselves.
+    """
+
+    def __init__(self, recorder: Recorder, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._sites = sites
+        self._homes = {
+            id(site.params[name]): (Home(site, layer, k), site.params[name])
+            for site in sites
+            for layer, names in site.routes
+            if layer.name == site.name
+            for name, k in names.items()
+            if name in site.params
+        }
+        #: The parameters of the modules that are being called, whose calls are recorded as such.
+        self._inside: list[set[int]] = []
+
+    def changes(self) -> list[Change]:
+        """What has to be in force: the mode, and hooks that tell of the modules that are being called."""
+        hooks: list[Change] = []
+        for site in self._sites:
+            own = {id(p) for p in site.params.values()}
+            hooks.append(_before(site.module, lambda *_, own=own: self._inside.append(own)))
+            hooks.append(forward_hook(site.module, lambda *_: self._leave(), prepend=True))
+        return [*hooks, entered(self)]
+
+    def _leave(self) -> None:
+        self._inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        seen = _READ.get(func)
+        if seen is None or not any(self._base(t) is not None for t in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        return seen(self, lambda: func(*args, **kwargs), *args, **kwargs)
+
+    def _base(self, t: Any) -> tuple[Home, Tensor] | None:
+        """The parameter that a tensor is, or is a view of, if its use counts."""
+        if not isinstance(t, Tensor):
+            return None
+        key = id(t) if id(t) in self._homes else id(t._base)
+        if key not in self._homes or any(key in own for own in self._inside):
+            return None
+        home, base = self._homes[key]
+        return home, base
+
+    def matrix(self, t: Any) -> Matrix | None:
+        """What part of a parameter a tensor is, None if it is none or not a matrix."""
+        found = self._base(t)
+        return None if found is None else Matrix.of(t, found[1], found[0])
+
+    def vector(self, t: Any) -> Vector | None:
+        """The same of one axis."""
+        found = self._base(t)
+        return None if found is None else Vector.of(t, found[1], found[0])
+
+    def add(self, home: Home, form: Callable[..., LayerJacobian], x: Tensor, y: Tensor, features_last: bool) -> Tensor:
+        """Record one use, and return the output that is passed on."""
+        if not y.requires_grad:
+            return y
+        layer = home.layer
+        names = {name: k for k, (name, _) in enumerate(layer.params)}
+        params = {
+            name: p for h, p in self._homes.values() if h.layer is layer for name in [layer.params[h.position][0]]
+        }
+        kind = Kind(lambda _, gy, x: form(gy, x), features_last=features_last, ours=True)
+        site = Site(home.site.name, home.site.module, kind, {k: params[k] for k in names}, ((layer, names),))
+        return self._recorder.add(site, (x,), {}, y)
+
+    def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor) -> Tensor:
+        """Record ``y = F.linear(x, weight, bias)``."""
+        w, b = self.matrix(weight) if x.layout == torch.strided else None, self.vector(bias)
+        together = w is not None and b is not None and b.belongs_to(w)
+        if w is not None:
+            y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
+        if b is not None and not together:
+            y = self.add(b.home, b.form, y, y, True)
+        return y
+
+
+#: From a function to what records a call of it, ``(uses, compute, *its arguments)``.
+_READ: dict[Any, Callable[..., Any]] = {}
+_Compute = Callable[[], Tensor]
+
+
+def _reads(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(seen: Callable[..., Any]) -> Callable[..., Any]:
+        _READ.update(dict.fromkeys(functions, seen))
+        return seen
+
+    return register
+
+
+@_reads(F.linear)
+def _linear(uses: Uses, compute: _Compute, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return uses.linear(input, weight, bias, compute())
+
+
+@_reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def _matmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor | None = None, **named: Tensor) -> Tensor:
+    b = next(iter(named.values())) if b is None else b
+    if uses.matrix(b) is not None and a.ndim > 0:
+        return uses.linear(a, b.mT, None, compute())
+    if uses.matrix(a) is not None and b.ndim > 1:  # the same from the left
+        return uses.linear(b.mT, a, None, compute().mT).mT
+    return compute()
+
+
+@_reads(Tensor.__rmatmul__)
+def _rmatmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor) -> Tensor:
+    return _matmul(uses, compute, b, a)
+
+
+@_reads(torch.addmm, Tensor.addmm)
+def _addmm(uses: Uses, compute: _Compute, b: Tensor, x: Tensor, w: Tensor, **scales: Any) -> Tensor:
+    if scales or b.ndim != 1 or uses.matrix(w) is None:
+        return compute()
+    return uses.linear(x, w.mT, b, compute())
+
+
+@_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(uses: Uses, compute: _Compute, a: Any, b: Any, **scales: Any) -> Tensor:
+    y = compute()
+    for one, other in ((a, b), (b, a)):
+        v = uses.vector(one)
+        if v is not None and not scales and isinstance(other, Tensor) and other.shape == y.shape:
+            return uses.add(v.home, v.form, other, y, True)
+    return y
+
+
+@_reads(torch.einsum)
+def _einsum(uses: Uses, compute: _Compute, equation: Any, *operands: Any) -> Tensor:
+    """Two operands of which one is a matrix: one of its axes is summed, the other is new."""
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        return compute()
+    inputs, output = equation.replace(" ", "").replace("...", ".").split("->")
+    letters, (x, w) = inputs.split(","), operands
+    if uses.matrix(w) is None:
+        letters, (x, w) = letters[::-1], (w, x)
+    if uses.matrix(w) is None or len(letters[1]) != 2 or len(set(letters[0])) < len(letters[0]):
+        return compute()
+    old = [c for c in letters[1] if c in letters[0] and c not in output]
+    new = [c for c in letters[1] if c not in letters[0] and c in output]
+    if len(old) != 1 or len(new) != 1 or set(output) != set(letters[0]) - {*old} | {*new}:
+        return compute()
+    rest = letters[0].replace(old[0], "")
+    w = w if letters[1] == new[0] + old[0] else w.mT
+    x = torch.einsum(f"{letters[0]}->{rest}{old[0]}".replace(".", "..."), x)
+    y = torch.einsum(f"{output}->{rest}{new[0]}".replace(".", "..."), compute())
+    y = uses.linear(x, w, None, y)
+    return torch.einsum(f"{rest}{new[0]}->{output}".replace(".", "..."), y)
+
+
+@_reads(F.embedding)
+def _embedding(
+    uses: Uses,
+    compute: _Compute,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    w = uses.matrix(weight)
+    if w is None or w.crossed or w.size != (w.home.shape[0], prod(w.home.shape[1:])):
+        return compute()
+    size, padding = len(weight), None if padding_idx is None else padding_idx % len(weight)
+    like = SimpleNamespace(
+        max_norm=max_norm, scale_grad_by_freq=scale_grad_by_freq, padding_idx=padding, num_embeddings=size
+    )
+    packing = w.home.layer.packing
+
+    def form(gy: Tensor, ids: Tensor) -> LayerJacobian:
+        found = embedding(like, gy, ids)
+        if packing.perm == (1, 2, 0) and packing.shape == found.shape:
+            return found
+
+        def entries(g: Tensor, ids: Tensor) -> Tensor:
+            return w._placed(Gather(ids, g, size).dense()[:, :, 0].mT)
+
+        assert isinstance(found, Gather)
+        return _late(entries, found.g, found.ids, w.home.layer)
+
+    return uses.add(w.home, form, input, compute(), True)
+
+
+@_reads(Tensor.__getitem__)
+def _getitem(uses: Uses, compute: _Compute, weight: Tensor, index: Any) -> Tensor:
+    if not isinstance(index, Tensor) or index.dtype != torch.long or uses.matrix(weight) is None:
+        return compute()
+    return _embedding(uses, compute, index % len(weight), weight)
+
+
+@_reads(F.conv1d, F.conv2d, F.conv3d)
+def _conv(
+    uses: Uses,
+    compute: _Compute,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    y, d = compute(), weight.dim() - 2
+    found, b = uses._base(weight), uses.vector(bias)
+    home = None if found is None or found[1] is not weight or input.ndim < d + 2 else found[0]
+    together = home is not None and b is not None and b.home.layer is home.layer and b.start == 0
+    if home is not None:
+        like = _of_convolution(weight, together, stride, padding, dilation, groups)
+        y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
+    if b is not None and not together:
+        y = uses.add(b.home, lambda gy, x: b.form(gy.movedim(2, -1), x), y, y, False)
+    return y
+
+
+def _of_convolution(weight: Tensor, bias: bool, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+    """What a form takes from a module."""
+
+    def each(of: Any) -> tuple[int, ...]:
+        of = tuple(of) if isinstance(of, Iterable) else (of,)
+        return of * d if len(of) == 1 else of
+
+    d, kernel = weight.dim() - 2, tuple(weight.shape[2:])
+    around: list[int] = []
+    if isinstance(padding, str):
+        for k, dil in zip(kernel, each(dilation), strict=True):
+            total = dil * (k - 1) if padding == "same" else 0
+            around = [total // 2, total - total // 2, *around]
+    return SimpleNamespace(
+        weight=weight,
+        bias=bias or None,
+        stride=each(stride),
+        padding=padding if isinstance(padding, str) else each(padding),
+        dilation=each(dilation),
+        groups=groups,
+        kernel_size=kernel,
+        padding_mode="zeros",
+        _reversed_padding_repeated_twice=around,
+    )
+
+
+def _convolved(like: Any, home: Home, gy: Tensor, x: Tensor) -> LayerJacobian:
+    found, layer = conv(like, gy, x), home.layer
+    assert isinstance(found, Outer)
+    bias = like.bias is not None
+    rows = like.weight.shape[0] // like.groups
+    packing = Packing.matrix((like.groups, rows, like.weight[0].numel()), (0, 1, 2), (like.groups, rows), bias)
+    if packing == layer.packing:
+        return found
+    if not bias and layer.packing.bias and packing == layer.packing.without_bias():
+        return Outer(F.pad(found.a, (0, 1)), found.g)
+
+    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+        flat = packing.unpack(found.narrow(start, stop, first, last).dense())
+        size = like.weight.numel()
+        total = home.flat(flat[..., :size], 0)
+        if bias:
+            total = total + Home(home.site, layer, len(layer.params) - 1).flat(flat[..., size:], 0)
+        return total
+
+    return Lazy(compute, found.cotangents, found.examples, layer.packing.shape, found.dtype, found.device)
+
+
+def _before(module: nn.Module, hook: Callable[..., Any]) -> Change:
+    """A hook in front of a call, after those of the user."""
+    return lambda: module.register_forward_pre_hook(lambda m, args: hook(m, args)).remove
+
+
+def is_use(call: Call, sites: Sequence[Site]) -> bool:
+    """Whether a recorded call is none of a module."""
+    return all(call.site is not site for site in sites)
