@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types docs examples package bench bench-small fuzz check clean
+.PHONY: demo test lint types docs examples pictures package bench bench-small fuzz check clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -19,31 +19,17 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The site, with every example run at small size.
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
+# Those that the gallery cannot start; `make docs` runs all others at the same size, and fails if one of them does.
 examples: $(READY)
-	$(BIN)/python examples/quickstart.py --small
-	$(BIN)/python examples/spectrum.py --small
-	$(BIN)/python examples/visual_tour.py --small
-	$(BIN)/python examples/takeuchi.py --small
-	$(BIN)/python examples/preconditioner.py --small
-	$(BIN)/python examples/kernel_regression.py --small
-	$(BIN)/python examples/alignment.py --small
-	$(BIN)/python examples/mislabelled.py --small
-	$(BIN)/python examples/influence.py --small
-	$(BIN)/python examples/huggingface.py --small
 	$(BIN)/torchrun --nproc-per-node 2 examples/distributed.py --small
-	$(BIN)/python examples/optimisers_table.py --small
-	$(BIN)/python examples/autoencoder.py --small
-	$(BIN)/python examples/pinn.py --small
-	$(BIN)/python examples/variational.py --small
-	$(BIN)/python examples/deep_curvature.py --small
-	$(BIN)/python examples/calibration_ood.py --small
-	$(BIN)/python examples/continual.py --small
-	$(BIN)/python examples/merging.py --small
-	$(BIN)/python examples/pruning.py --small
-	$(BIN)/python examples/active_learning.py --small
+
+# The pictures that are committed, of the README and of pages: ten minutes.
+pictures: $(READY)
+	$(BIN)/python docs/draw.py
 
 # What would be uploaded, checked, and the wheel tried in an environment that has nothing else.
 package: $(READY)
@@ -79,4 +65,4 @@ $(READY): pyproject.toml constraints.txt tests/peers.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .bench .fuzz .wheel build dist *.egg-info docs/_build examples/output
+	rm -rf $(VENV) .bench .fuzz .wheel build dist *.egg-info docs/_build docs/_generated docs/gallery examples/output

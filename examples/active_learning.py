@@ -1,8 +1,13 @@
-"""Which images to label next: at random, the ones that the net is least sure of, or by the Fisher information.
+"""Which images to label next
+==========================
+
+Which images to label next: at random, the ones that the net is least sure of, or by the Fisher information.
 
 A net learns the digits from few labels, asks for ten more, and so on. Entropy asks for what it is unsure of, ten times
 nearly the same. BAIT asks for those that together make the posterior small for all images; the greedy choice by
 the kernel, for those that say most about each other.
+
+::
 
     python examples/active_learning.py            a minute
     python examples/active_learning.py --small    the same code on less data
@@ -27,6 +32,8 @@ ASKED = 10
 METHODS = ("random", "entropy", "BAIT", "kernel")
 
 
+# %%
+# A net is trained from the same start on all labels that there are.
 def trained(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-4)
@@ -37,6 +44,8 @@ def trained(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     return model
 
 
+# %%
+# Four ways of asking. ``bait`` and ``greedy`` choose a set; entropy judges each image for itself.
 def asked(method: str, model: nn.Module, pool: Tensor, labelled: Tensor) -> Tensor:
     """Positions in the pool of the images to label next."""
     free = torch.ones(len(pool), dtype=torch.bool)
@@ -56,6 +65,8 @@ def asked(method: str, model: nn.Module, pool: Tensor, labelled: Tensor) -> Tens
     return greedy(K, ASKED, labelled=labelled)
 
 
+# %%
+# Each round asks for some labels and trains again.
 def run(method: str, seed: int, rounds: int, pool: Tensor, labels: Tensor, x: Tensor, y: Tensor) -> list[float]:
     """The test accuracy after each round."""
     torch.manual_seed(seed)
@@ -70,6 +81,8 @@ def run(method: str, seed: int, rounds: int, pool: Tensor, labels: Tensor, x: Te
     return curve
 
 
+# %%
+# The picture shows the accuracy against the number of labels.
 def draw(curves: dict[str, Tensor]) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     ax = figure.subplots()
@@ -83,6 +96,8 @@ def draw(curves: dict[str, Tensor]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# All methods start from the same first labels.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     data = load_digits()

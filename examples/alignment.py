@@ -1,10 +1,15 @@
-"""The tangent kernel turns towards the labels while a network trains.
+"""The tangent kernel turns towards the labels
+===========================================
+
+The tangent kernel turns towards the labels while a network trains.
 
 Alignment is the cosine between a kernel and that of the labels, ``y y^T``; centred (CKA) when both are centred first.
 The tangent kernel of a small convolutional network is aligned with the labels before it is trained, because images of a
 digit look alike. When the network learns, the alignment grows (Baratin et al. 2021, 2008.00938; Fort et al. 2020,
 2010.15110), on images that it has not seen as well. The kernel is the sum of those of the layers, each of which has an
 alignment of its own; the trace says which layers the sum is mostly of.
+
+::
 
     python examples/alignment.py            a minute
     python examples/alignment.py --small    the same code on less data
@@ -28,6 +33,8 @@ NAMES = {"0": "conv 1", "2": "conv 2", "5": "linear 1", "7": "linear 2"}
 Curves = dict[str, list[float]]
 
 
+# %%
+# A small convolutional network is trained on the digits of scikit-learn.
 def digits(n: int, n_test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels, for training and for testing."""
     data = load_digits()
@@ -45,6 +52,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
             optimizer.step()
 
 
+# %%
+# The picture shows the alignment of each layer, and which layers the trace comes from.
 def draw(epochs: list[int], whole: Curves, layers: dict[str, Curves]) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=200)
     left, middle, right = figure.subplots(1, 3)
@@ -67,6 +76,8 @@ def draw(epochs: list[int], whole: Curves, layers: dict[str, Curves]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# ``GramMatrix(..., per_layer=True)`` is the kernel of each layer. Their sum is the tangent kernel.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the network is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,12 +1,17 @@
-"""A deep autoencoder: K-FAC with the damping of Levenberg and Marquardt, against Adam with the best of several rates.
+"""Training a deep autoencoder with K-FAC
+======================================
+
+A deep autoencoder: K-FAC with the damping of Levenberg and Marquardt, against Adam with the best of several rates.
 
 The network 64-48-32-16-6-16-32-48-64 with tanh codes the 8 x 8 digits of scikit-learn in six numbers. Its loss is the
 cross-entropy of the pixels, with an l2 penalty of 1e-5. Such nets are hard for gradient descent, and are where second
 order methods began (Martens 2010; Martens and Grosse 2015, 1503.05671).
 
-`lr="quadratic"` takes the length of the step, and how much of the previous step is repeated, from the quadratic model
-of the loss, whose exact matrix is at hand by products. `LevenbergMarquardt` compares the loss with that model and sets
-the damping. So there is no rate to choose.
+``lr="quadratic"`` takes the length of the step, and how much of the previous step is repeated, from the quadratic
+model of the loss, whose exact matrix is at hand by products. ``LevenbergMarquardt`` compares the loss with that model
+and sets the damping. So there is no rate to choose.
+
+::
 
     python examples/autoencoder.py            a minute or two
     python examples/autoencoder.py --small    fewer images and iterations
@@ -34,6 +39,8 @@ L2 = 1e-5
 RATES = [3e-3, 1e-2]  # each falls to zero along a cosine
 
 
+# %%
+# What is kept of each training.
 class Curve:
     """What a training has reached after each iteration."""
 
@@ -49,6 +56,8 @@ class Curve:
         self.dampings.append(damping)
 
 
+# %%
+# The network narrows to six numbers and widens again.
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -63,6 +72,8 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return bce(model(x), x, reduction="sum") / len(x)
 
 
+# %%
+# K-FAC has no rate to choose: its step minimises the exact quadratic model, and its damping adapts.
 def by_kfac(x: Tensor, iterations: int) -> tuple[nn.Module, Curve]:
     model, curve = network(), Curve()
     optimizer = SecondOrderOptimizer(
@@ -88,6 +99,8 @@ def by_kfac(x: Tensor, iterations: int) -> tuple[nn.Module, Curve]:
     return model, curve
 
 
+# %%
+# Adam is run at several rates.
 def by_adam(x: Tensor, iterations: int, lr: float) -> tuple[nn.Module, Curve]:
     model, curve = network(), Curve()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=L2)
@@ -102,6 +115,8 @@ def by_adam(x: Tensor, iterations: int, lr: float) -> tuple[nn.Module, Curve]:
     return model, curve
 
 
+# %%
+# A table and a picture compare the two by steps and by seconds.
 @torch.no_grad()
 def row(name: str, model: nn.Module, x: Tensor, curve: Curve) -> None:
     error = (model(x).sigmoid() - x).square().sum(1).mean().item()
@@ -129,6 +144,8 @@ def draw(x: Tensor, models: dict[str, nn.Module], curves: dict[str, Curve]) -> N
     figure.savefig(PICTURE, dpi=120)
 
 
+# %%
+# Both methods train the same initial network.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

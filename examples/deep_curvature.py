@@ -1,9 +1,14 @@
-"""The curvature of a deep net while it is trained: from an architecture to a page that shows what it learnt.
+"""The curvature of a deep net during training
+===========================================
+
+The curvature of a deep net while it is trained: from an architecture to a page that shows what it learnt.
 
 VGG16, narrow by default, on images of digits (or CIFAR-100, if torchvision and the data are there) is trained by SGD
 and, where it is there, by a second-order optimiser. Then its curvature is looked at: the spectrum of the Hessian by
 Lanczos from two random vectors and from ten, statistics of loss, gradient and curvature over the checkpoints, the
 landscape along eigenvectors, and a report, all in examples/output.
+
+::
 
     python examples/deep_curvature.py                  minutes
     python examples/deep_curvature.py --small          the same code on less data, in seconds
@@ -36,6 +41,8 @@ from nngeometry.training import SWA, checkpoints, load_checkpoint, train, weight
 OUTPUT = Path(__file__).parent / "output"
 
 
+# %%
+# Images come from scikit-learn, or from CIFAR-100 where it is there.
 def digits(small: bool) -> tuple[TensorDataset, TensorDataset]:
     """Images for training and for testing."""
     of = load_digits()
@@ -55,6 +62,8 @@ def cifar(folder: str) -> tuple[Any, Any]:
     return tuple(datasets.CIFAR100(folder, train=t, transform=change) for t in (True, False))  # type: ignore[return-value]
 
 
+# %%
+# Optimisers are built by name. One of second order takes the place of SGD without another loop.
 def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """By name."""
     return {
@@ -63,6 +72,8 @@ def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     }
 
 
+# %%
+# The run trains, then looks at the checkpoints: spectrum, statistics, landscape, report.
 def show(title: str, spectrum: Spectrum) -> None:
     print(f"\n{title}: {spectrum}")
     for name, e in spectrum.table().items():

@@ -1,9 +1,14 @@
-"""KFAC and the top eigenvalues of a convnet on digits, by several processes: the same numbers as by one.
+"""Several processes
+=================
+
+KFAC and the top eigenvalues of a convnet on digits, by several processes: the same numbers as by one.
 
 Every rank reads its own minibatches. The statistics of KFAC add up by one collective for each layer, products with
 the generalised Gauss-Newton matrix by one for each product, and Lanczos runs the same on all ranks. Rank 0 computes
 both alone too and prints how far they are apart, and the seconds of each. (Ranks that share the cores of one machine
 have no more of them than one process; what the numbers show is the work of communication.)
+
+::
 
     torchrun --nproc-per-node 2 examples/distributed.py            less than a minute
     torchrun --nproc-per-node 2 examples/distributed.py --small    the same code on less
@@ -27,6 +32,8 @@ from nngeometry.distributed import shard
 from nngeometry.spectrum import extreme_eigenpairs
 
 
+# %%
+# Every rank trains the same net on the same data.
 def digits(n: int) -> TensorDataset:
     data = load_digits()
     images = torch.tensor(data.images[:n, None] / 16)
@@ -52,6 +59,8 @@ def trained(data: TensorDataset, steps: int) -> nn.Module:
     return model.eval()
 
 
+# %%
+# The matrix and its eigenvalues are computed by all ranks together, and by rank 0 alone.
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     found = call()
@@ -67,6 +76,8 @@ def numbers(model: nn.Module, loader: Any, k: int, group: Any) -> list[tuple[str
     return [("KFAC", F.get_diag(), of_kfac), (f"top {k} eigenvalues", pairs.values, of_pairs)]
 
 
+# %%
+# ``process_group=`` is the one argument that is new.
 def main(small: bool) -> None:
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD

@@ -1,10 +1,15 @@
-"""Models of Hugging Face as they come: minibatches are the dicts of a DataLoader and its collator, labels are in there.
+"""Models of Hugging Face
+======================
+
+Models of Hugging Face as they come: minibatches are the dicts of a DataLoader and its collator, labels are in there.
 
 A causal language model (GPT-2) and a sequence classifier (BERT), small and of random text, trained for a moment. For
 both: the empirical Fisher matrix, the Gauss-Newton matrix, products with the Hessian, and the training sequences that
 matter most for a query. Three keywords say what a minibatch is: ``function`` calls the model, ``targets`` are what the
 loss receives beside the logits, ``loss`` is what was trained, as a function of the logits (TokenCrossEntropy) or as the
 model computes it (OwnLoss). Each number is checked against a plain loop for one example.
+
+::
 
     python examples/huggingface.py            half a minute
     python examples/huggingface.py --small    the same code on less
@@ -46,6 +51,8 @@ VOCABULARY = 24
 IGNORED = -100
 
 
+# %%
+# Sentences are random walks. Collators pad them and make labels as those of transformers do.
 def sentences(n: int, longest: int) -> list[dict[str, list[int]]]:
     """Random walks on the vocabulary, of unlike lengths; a sentence that goes up is of class 1."""
     found = []
@@ -72,6 +79,8 @@ def language_collator(rows: list[dict[str, Any]]) -> Batch:
     return batch
 
 
+# %%
+# The loop of training is the usual one: the model computes its own loss.
 def train(model: nn.Module, loader: DataLoader[Any], steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model.train()
@@ -83,6 +92,8 @@ def train(model: nn.Module, loader: DataLoader[Any], steps: int) -> None:
     model.eval()
 
 
+# %%
+# Plain loops for one example at a time are what the results are checked against.
 def loop(model: nn.Module, batches: list[Batch], scale: Any) -> Tensor:
     """The gradients of single examples, one forward and backward pass of the user's model each: ``(n, P)``."""
     rows = []
@@ -114,6 +125,8 @@ def check(name: str, ours: Tensor, truth: Tensor, tolerance: float = 1e-5) -> No
         raise AssertionError(f"{name}: {error}")
 
 
+# %%
+# ``function`` calls the model, ``targets`` names what the loss receives, and ``loss`` is what was trained.
 def look(model: nn.Module, loader: DataLoader[Any], loss: Any, count: Any, function: Any) -> None:
     """All that is shown, for one model. count: what the loss of a minibatch counts in the mean over the data set."""
     print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters")
@@ -149,6 +162,8 @@ def look(model: nn.Module, loader: DataLoader[Any], loss: Any, count: Any, funct
     print(f"  of {n} examples, those that help the first most: {order[0].tolist()}\n")
 
 
+# %%
+# The same function looks at a language model and at a classifier.
 def main(small: bool) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)

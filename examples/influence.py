@@ -1,4 +1,7 @@
-"""Influence against the truth: predict what leaving examples out does, then leave them out and train again.
+"""Influence against training again
+================================
+
+Influence against the truth: predict what leaving examples out does, then leave them out and train again.
 
 Leaving a group of training examples out moves the optimum, and with it the loss at queries, to first order by the sum
 of ``g_q^T (G + r)^-1 g_t / n`` over the group, with G the generalised Gauss-Newton matrix (GGN) and r the weight decay.
@@ -8,6 +11,8 @@ are hard: to leave out most of what is alike is no small step (Koh et al. 2019, 
 The model is a softmax regression, for which the optimum is unique and the GGN is the Hessian, with much and with little
 weight decay. Training again starts from the optimum for all examples. The sum over examples stays divided by n, so that
 the weight of the decay stays.
+
+::
 
     python examples/influence.py            a minute
     python examples/influence.py --small    the same code on less
@@ -48,6 +53,8 @@ Data = tuple[Tensor, Tensor]
 Comparison = tuple[dict[str, Tensor], Tensor, tuple[slice, slice]]
 
 
+# %%
+# The model is a softmax regression with weight decay, whose optimum is unique.
 def digits(n: int, n_queries: int) -> tuple[Data, Data]:
     """Images and labels, to train on and to ask about."""
     data = load_digits()
@@ -65,6 +72,8 @@ def objective(model: nn.Module, data: Data, kept: Tensor, decay: float) -> Tenso
     return losses(model, data)[kept].sum() / len(kept) + penalty
 
 
+# %%
+# Training goes to the optimum, so that what leaving out does can be told from what stopping early does.
 def fit(model: nn.Module, data: Data, decay: float) -> None:
     """To the optimum for all examples, by L-BFGS."""
     options = {"max_iter": 4000, "max_eval": 8000, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
@@ -95,6 +104,8 @@ def fit_again(model: nn.Module, data: Data, kept: Tensor, decay: float, inverse:
     return float(gradient.norm(torch.inf))
 
 
+# %%
+# Groups are drawn at random, or consist of an image and its nearest neighbours.
 def groups_of(x: Tensor, count: int, size: int) -> dict[str, list[Tensor]]:
     """Positions of examples drawn at random, and of examples drawn with their nearest neighbours."""
     generator = torch.Generator().manual_seed(1)
@@ -103,6 +114,8 @@ def groups_of(x: Tensor, count: int, size: int) -> dict[str, list[Tensor]]:
     return {"random": at_random, "similar": [(x - x[c]).norm(dim=1).topk(size, largest=False).indices for c in centres]}
 
 
+# %%
+# The truth: leave the group out, train again, and look at the loss of the queries.
 def retrained(model: nn.Module, train: Data, queries: Data, groups: list[Tensor], decay: float) -> tuple[Tensor, float]:
     """``(q, groups)``: by how much the loss at queries grows without each group; and the largest gradient left."""
     optimum = {name: value.clone() for name, value in model.state_dict().items()}
@@ -120,6 +133,8 @@ def retrained(model: nn.Module, train: Data, queries: Data, groups: list[Tensor]
     return torch.stack(changes, 1), left
 
 
+# %%
+# The prediction: one solve for each query, and an inner product with each training gradient.
 def predicted(model: nn.Module, train: Data, queries: Data, groups: list[Tensor], decay: float) -> dict[str, Tensor]:
     """The same, by influence."""
     G = {name: GGN(model, train, representation, LOSS) for name, representation in REPRESENTATIONS.items()}
@@ -137,6 +152,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(spearmanr(a, b).statistic)
 
 
+# %%
+# Ranks of predictions are correlated with ranks of the truth, for each representation of the matrix.
 def compare(decay: float, train: Data, queries: Data, groups: dict[str, list[Tensor]]) -> Comparison:
     """Train, predict, leave out, and print how well the ranks agree."""
     model = nn.Linear(64, 10)
@@ -186,6 +203,8 @@ def draw(found: dict[float, Comparison]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# The comparison is made with much and with little weight decay.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the model is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,7 +1,10 @@
-"""A trained network against its linearisation: regression with the neural tangent kernel (NTK).
+"""A net against its linearisation
+===============================
+
+A trained network against its linearisation: regression with the neural tangent kernel (NTK).
 
 Gradient descent on the squared error moves the outputs of a network by its tangent kernel K. If K stayed as it is at
-initialisation, the outputs at time t (steps times learning rate) would be those of the linearised model,
+initialisation, the outputs at time t (steps times learning rate) would be those of the linearised model, ::
 
     f_t(x) = f_0(x) + K_xX K^-1 (1 - exp(-K t)) (y - f_0(X)),
 
@@ -9,6 +12,8 @@ and in the end those of kernel regression. We train MLPs of growing width by gra
 compare the outputs on test examples over time. They come together slowly as the width grows (Jacot et al. 2018,
 1806.07572; Lee et al. 2019, 1902.06720), for the same time t; the longer the training, the wider it takes.
 The narrowest has few more parameters than there are outputs to fit, and its kernel regression is poor.
+
+::
 
     python examples/kernel_regression.py            a minute
     python examples/kernel_regression.py --small    the same code on less
@@ -32,6 +37,8 @@ RATE = 0.5  # the learning rate, in units of 1 / (largest eigenvalue of K)
 Curves = dict[str, list[float]]
 
 
+# %%
+# The data are digits, and the targets their labels as vectors.
 def digits(n: int, n_test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels, for training and for testing."""
     data = load_digits()
@@ -53,6 +60,8 @@ def rms(f: FVector) -> float:
     return float(f.norm()) / f.to_torch().numel() ** 0.5
 
 
+# %%
+# Gradient descent on the squared error, for all examples at once.
 def descend(model: nn.Module, x: Tensor, targets: FVector, steps: int, rate: float) -> None:
     """Gradient descent on ``sum (f - y)^2 / 2``."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
@@ -62,6 +71,8 @@ def descend(model: nn.Module, x: Tensor, targets: FVector, steps: int, rate: flo
         optimizer.step()
 
 
+# %%
+# ``K.regress(..., time=t)`` is the linearised network after gradient flow for a time t.
 def compare(width: int, batches: tuple[Tensor, Tensor, Tensor, Tensor], times: list[int]) -> Curves:
     """Train one network, and print how far it is from its linearisation."""
     x, y, x_test, y_test = batches
@@ -97,6 +108,8 @@ def compare(width: int, batches: tuple[Tensor, Tensor, Tensor, Tensor], times: l
     return curves
 
 
+# %%
+# The picture shows accuracy and distance over time, for each width.
 def draw(found: dict[int, Curves]) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=200)
     left, right = figure.subplots(1, 2)
@@ -112,6 +125,8 @@ def draw(found: dict[int, Curves]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# Networks of growing width come nearer to their linearisation.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # with networks so small more threads mostly wait for each other
     torch.set_default_dtype(torch.float64)

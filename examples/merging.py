@@ -1,8 +1,13 @@
-"""One net out of two that were trained apart: one has seen the digits 0 to 4, the other 5 to 9.
+"""Merging two nets
+================
+
+One net out of two that were trained apart: one has seen the digits 0 to 4, the other 5 to 9.
 
 Both start from the same net, trained a little on all digits, and are trained further on theirs. The mean of their
 weights forgets some of what each has learned; ``(F_1 + F_2)^-1 (F_1 w_1 + F_2 w_2)`` weighs each direction by how much
 it matters to whom.
+
+::
 
     python examples/merging.py            half a minute
     python examples/merging.py --small    the same code on less data
@@ -28,6 +33,8 @@ METHODS = {"mean": PMatEye, "Diag": PMatDiag, "KFAC": PMatKFAC, "LowRank (exact)
 REGULS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 
 
+# %%
+# Two nets start from the same weights and see different digits.
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(epochs):
@@ -42,6 +49,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((model(x).argmax(1) == y).double().mean())
 
 
+# %%
+# The picture shows the accuracy of each merged net.
 def draw(curves: dict[str, list[float]], experts: list[float]) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     ax = figure.subplots()
@@ -54,6 +63,8 @@ def draw(curves: dict[str, list[float]], experts: list[float]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# ``merge`` takes the weights and the matrices of all nets. The regularisation is chosen on other images.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""Finding wrong labels by self-influence: how much an example matters for the loss on itself.
+"""Finding wrong labels
+====================
+
+Finding wrong labels by self-influence: how much an example matters for the loss on itself.
 
 We give a tenth of the digits a wrong label, train an MLP on them, and rank the examples by ``g^T (G + r)^-1 g`` with g
 the gradient of the loss of the example and G the EKFAC of the generalised Gauss-Newton matrix (GGN). Two baselines cost
@@ -6,6 +9,8 @@ nothing: the loss itself, and the squared norm of g, which is self-influence wit
 
 While the network has not fitted the wrong labels, the loss is as good a score as any, and better in the first epochs.
 When it learns them by heart, a wrong label has no large loss any more; all scores get worse, self-influence least.
+
+::
 
     python examples/mislabelled.py            half a minute
     python examples/mislabelled.py --small    the same code on less data
@@ -34,6 +39,8 @@ STYLES = {"self-influence": "C0.-", "gradient norm": "C1.--", "loss": "C2.--", "
 SHOWN = 5  # images on a side
 
 
+# %%
+# A tenth of the labels are replaced by wrong ones.
 def digits(n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images, labels, and which of these are wrong."""
     data, generator = load_digits(), torch.Generator().manual_seed(0)
@@ -55,6 +62,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, optimizer: torch.
             optimizer.step()
 
 
+# %%
+# Three scores for each example. ``Influence.self_scores`` streams over the data.
 def scores_of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """One number for each example, the larger the more suspect."""
     G = GGN(model, (x, y), PMatEKFAC, LOSS)
@@ -69,6 +78,8 @@ def scores_of(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     }
 
 
+# %%
+# Looking through the most suspect examples first should find the wrong labels early.
 def found(score: Tensor, wrong: Tensor) -> Tensor:
     """How many of the k most suspect examples are wrong, for k = 1, 2, ..."""
     return wrong[score.argsort(descending=True)].double().cumsum(0)
@@ -110,6 +121,8 @@ def draw(
     figure.savefig(PICTURE)
 
 
+# %%
+# Scores are compared while the net learns the wrong labels by heart.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the network is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,12 +1,17 @@
-"""One word between optimisers: steps to fit the digits, in every representation, and what refreshing less often costs.
+"""One word between optimisers
+===========================
+
+One word between optimisers: steps to fit the digits, in every representation, and what refreshing less often costs.
 
 1. A small network with tanh, 64-10-10-10, is trained on minibatches of 500 of the 8 x 8 digits until its cross-entropy
    on all of them is below 0.05. From one row to the next only the representation of the Gauss-Newton matrix changes,
-   `SecondOrderOptimizer(model, PMatKFAC, GGN, ...)`. Rates and dampings were tuned on seed 0; the seeds shown are
+   ``SecondOrderOptimizer(model, PMatKFAC, GGN, ...)``. Rates and dampings were tuned on seed 0; the seeds shown are
    others.
 2. A larger one, 64-64-64-10 on minibatches of 128 with K-FAC, under several policies of refreshing: how many steps, and
-   the share of them in which something was decomposed. `Stale` finds an interval for each factor of each layer;
-   `Rotated` decomposes when the old eigenvectors do not serve any more.
+   the share of them in which something was decomposed. ``Stale`` finds an interval for each factor of each layer;
+   ``Rotated`` decomposes when the old eigenvectors do not serve any more.
+
+::
 
     python examples/optimisers_table.py            about a minute
     python examples/optimisers_table.py --small    one seed, fewer columns
@@ -51,6 +56,8 @@ POLICIES = {
 }
 
 
+# %%
+# A training goes on until the loss is below the goal, and counts its steps.
 class Run:
     """A training until the goal is reached."""
 
@@ -90,6 +97,8 @@ class Run:
         return str(len(self.losses)) if self.reached else f"> {MOST}"
 
 
+# %%
+# The optimiser takes the representation and the matrix as arguments.
 def digits() -> tuple[Tensor, Tensor]:
     data = load_digits()
     return torch.tensor(data.data) / 16, torch.tensor(data.target)
@@ -99,6 +108,8 @@ def second_order(name: str, **options: Any) -> Callable[[nn.Module], torch.optim
     return lambda model: SecondOrderOptimizer(model, matrix=GGN, **{**TUNED, **SETTINGS[name], **options})
 
 
+# %%
+# First table: steps to the goal in each representation.
 def columns(seeds: list[int], names: list[str]) -> dict[str, list[Run]]:
     """Print steps to the goal in each representation, and of Adam."""
     makers = {name: second_order(name) for name in names}
@@ -112,6 +123,8 @@ def columns(seeds: list[int], names: list[str]) -> dict[str, list[Run]]:
     return found
 
 
+# %%
+# Second table: how often blocks have to be decomposed.
 def policies(seeds: list[int]) -> dict[str, list[Run]]:
     """Print steps to the goal, and in what share of them something was decomposed."""
     print("\nK-FAC, 64-64-64-10, minibatches of 128: steps, and the share of them that decomposed a layer\n")
@@ -125,6 +138,8 @@ def policies(seeds: list[int]) -> dict[str, list[Run]]:
     return found
 
 
+# %%
+# The picture shows both.
 def draw(found: dict[str, list[Run]], refreshed: dict[str, list[Run]]) -> None:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -145,6 +160,8 @@ def draw(found: dict[str, list[Run]], refreshed: dict[str, list[Run]]) -> None:
     figure.savefig(PICTURE, dpi=120)
 
 
+# %%
+# Every row is the mean over the same seeds.
 def main(small: bool) -> None:
     seeds = [1] if small else [1, 2, 3]
     found = columns(seeds, ["Dense", "KFAC"] if small else list(SETTINGS))

@@ -1,19 +1,24 @@
-"""A physics-informed network: the Poisson equation in two dimensions, by Gauss-Newton and by Adam.
+"""A physics-informed net by Gauss-Newton
+======================================
 
-A network u of 129 parameters is to solve
+A physics-informed network: the Poisson equation in two dimensions, by Gauss-Newton and by Adam.
+
+A network u of 129 parameters is to solve ::
 
     - (u_xx + u_yy) = 2 pi^2 sin(pi x) sin(pi y)   inside of the unit square,    u = 0   on its boundary,
 
 whose solution is sin(pi x) sin(pi y). Its loss is half the mean of squared residuals, of the equation at points inside
 and of u at points on the boundary. Each point is an example with one residual, so the Gauss-Newton matrix of the loss
-is the Fisher matrix of regression with the residual as output, J^T J / n, and `SecondOrderOptimizer` takes it as any
+is the Fisher matrix of regression with the residual as output, J^T J / n, and ``SecondOrderOptimizer`` takes it as any
 other.
 
 A residual has second derivatives of the network in it. The network carries them along: its activations at a point are
 those of u, u_x, u_y and u_xx + u_yy, four positions that share the weights of a layer, as tokens or pixels do. A column
-of ones, which is zero for derivatives, is the bias. So each layer is a call of `nn.Linear`, and every representation of
-the matrix is at hand. (A `function=` that calls `torch.autograd.grad` has products, PMatImplicit, but no Jacobians of
-single layers.)
+of ones, which is zero for derivatives, is the bias. So each layer is a call of ``nn.Linear``, and every representation
+of the matrix is at hand. (A ``function=`` that calls ``torch.autograd.grad`` has products, PMatImplicit, but no
+Jacobians of single layers.)
+
+::
 
     python examples/pinn.py            about a minute
     python examples/pinn.py --small    fewer points and steps
@@ -38,6 +43,8 @@ PICTURE = Path(__file__).parent / "output" / "pinn.png"
 Curve = tuple[list[float], list[float]]
 
 
+# %%
+# The network carries the first and second derivatives of its input along.
 class Jet(nn.Module):
     """An MLP with tanh on points ``(n, 2)``: its value, gradient and Laplacian, ``(n, 4)``."""
 
@@ -65,6 +72,8 @@ def with_one(jet: Tensor) -> Tensor:
     return torch.cat([jet, one], 2)
 
 
+# %%
+# Points lie inside of the square and on its boundary. The solution is known.
 def solution(x: Tensor) -> Tensor:
     return torch.sin(pi * x[:, 0]) * torch.sin(pi * x[:, 1])
 
@@ -81,6 +90,8 @@ def points(inside: int, boundary: int) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
+# %%
+# The residual is the output of a regression, whose Fisher matrix is the Gauss-Newton matrix of the loss.
 def training(steps: int, data: tuple[Tensor, Tensor], method: str) -> tuple[nn.Module, Curve]:
     """A trained network, and how its error fell."""
     torch.manual_seed(0)
@@ -130,6 +141,8 @@ def training(steps: int, data: tuple[Tensor, Tensor], method: str) -> tuple[nn.M
     return model, (times, errors)
 
 
+# %%
+# The picture shows the error over steps, and the solution that was found.
 def draw(models: dict[str, nn.Module], curves: dict[str, Curve]) -> None:
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     by_step, by_second, *maps = figure.subplots(1, 4, width_ratios=[1.1, 1.1, 1, 1])
@@ -153,6 +166,8 @@ def draw(models: dict[str, nn.Module], curves: dict[str, Curve]) -> None:
     figure.savefig(PICTURE, dpi=120)
 
 
+# %%
+# Several optimisers start from the same network.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

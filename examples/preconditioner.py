@@ -1,4 +1,7 @@
-"""Which approximation of a matrix makes a good preconditioner for solves with that matrix?
+"""Which matrix preconditions which
+================================
+
+Which approximation of a matrix makes a good preconditioner for solves with that matrix?
 
 Conjugate gradients on (G + damping) x = b, where G is the generalised Gauss-Newton matrix (GGN) of a classifier and
 is known by its products alone. The preconditioner is another representation of G, solved with the same damping. We
@@ -8,6 +11,8 @@ count products with G until the residual is a millionth of b, before and after t
    layers, even with exact blocks, unless the damping is far below the mean eigenvalue; a low-rank approximation of G
    as a whole helps (its sketch takes 60 products more, but once, for all solves with any damping);
 2. for the parameters of each layer alone, where only the block counts: KFAC needs fewer products than nothing.
+
+::
 
     python examples/preconditioner.py            less than a minute
     python examples/preconditioner.py --small    the same code on less
@@ -57,6 +62,8 @@ STYLES = {
 Table = dict[str, list[int]]
 
 
+# %%
+# The classifier is a small MLP on the digits of scikit-learn.
 def digits(n: int) -> tuple[Tensor, Tensor]:
     """Images and labels."""
     data = load_digits()
@@ -78,6 +85,8 @@ def rows(F: PMat) -> Callable[[Tensor], Tensor]:
     return lambda v: F.mv(PFMapDense(F.layer_collection, v.unsqueeze(0))).to_torch()[0]
 
 
+# %%
+# ``solve(..., preconditioner=F)`` runs conjugate gradients. Here its products are counted.
 def count(G: PMat, preconditioner: PMat | None, damping: float) -> int:
     """The products with G in one solve: ``G.solve(b, damping, preconditioner=...)``, which does not tell."""
     b = torch.randn(1, G.size(0), generator=torch.Generator().manual_seed(1))
@@ -86,6 +95,8 @@ def count(G: PMat, preconditioner: PMat | None, damping: float) -> int:
     return cg(lambda v: product(v) + damping * v, b, preconditioner=precondition).products
 
 
+# %%
+# Every representation is tried with every damping.
 def compare(
     title: str,
     model: nn.Module,
@@ -109,6 +120,8 @@ def compare(
     return table
 
 
+# %%
+# The picture shows products against the damping.
 def draw(tables: dict[str, Table]) -> Path:
     columns = len(tables) // 2
     figure = Figure(figsize=(3 * columns, 6), layout="constrained", dpi=200)
@@ -127,6 +140,8 @@ def draw(tables: dict[str, Table]) -> Path:
     return path
 
 
+# %%
+# The comparison is made for all layers together, for each alone, before and after training.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the network is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,8 +1,13 @@
-"""How many weights of a trained net can go: by magnitude, by optimal brain damage, by optimal brain surgery.
+"""Pruning by curvature
+====================
+
+How many weights of a trained net can go: by magnitude, by optimal brain damage, by optimal brain surgery.
 
 Magnitude removes the smallest weights. Optimal brain damage (OBD) removes those that matter least to the loss, by the
 diagonal of its curvature. Optimal brain surgery (OBS) has the others make up for what is removed: the inverse of the
 curvature says how. Nothing is trained again. OBS goes in steps, with the curvature made anew for each.
+
+::
 
     python examples/pruning.py            half a minute
     python examples/pruning.py --small    the same code on less data
@@ -28,6 +33,8 @@ REGUL = 1e-4
 FRACTIONS = [0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05]
 
 
+# %%
+# A small MLP is trained on the digits of scikit-learn.
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
@@ -42,6 +49,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((model(x).argmax(1) == y).double().mean())
 
 
+# %%
+# ``saliency`` says how much the loss would rise. ``keep`` chooses what stays, and ``prune`` moves it.
 def pruned(method: str, model: nn.Module, x: Tensor, fraction: float) -> PVector:
     """The weights that are left of those that the model has."""
     w = PVector.from_model(model).clone().detach()
@@ -55,6 +64,8 @@ def pruned(method: str, model: nn.Module, x: Tensor, fraction: float) -> PVector
     return prune(F, w, keep(scores, fraction), REGUL)
 
 
+# %%
+# The picture shows accuracy against the share of weights that are left.
 def draw(curves: dict[str, list[float]], whole: float) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
     ax = figure.subplots()
@@ -70,6 +81,8 @@ def draw(curves: dict[str, list[float]], whole: float) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# Four methods prune the same trained net, without training it again.
 def main(small: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,10 +1,15 @@
-"""The spectrum of a network before and after training, from products of its Hessian with vectors.
+"""The spectrum before and after training
+======================================
+
+The spectrum of a network before and after training, from products of its Hessian with vectors.
 
 1. At initialisation the generalised Gauss-Newton matrix (GGN) of a classifier with C classes has C - 1 eigenvalues far
    above all others: one for each direction between the means of the classes (Papyan 2018, 1811.07062). We compute the
    top 12 and look for the gap.
 2. The density of all eigenvalues, by stochastic Lanczos quadrature, of the GGN and of the Hessian, before and after
    training. Both have a bulk near zero; the Hessian has negative eigenvalues too, mostly before training.
+
+::
 
     python examples/spectrum.py            less than a minute
     python examples/spectrum.py --small    the same code on less data
@@ -30,6 +35,8 @@ TOP = 12
 ZERO = 0.1  # what is nearer to zero, relative to the lowest eigenvalue, does not count as negative
 
 
+# %%
+# A small MLP is trained on the digits of scikit-learn.
 def digits(n: int) -> tuple[Tensor, Tensor]:
     """Images and labels."""
     data = load_digits()
@@ -46,6 +53,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
             optimizer.step()
 
 
+# %%
+# ``extreme_eigenpairs`` needs products with the matrix and nothing else, so ``PMatImplicit`` will do.
 def outliers(G: PMat) -> None:
     """Print the top eigenvalues, and the ratios between neighbours: the largest is the gap."""
     pairs = extreme_eigenpairs(G, TOP)
@@ -58,6 +67,8 @@ def outliers(G: PMat) -> None:
     print(f"  after C - 1 = {gap} eigenvalues: {l[gap - 1]:.4f} to {l[gap]:.4f}, a factor {ratios[gap - 1]:.2f}")
 
 
+# %%
+# Each number that comes from random vectors carries its standard error.
 def show(name: str, spectrum: Spectrum) -> None:
     trace = spectrum.trace()
     print(f"  {name:26} top {spectrum.outliers[0]:7.3f}   trace {trace.value:7.3f} +- {trace.error:.3f}", end="")
@@ -68,6 +79,8 @@ def show(name: str, spectrum: Spectrum) -> None:
     print(flush=True)
 
 
+# %%
+# Densities are computed for two matrices at two moments, and drawn on a linear and on a logarithmic axis.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the network is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,14 +1,19 @@
-"""Takeuchi's criterion: the loss on new data, from the training data alone, compared with exact leave-one-out.
+"""Takeuchi's criterion
+====================
+
+Takeuchi's criterion: the loss on new data, from the training data alone, compared with exact leave-one-out.
 
 Leaving example i out moves the optimum w by H^-1 g_i / n, with g_i the gradient of its loss and H the Hessian of the
 objective. To first order its loss then grows by g_i^T H^-1 g_i / n. In the mean over examples, with C the second moment
-of the g_i, this gives the criterion (Takeuchi 1976; Stone 1977 for its relation to leave-one-out)
+of the g_i, this gives the criterion (Takeuchi 1976; Stone 1977 for its relation to leave-one-out) ::
 
     training loss + tr(H^-1 C) / n.
 
 The model is a logistic regression with a ridge on the breast cancer data of scikit-learn. With no ridge and a model
 that is right, C is near H and the penalty near P / n, which is that of Akaike. To leave out exactly, all the models
 without one example are trained at once, by steps that use the same H.
+
+::
 
     python examples/takeuchi.py            some seconds
     python examples/takeuchi.py --small    the same code on less data
@@ -32,6 +37,8 @@ RIDGES = [0.3, 0.1, 0.03, 0.01, 0.003]
 SHOWN = 0.01  # the ridge of the left panel
 
 
+# %%
+# The data are the tumours of scikit-learn. The objective has a ridge.
 def tumours(n: int) -> tuple[Tensor, Tensor]:
     data = load_breast_cancer()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[:n]
@@ -43,6 +50,8 @@ def objective(model: nn.Module, x: Tensor, y: Tensor, ridge: float) -> Tensor:
     return bce(model(x), y) + ridge / 2 * PVector.from_model(model).norm() ** 2
 
 
+# %%
+# Training goes to the optimum, where the gradient vanishes.
 def train(model: nn.Module, x: Tensor, y: Tensor, ridge: float) -> None:
     """To the optimum, by L-BFGS."""
     options = {"max_iter": 1000, "tolerance_grad": 1e-12, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
@@ -57,6 +66,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, ridge: float) -> None:
     optimizer.step(closure)
 
 
+# %%
+# The truth: one model for each example that is left out, all trained at once.
 def leave_one_out(H: PMat, w: Tensor, x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, float]:
     """The loss on each example of the model trained on all others, and the norm of the largest gradient that is left.
 
@@ -77,6 +88,8 @@ def leave_one_out(H: PMat, w: Tensor, x: Tensor, y: Tensor, ridge: float) -> tup
     return bce((W * ones).sum(1), y.squeeze(1), reduction="none"), residual
 
 
+# %%
+# The picture compares the prediction with the truth, example by example and in the mean.
 def draw(points: tuple[Tensor, Tensor], curves: dict[str, list[float]]) -> None:
     figure = Figure(figsize=(8, 3.4), layout="constrained", dpi=200)
     left, right = figure.subplots(1, 2)
@@ -96,6 +109,8 @@ def draw(points: tuple[Tensor, Tensor], curves: dict[str, list[float]]) -> None:
     figure.savefig(PICTURE)
 
 
+# %%
+# The criterion needs one solve for each example, and their trace.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the model is so small that more threads mostly wait for each other
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""Calibration under label noise: variational training against Adam.
+"""Variational training under label noise
+======================================
+
+Calibration under label noise: variational training against Adam.
 
 A fifth of the 300 labels of digits that a small net is trained on are wrong. A net that has more parameters than
 examples learns these too, in the end, and becomes sure of what it predicts: the probabilities that Adam's net gives are
@@ -7,6 +10,8 @@ sure than it is right, and on the way from the one to the other it is calibrated
 find a distribution over weights, with a temperature of 0.1 that of a tempered posterior, and average the probabilities
 of nets drawn from it. VIOptimizer has a diagonal covariance or one of Kronecker products, for which one word changes;
 IVON has a diagonal one, estimated from the gradients.
+
+::
 
     python examples/variational.py            a minute or two
     python examples/variational.py --small    the same code, stopped early
@@ -36,6 +41,8 @@ N, NOISE, TEMPERATURE, DRAWS = 300, 0.2, 0.1, 32
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+# %%
+# A fifth of the training labels are drawn anew. The test labels are right.
 def digits(seed: int) -> Data:
     """Training data, a fifth of whose labels are drawn anew, and clean test data."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,6 +55,8 @@ def digits(seed: int) -> Data:
     return x[:N], noisy, x[N:], y[N:]
 
 
+# %%
+# The optimisers: one of first order, and three that train a distribution over weights.
 def net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -70,6 +79,8 @@ def vi(representation: type) -> Callable[[nn.Module], torch.optim.Optimizer]:
 METHODS = {"Adam": adam, "IVON": ivon, "VI, diagonal": vi(PMatDiag), "VI, KFAC": vi(PMatKFAC)}
 
 
+# %%
+# A variational step takes gradients at drawn weights; a prediction averages over draws.
 def step(opt: torch.optim.Optimizer, model: nn.Module, x: Tensor, y: Tensor) -> None:
     if isinstance(opt, torch.optim.Adam):
         opt.zero_grad()
@@ -94,6 +105,8 @@ def predicted(opt: torch.optim.Optimizer, model: nn.Module, x: Tensor) -> Tensor
     return total
 
 
+# %%
+# The calibration error is measured ten times during the training.
 def train(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, epochs: int) -> tuple[Tensor, list[float]]:
     """The predictions for the test data, and the calibration error after every tenth of the training."""
     x, y, x_test, y_test = digits(seed)
@@ -108,6 +121,8 @@ def train(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int, epochs:
     return predicted(opt, model, x_test), errors
 
 
+# %%
+# The picture shows calibration over time and at the end.
 def draw(predictions: dict[str, tuple[Tensor, Tensor]], errors: dict[str, list[float]], epochs: int) -> None:
     PICTURE.parent.mkdir(exist_ok=True)
     diagram = PICTURE.with_stem(PICTURE.stem + "_calibration")
@@ -123,6 +138,8 @@ def draw(predictions: dict[str, tuple[Tensor, Tensor]], errors: dict[str, list[f
     figure.savefig(PICTURE)
 
 
+# %%
+# All methods train the same net on the same labels.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the model is so small that more threads mostly wait for each other
     epochs, seeds = (10, 1) if small else (300, 2)

@@ -1,9 +1,14 @@
-"""A visual tour: three curvature matrices of a small convolutional network, side by side on one colour scale.
+"""Hessian, Gauss-Newton and empirical Fisher, side by side
+========================================================
+
+A visual tour: three curvature matrices of a small convolutional network, side by side on one colour scale.
 
 The generalised Gauss-Newton matrix (GGN), for the cross-entropy the Fisher matrix, is the Hessian less the second
 derivatives of the outputs, weighted by how far these are from the labels. Before training that is a large part of the
 Hessian, after it little. The empirical Fisher is the second moment of the gradients at the labels. Before training the
 labels could just as well be drawn from the model, and it is near the GGN; later it is smaller, as the gradients vanish.
+
+::
 
     python examples/visual_tour.py            less than a minute
     python examples/visual_tour.py --small    the same code on less data
@@ -26,6 +31,8 @@ from nngeometry.plot import plot_matrices
 PICTURE = Path(__file__).parent / "output" / "visual_tour.png"
 
 
+# %%
+# The network is smooth, so that its Hessian exists everywhere, and small, so that its matrices can be drawn.
 def digits(n: int) -> tuple[Tensor, Tensor]:
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[:n]
@@ -56,11 +63,15 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
             optimizer.step()
 
 
+# %%
+# The angle between two matrices takes three numbers: the trace of their product and their norms.
 def cosine(A: PMat, B: PMat) -> float:
     """Of the angle between two dense matrices."""
     return float((A @ B).trace() / (A.norm() * B.norm()))
 
 
+# %%
+# The three matrices differ in the function that makes them. The representation is the same.
 def compare(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, PMat]:
     """The three matrices, and a line for each."""
     matrices: dict[str, PMat] = {
@@ -79,6 +90,8 @@ def compare(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, PMat]:
     return matrices
 
 
+# %%
+# The matrices are drawn before and after training, on one colour scale.
 def main(small: bool) -> None:
     torch.set_num_threads(1)  # the network is so small that more threads mostly wait for each other
     torch.manual_seed(0)
