@@ -39,6 +39,7 @@ from nngeometry import (
     linalg,
 )
 from nngeometry.distributed import decompose, shard
+from nngeometry.optim import SecondOrderOptimizer, Stale
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
 from nngeometry.team import Team
 
@@ -488,6 +489,43 @@ def decomposed(group):
     raises(ValueError, "different matrices", lambda: decompose(own, group))
 
 
+def trained(group):
+    """Two processes, each with its part of every minibatch, train as one with all of it."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    loss = nn.CrossEntropyLoss()
+
+    def train(representation, matrix, group, refresh):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+        own = slice(rank, None, size) if group is not None else slice(None)
+        loss_of = {} if matrix is FIM else {"loss": nn.CrossEntropyLoss(reduction="none")}
+        optimizer = SecondOrderOptimizer(
+            model, representation, matrix, lr=0.3, damping=0.05, refresh=refresh, process_group=group, **loss_of
+        )
+        for k in range(5):
+            batch = slice(8 * (k % 3), 8 * (k % 3) + 8)
+            mine = x[batch][own], y[batch][own]
+            optimizer.zero_grad()
+            loss(model(mine[0]), mine[1]).backward()
+            for p in model.parameters() if group is not None else ():
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= size
+            optimizer.observe(mine)
+            optimizer.step()
+        return PVector.from_model(model).detach().to_torch(), optimizer
+
+    for representation in (PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC, PMatEKFAC):
+        for matrix in (FIM, EmpiricalFisher):
+            refresh = Stale() if representation is PMatKFAC else 2
+            one, _ = train(representation, matrix, None, refresh)
+            w, optimizer = train(representation, matrix, group, refresh)
+            assert relative(w, one) < 1e-10, (representation, matrix)
+            assert same_on_all(group, w)
+            assert same_on_all(group, optimizer.matrix.to_torch())
+
+
 def tried(group):
     """What would be wrong raises on all ranks alike, and what is right works."""
     rank = dist.get_rank(group)
@@ -533,6 +571,7 @@ BY_TWO = {
     "products": products,
     "decompositions": decomposed,
     "tried": tried,
+    "trained": trained,
     "collectives": counted,
     "refused": refused,
     "wrapped": wrapped,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..blocks import Block, DirectSum, Part, Regul, Solver
 from ..blocks.base import Map
 from ..changes import no_grad
 from ..object.pmat import PMat, RegulLike
+from ..owners import decompose
 from .refresh import Memory, Refresh
 
 
@@ -103,12 +104,16 @@ class Running:
             count = len(self._running.estimation.groups)
             self._memories, self._new = [{} for _ in range(count)], [True] * count
         parts = list(self._parts)
-        for k, memory in enumerate(self._memories):
-            if self._new[k] and (not self._parts or self._refresh.due(step, memory)):
-                part, decomposed = self._renewed(k, step, memory)
-                parts[k : k + 1] = [part]
-                self._new[k] = False
-                self.decomposed += decomposed
+        due = [
+            k
+            for k, memory in enumerate(self._memories)
+            if self._new[k] and (not self._parts or self._refresh.due(step, memory))
+        ]
+        for k, statistic in zip(due, self._statistics(due), strict=True):
+            part, decomposed = self._renewed(k, statistic, step, self._memories[k])
+            parts[k : k + 1] = [part]
+            self._new[k] = False
+            self.decomposed += decomposed
         self.steps += len(parts)
         if not self._parts or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
             self._take(parts)
@@ -117,16 +122,26 @@ class Running:
         self._parts = parts
         self._matrix = self._running.made_of(DirectSum(tuple(parts)))
 
-    def _renewed(self, k: int, step: int, memory: Memory) -> tuple[Part, float]:
+    def _statistics(self, due: list[int]) -> Iterator[Block]:
+        """What decompositions of blocks are of. Of several processes each makes some of the decompositions, unless they
+        are not made from scratch.
+        """
+        group, estimation = self._running.process_group, self._running.estimation
+        if group is None or self._factored or (self._refresh.spectral and self._parts):
+            return map(estimation.statistic, due)
+        with no_grad():
+            return iter(decompose([estimation.statistic(k) for k in due], group))
+
+    def _renewed(self, k: int, statistic: Block, step: int, memory: Memory) -> tuple[Part, float]:
         """One block as it is to be used from now on, and the share of it that was decomposed anew."""
         estimation = self._running.estimation
         basis = getattr(self._parts[k].block, "basis", None) if self._parts else None
         with no_grad():
             if not estimation.refines(k):
                 part = estimation.part(k)
-                block, decomposed = self._refresh.renew(part.block, basis, step, memory)
+                block, decomposed = self._refresh.renew(statistic, basis, step, memory)
             else:
-                found, decomposed = self._refresh.renew(estimation.statistic(k), basis, step, memory)
+                found, decomposed = self._refresh.renew(statistic, basis, step, memory)
                 turned = found.eig().basis  # type: ignore[attr-defined]
                 if self._parts and turned is not basis:  # at first the basis is that of what was seen
                     estimation.refine(k, turned)

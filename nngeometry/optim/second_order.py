@@ -16,6 +16,7 @@ from ..metrics import FIM_MonteCarlo
 from ..model import data
 from ..model.evaluator import State
 from ..object import PMat, PMatImplicit, PMatKFAC, PVector
+from ..team import Team
 from .damping import LevenbergMarquardt
 from .last import Last
 from .layered import LayeredOptimizer, options_for, parameters_of
@@ -70,7 +71,9 @@ class SecondOrderOptimizer(LayeredOptimizer):
             one, by Cholesky: cheaper and only approximately what damping is otherwise.
         preconditioner: Of PMatImplicit: a representation whose running matrix guides the conjugate gradients.
         layer_collection: The layers that are preconditioned, by default all.
-        process_group: Of the matrix, where it is made by several processes.
+        process_group: Of ``torch.distributed``: each rank observes its own part of a minibatch, and has the gradient of
+            the whole as DistributedDataParallel leaves it. The ranks share out the decompositions, and all take the
+            step of the first one. By default this process is alone.
         **options: Of the matrix and the representation. Where the model has BatchNorm in training,
             ``batch_statistics=True`` is the default.
 
@@ -139,7 +142,14 @@ class SecondOrderOptimizer(LayeredOptimizer):
 
         options = options_for(matrix, model, options)
         if process_group is not None:
+            for name, given in (("lr='quadratic'", self.quadratic), ("LevenbergMarquardt", self.levenberg is not None)):
+                if given:
+                    raise NotImplementedError(
+                        f"process_group: {name} compares losses, of which each rank has those of its own examples: use "
+                        "a number"
+                    )
             options["process_group"] = process_group
+        self._team = Team(process_group)
         self._generator: torch.Generator | None = options.get("generator")
         implicit = representation is PMatImplicit
         for name, given in (("refresh=Rotated or Turned", self.refresh.spectral), ("PMatImplicit", implicit)):
@@ -265,7 +275,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
         fresh = self._take_observed()
         w = self._flat(self._parameters)
         g = self._penalised(w)
-        d = self._solved(g)
+        d = self._team.share(self._solved(g), 0, self._parameters[0].device)  # they differ by rounding
         model = self._model(g, fresh)
         lr, previous = self._of_layers("lr"), self._kept
         if model is not None and self.quadratic:
