@@ -268,7 +268,8 @@ def spectral_density(
     Args:
         F: The matrix, in any representation.
         steps: How many of Lanczos there are, by default 80; at most P are taken.
-        probes: How many random vectors, at least two, by default 10.
+        probes: How many random vectors, by default 10. With one, the spectrum as it is often drawn, errors are not a
+            number: nothing is known of them.
         outliers: So many eigenvalues of largest magnitude are computed first and removed, so that they are exact, and
             the bulk is resolved better; by default 0.
         generator: The source of the probes, by default torch's global one.
@@ -293,12 +294,12 @@ def spectral_density(
         (2018), 1811.07062, for the deflation.
     """
     arguments.instance("F", F, PMat, "pass a matrix, e.g. Hessian(model, loader, PMatImplicit, loss)")
-    for name, value, least in (("steps", steps, 1), ("probes", probes, 2), ("outliers", outliers, 0)):
+    for name, value, least in (("steps", steps, 1), ("probes", probes, 1), ("outliers", outliers, 0)):
         arguments.integer(f"spectral_density: {name}", value, least)
     arguments.generator(generator)
     size = F.size(0)
-    if steps < 1 or probes < 2:
-        raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 2, got {steps} and {probes}")
+    if steps < 1 or probes < 1:
+        raise ValueError(f"spectral_density: expected steps >= 1 and probes >= 1, got {steps} and {probes}")
     if not 0 <= outliers < size:
         raise ValueError(f"spectral_density: expected 0 <= outliers < {size}, got {outliers}")
     like, spent = F.like, 0

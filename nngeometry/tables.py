@@ -24,9 +24,11 @@ def as_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def number(value: float, error: float = 0.0) -> str:
-    """Four digits, with the standard error if there is one.
+    """Four digits, with the standard error if there is one; one that is not a number is said to be unknown.
 
     >>> number(3.14159), number(3.14159, 0.02)
     ('3.142', '3.142 ± 0.02')
     """
+    if error != error:
+        return f"{value:.4g} ± unknown"
     return f"{value:.4g}" + (f" ± {error:.1g}" if error else "")

@@ -519,8 +519,8 @@ def test_one_probe_is_refused(estimator):
         estimator(lambda v: v @ A, M, products=1, like=A[:0])
     with pytest.raises(ValueError, match="give products"):
         estimator(lambda v: v @ A, M, like=A[:0])
-    with pytest.raises(ValueError, match="at least two probes"):
-        slq(lambda v: v @ A, M, steps=10, probes=1, like=A[:0])
+    with pytest.raises(ValueError, match="at least one probe"):
+        slq(lambda v: v @ A, M, steps=10, probes=0, like=A[:0])
 
 
 def test_a_tolerance_is_reached_or_refused(estimator):

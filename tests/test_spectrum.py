@@ -271,7 +271,7 @@ def test_scipy_takes_a_matrix(H):
 # Errors
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"probes": 1}, {"outliers": -1}, {"outliers": 10_000}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"probes": 0}, {"outliers": -1}, {"outliers": 10_000}])
 def test_arguments_are_checked(H, options):
     with pytest.raises(ValueError, match="expected"):
         spectral_density(H, **options)
@@ -325,3 +325,24 @@ def test_a_picture_of_the_zero_matrix():
 def test_nothing_to_draw():
     with pytest.raises(ValueError, match="no spectrum"):
         plot_density({})
+
+
+def test_one_vector_has_no_error():
+    """The spectrum as one vector sees it: a quadrature of mass one, extreme Ritz values, and a table that says so."""
+    H = matrix("hessian-implicit")
+    l, size = exact(H), H.size(0)
+    one = spectral_density(H, steps=12, probes=1, generator=seeded())
+    assert one.nodes.shape == (1, 12)
+    assert float(one.weights.sum()) == pytest.approx(size)
+    table = one.table()
+    for name in ("largest", "smallest", "trace", "negative eigenvalues", "sum of negative eigenvalues"):
+        assert bool(table[name].value.isfinite())
+    assert bool(table["trace"].error.isnan())
+    assert float(table["largest"].error) == 0
+    assert float(table["trace per parameter"].value) == float(table["trace"].value) / size
+    assert "± unknown" in one._repr_html_()
+    grid, density, _ = one.density()
+    assert float(torch.trapezoid(density, grid)) == pytest.approx(1, abs=1e-3)
+    plot_density(one)
+    full = spectral_density(H, steps=size, probes=1, generator=seeded())
+    assert full.range() == pytest.approx((float(l.min()), float(l.max())), rel=1e-6)

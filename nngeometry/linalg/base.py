@@ -246,7 +246,7 @@ class Estimate(NamedTuple):
         value: The estimate.
         error: Its standard error, of the same shape, such that ``value +- 1.96 error`` is a 95 % interval (for few
             probes it is widened by Student's quantile: by 15 % with ten, by 3 % with fifty). It is zero where the value
-            is exact.
+            is exact, and not a number where one random vector tells nothing of it.
         products: How many vectors were multiplied with the matrix.
     """
 
@@ -263,7 +263,7 @@ class Estimate(NamedTuple):
 
 
 def mean_of(samples: Tensor, products: int) -> Estimate:
-    """The mean over the first axis, with its standard error.
+    """The mean over the first axis, with its standard error, which is not a number for one sample.
 
     Args:
         samples: Independent samples ``(n, ...)``.
@@ -274,6 +274,8 @@ def mean_of(samples: Tensor, products: int) -> Estimate:
         tensor(2.)
     """
     n = len(samples)
+    if n == 1:
+        return Estimate(samples[0], torch.full_like(samples[0], torch.nan), products)
     return Estimate(samples.mean(0), samples.std(0) * (widening(n) / n**0.5), products)
 
 

@@ -195,8 +195,8 @@ def slq(
         matvec: A, ``(k, p) -> (k, p)``.
         size: The number of its rows, p.
         steps: How many products there are for each probe.
-        probes: How many there are, at least two; at p or more of them all eigenvalues are computed instead, by p
-            products.
+        probes: How many there are; one has no standard error. At p or more of them all eigenvalues are computed
+            instead, by p products.
         sampler: What draws the probes, by default random signs.
         deflate: Orthonormal eigenvectors ``(m, p)`` to leave out, such as outliers known from :func:`eigsh`: the result
             is that of the matrix on the other p - m directions. A probe loses its share of those, so its total weight
@@ -208,7 +208,7 @@ def slq(
         The quadrature.
 
     Raises:
-        ValueError: For fewer than two probes or one step.
+        ValueError: For less than one probe or one step.
 
     Example:
         >>> l = torch.linspace(1, 2, 1000)
@@ -233,8 +233,8 @@ def slq(
         closed = torch.ones(1, dtype=torch.bool)
         lost = _rounding(values, like)
         return Quadrature(values, weights, free, size, (values, weights), closed, exact=True, rounding=lost)
-    if probes < 2:
-        raise ValueError("slq: an error needs at least two probes")
+    if probes < 1:
+        raise ValueError(f"slq: expected at least one probe, got {probes}")
 
     def off(rows: Tensor) -> Tensor:
         return rows if deflate is None else rows - (rows @ deflate.mT) @ deflate
