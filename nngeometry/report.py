@@ -482,6 +482,7 @@ def _pieces() -> Iterator[str]:
     yield "table{{font-size:.9rem;font-variant-numeric:tabular-nums}}"
     yield "th,td{{padding:.2rem .8rem .2rem 0;white-space:nowrap}}th{{border-bottom:1px solid #999}}"
     yield "td{{border-bottom:1px solid #eee}}pre{{white-space:pre-wrap;background:#f5f5f5;padding:.5rem}}"
+    yield "@media(max-width:40rem){{td:first-child{{white-space:normal;min-width:6rem}}th,td{{padding-right:.5rem}}}}"
     yield "</style></head><body><h1>{title}</h1>"
     yield "{body}"
     yield "</body></html>"
