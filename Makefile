@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types docs examples pictures package bench bench-small fuzz check clean
+.PHONY: demo test lint types docs examples pictures package bench bench-small zoo fuzz check clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +45,11 @@ bench: $(READY)
 
 bench-small: $(READY)
 	$(BIN)/python benchmarks/run.py --small
+
+# What torchvision's models cost in every verb, in an environment that has torchvision.
+ZOO ?= $(BIN)/python
+zoo:
+	PYTHONPATH=. $(ZOO) benchmarks/zoo.py
 
 # Random nets against plain loops, for that many minutes; the smallest failing cases become scripts in .fuzz.
 MINUTES ?= 10
