@@ -41,6 +41,10 @@ T = TypeVar("T")
 _SMALL_MODEL = 2**21
 
 
+class _DoesNotRun(Exception):
+    """A model failed while it was looked at."""
+
+
 @dataclass(frozen=True)
 class DryRun:
     """Two examples, what the model returned for them, and the bytes of all that it made on the way."""
@@ -308,11 +312,14 @@ class Evaluator:
                 whole = batch if among is None else data.take(batch, torch.arange(among))
                 f = self.outputs_of(whole).detach()
                 g = self.outputs_of(data.take(whole, torch.tensor(some))).detach()
-            except Exception:
-                return False
+            except Exception as error:
+                raise _DoesNotRun from error
             return same_up_to_rounding(g, f[list(some)], f)
 
-        return self.looked(alike)
+        try:
+            return self.looked(alike)
+        except _DoesNotRun:  # which is heard of when it matters
+            return False
 
     def looked(self, look: Callable[[], T]) -> T:
         """What a look at the model finds, at copies of all of its tensors: nothing of the user's is done anything to.
