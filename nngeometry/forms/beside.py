@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,28 +15,29 @@ from .outer import Outer
 
 @dataclass(frozen=True)
 class LinearMap:
-    """One of them: its form, of one group, and where its weight and its bias start in the flat parameters."""
+    """One of them: its form, and where its weight and its bias start in the flat parameters. It may have several groups
+    if it has no bias, whose weights follow one another.
+    """
 
     form: Outer
     weight: int
     bias: int | None
 
     def put(self, m: Tensor, out: Tensor) -> None:
-        """From its packed shape ``(..., 1, rows, cols)`` into flat parameters ``(..., p)``."""
-        m = m.squeeze(-3)
+        """From its packed shape ``(..., groups, rows, cols)`` into flat parameters ``(..., p)``."""
         if self.bias is not None:
-            out[..., self.bias : self.bias + m.shape[-2]] = m[..., -1]
+            out[..., self.bias : self.bias + m.shape[-2]] = m[..., 0, :, -1]
             m = m[..., :-1]
-        out[..., self.weight : self.weight + m.shape[-2] * m.shape[-1]] = m.flatten(-2)
+        out[..., self.weight : self.weight + prod(m.shape[-3:])] = m.flatten(-3)
 
     def take(self, v: Tensor) -> Tensor:
         """The inverse of :meth:`put`."""
-        _, rows, cols = self.form.shape
-        size = rows * (cols - (self.bias is not None))
-        m = v[..., self.weight : self.weight + size].unflatten(-1, (rows, -1))
-        if self.bias is not None:
-            m = torch.cat([m, v[..., self.bias : self.bias + rows].unsqueeze(-1)], -1)
-        return m.unsqueeze(-3)
+        groups, rows, cols = self.form.shape
+        size = groups * rows * (cols - (self.bias is not None))
+        m = v[..., self.weight : self.weight + size].unflatten(-1, (groups, rows, -1))
+        if self.bias is None:
+            return m
+        return torch.cat([m, v[..., self.bias : self.bias + rows].view(*m.shape[:-1], 1)], -1)
 
 
 class Beside(LayerJacobian):

@@ -385,7 +385,11 @@ def when_imported(name: str) -> Callable[[Callable[[], None]], Callable[[], None
 
 def _register_imported() -> None:
     for name in [name for name in _LATER if name in sys.modules]:
-        _LATER.pop(name)()
+        _LATER.pop(name, _nothing)()  # registering one comes here again
+
+
+def _nothing() -> None:
+    """For a package whose kinds are registered already."""
 
 
 def is_ours(found: Kind) -> bool:

@@ -177,7 +177,8 @@ def block_or_axes(layer: Layer) -> Estimator:
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         if fits(js[0]):
             return exact.observe(js, n)
-        return (by_maps if isinstance(js[0], Beside) else by_axes).observe(js, n)
+        one_group = isinstance(js[0], Beside) and all(m.form.shape[0] == 1 for m in js[0].maps)
+        return (by_maps if one_group else by_axes).observe(js, n)
 
     def add(state: State, js: Sequence[LayerJacobian], n: int) -> State:
         if _is_exact(state):
