@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from nngeometry import FIM, EmpiricalFisher, LayerCollection, PMatDense, PMatDiag, PMatKFAC
+from nngeometry import (
+    FIM,
+    EmpiricalFisher,
+    LayerCollection,
+    PMatDense,
+    PMatDiag,
+    PMatImplicit,
+    PMatKFAC,
+    PMatLowRank,
+    PVector,
+)
 from nngeometry.forms import Beside
 from nngeometry.generator import Generator, rowwise
 from nngeometry.likelihood import Gaussian
@@ -79,7 +89,7 @@ def test_form(x):
 def test_a_product_for_each_expert_where_the_block_does_not_fit(x):
     model = Net()
     M = oracle.fim(model, [(x,)], "classif_logits")
-    with memory_budget(4096):
+    with memory_budget(20000):
         F = FIM(model, (x,), PMatKFAC)
     at = F.layer_collection.slices()[NAME]
     found = F.block(NAME).to_torch()
@@ -88,3 +98,22 @@ def test_a_product_for_each_expert_where_the_block_does_not_fit(x):
         one = slice(k * p // E, (k + 1) * p // E)
         assert found[one, :p].abs().sum() == found[one, one].abs().sum()
         assert oracle.relative(found[one, one].trace(), M[at, at][one, one].trace()) < 1e-10
+
+
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj"])
+def test_some_are_frozen(x, frozen):
+    model = Net()
+    getattr(model.experts, frozen).requires_grad_(False)
+    M = oracle.fim(model, [(x,)], "classif_logits")
+    assert oracle.relative(FIM(model, (x,), PMatDense).to_torch(), M) < 1e-10
+    assert oracle.relative(FIM(model, (x,), PMatDiag).get_diag(), M.diagonal()) < 1e-10
+
+
+def test_all_representations(x):
+    model = Net()
+    M = oracle.fim(model, [(x,)], "classif_logits")
+    v = PVector.from_model(model)
+    for representation in (PMatLowRank, PMatImplicit):
+        F = FIM(model, (x,), representation)
+        assert oracle.relative(F.mv(v).to_torch(), M @ v.to_torch()) < 1e-10
+        assert oracle.relative(F.trace(), M.trace()) < 1e-10
