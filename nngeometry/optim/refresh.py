@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import arguments
 from ..blocks import Block, add
 
@@ -132,7 +134,11 @@ class Stale(Refresh):
 
     def _similar(self, x: Block, y: Block) -> bool:
         size = y.norm()
-        return bool(add(x, y, -1.0).norm() < self.alpha * size) or (not bool(size) and not bool(x.norm()))
+        if x.shape == y.shape:
+            difference = add(x, y, -1.0).norm()
+        else:  # of few examples a factor is held by its rows, of more of them as a matrix
+            difference = torch.linalg.vector_norm(x.to_dense() - y.to_dense())
+        return bool(difference < self.alpha * size) or (not bool(size) and not bool(x.norm()))
 
 
 @dataclass(frozen=True)
