@@ -84,7 +84,7 @@ class Dense(Block):
             raise NotImplementedError(
                 "the matrix is a product and not symmetric, so it has no eigendecomposition here: use to_torch()"
             )
-        l, q = _eigh(self.data)
+        l, q = eigh(self.data)
         return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
 
     def eig(self) -> Spectral:
@@ -222,12 +222,24 @@ class Dense(Block):
 Derived.dense = Dense
 
 
-def _eigh(m: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigendecomposition of symmetric matrices; in double precision where single precision does not converge."""
+def eigh(m: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigendecomposition of symmetric matrices; in double precision where single precision does not converge.
+
+    LAPACK says so by an error, or, of some matrices in single precision with many rows of zeros, as units that are
+    never active give, by eigenvalues that are not a number.
+    """
     try:
         l, q = torch.linalg.eigh(m)
+        failed = not bool((l.sum() + q.sum()).isfinite())
     except torch.linalg.LinAlgError:
+        failed = True
+    if failed:
         l, q = (t.to(m.dtype) for t in torch.linalg.eigh(m.double()))
+        if bool(m.isfinite().all()) and not bool((l.sum() + q.sum()).isfinite()):
+            raise torch.linalg.LinAlgError(
+                f"eigh: LAPACK gives no finite eigenvalues of a finite matrix {tuple(m.shape)}, nor in float64: use a "
+                "representation without decompositions, such as PMatDiag"
+            )
     return l, q
 
 

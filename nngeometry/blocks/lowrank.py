@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Block, Map
-from .dense import Dense
+from .dense import Dense, eigh
 from .spectral import Spectral
 
 
@@ -53,7 +53,7 @@ class LowRank(Block):
         if k >= p:
             return Dense(self.to_dense()).eig()
         q, r = torch.linalg.qr(self.rows.T)  # M = Q (R W R^T) Q^T
-        l, u = torch.linalg.eigh((r * self.weights) @ r.T)
+        l, u = eigh((r * self.weights) @ r.T)
         return Spectral(Dense(q @ u, (p,), into=tuple(l.shape)), l, l.new_zeros(()))
 
     def eig(self) -> Spectral:
