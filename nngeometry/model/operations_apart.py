@@ -118,11 +118,6 @@ _rule(
 )(lambda node, shape: _first(node, shape) if len(shape) > 3 else None)
 
 
-@_rule("ConvolutionBackward0", "NativeGroupNormBackward0")
-def _each_by_itself(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return _first(node, shape)
-
-
 @_rule("NativeBatchNormBackward0")
 def _held_statistics(node: Any, shape: torch.Size) -> Sequence[_From] | None:
     return None if node._saved_training else _first(node, shape)
@@ -138,7 +133,7 @@ def _addmm(node: Any, shape: torch.Size) -> Sequence[_From] | None:
     return [node.next_functions[1]] if _rows_of(shape)(node.next_functions[1]) else None
 
 
-_rule("MmBackward0")(_first)
+_rule("ConvolutionBackward0", "NativeGroupNormBackward0", "MmBackward0", "ExpandBackward0")(_first)
 
 
 @_rule("BmmBackward0", "ScaledDotProductFlashAttentionForCpuBackward0")
@@ -171,11 +166,6 @@ def _along_other_axes(node: Any, shape: torch.Size) -> Sequence[_From] | None:
 @_rule("PermuteBackward0")
 def _permute(node: Any, shape: torch.Size) -> Sequence[_From] | None:
     return node.next_functions if _signed(node._saved_dims[0]) % len(shape) == 0 else None
-
-
-@_rule("ExpandBackward0")
-def _expand(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return _first(node, shape)
 
 
 @_rule("ConstantPadNdBackward0")
