@@ -35,6 +35,12 @@ JOBS = {
     "kfac_first_solve": "the first solve with a KFAC that is built: its decomposition included",
     "kfac_solve_1": "a later solve with that KFAC, one right-hand side",
     "kfac_solve_320": "a later solve with that KFAC, 320 right-hand sides",
+    "ten_steps": "ten steps of training with KFAC, statistics in each, decomposed in the first",
+    "ten_steps_factored": "the same with factors that are damped one by one and inverted by Cholesky",
+    "ten_steps_turned": "the same with eigenvectors that are turned once by QR instead of decomposed",
+    "ten_steps_seldom": "ten steps of training with KFAC, statistics in the first alone, decomposed there",
+    "ten_steps_seldom_factored": "the same with factors that are damped one by one and inverted by Cholesky",
+    "ten_steps_seldom_turned": "the same with eigenvectors that are turned once by QR instead of decomposed",
     "jacobian": "of all outputs of all examples, as a tensor",
     "gram": "the tangent kernel between all outputs of all examples, in minibatches",
     "gram_one_batch": "the same with all examples in one minibatch",
@@ -45,6 +51,9 @@ REGUL = 1e-3
 
 #: The weight of the old in a running estimate.
 DECAY = 0.95
+
+#: Of training: added to the running matrix, and in how many steps it is decomposed once.
+DAMPING, CYCLE = 1e-3, 10
 
 #: Of Lanczos. The cost of such a job is that of all of them.
 STEPS = 20
@@ -280,6 +289,9 @@ _EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
 _GRAM = ("gram", "gram_one_batch")
 _SOLVES = ("kfac_first_solve", "kfac_solve_1", "kfac_solve_320")
 _PRODUCTS = tuple(job for job in JOBS if "product" in job)
+_TRAINING = tuple(job for job in JOBS if job.startswith("ten_steps"))
+#: Its minibatch.
+_STEPPED = dict.fromkeys(_TRAINING, (128, 128))
 
 SETTINGS = {
     "digits-mlp-small": Setting(
@@ -288,7 +300,7 @@ SETTINGS = {
         1797,
         256,
         small=64,
-        jobs=tuple(JOBS),
+        jobs=_without(*_TRAINING),
         subsets={"gram": (512, 128), "gram_one_batch": (512, 512), "accumulator_update": (64, 64)},
     ),
     "digits-mlp": Setting(
@@ -298,7 +310,7 @@ SETTINGS = {
         256,
         small=64,
         jobs=_without(*_EXACT_ENTRIES),
-        subsets={"gram": (256, 64), "gram_one_batch": (256, 256), "accumulator_update": (64, 64)},
+        subsets={"gram": (256, 64), "gram_one_batch": (256, 256), "accumulator_update": (64, 64)} | _STEPPED,
     ),
     "convnet": Setting(
         partial(_convnet, 10),
@@ -312,6 +324,7 @@ SETTINGS = {
             "gram": (256, 64),
             "gram_one_batch": (256, 256),
             "accumulator_update": (64, 64),
+            **_STEPPED,
         },
     ),
     "convnet-100": Setting(
@@ -320,10 +333,16 @@ SETTINGS = {
         256,
         64,
         small=6,
-        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_SOLVES, "spectral_density"),
+        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_SOLVES, *_TRAINING, "spectral_density"),
     ),
     "resnet18": Setting(
-        _resnet18, _noise_images, 32, 32, small=4, jobs=_without(*_EXACT_ENTRIES, *_GRAM, "kfac_solve_320")
+        _resnet18,
+        _noise_images,
+        32,
+        32,
+        small=4,
+        jobs=_without(*_EXACT_ENTRIES, *_GRAM, "kfac_solve_320"),
+        subsets=_STEPPED,
     ),
     "transformer": Setting(
         partial(_Transformer, vocabulary=1000, positions=64, width=256, depth=4, heads=4),

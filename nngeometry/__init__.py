@@ -3,7 +3,7 @@
 from .accumulator import Accumulator
 from .generator import Generator, rowwise
 from .gram import GramMatrix
-from .hessian import GGN, FiniteDifference, Hessian
+from .hessian import GGN, FiniteDifference, GGN_MonteCarlo, Hessian
 from .influence import Influence
 from .jacobian import Jacobian
 from .kinds import kind, whole
@@ -58,6 +58,7 @@ __all__ = [
     "FMatMemmap",
     "FVector",
     "FiniteDifference",
+    "GGN_MonteCarlo",
     "Gaussian",
     "Generator",
     "GradientCovariance",

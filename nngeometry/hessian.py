@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Operator
-from .generator import Generator, rowwise
+from .generator import Generator, one_by_one, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
 from .linearisation import Products, Total, hessian
@@ -27,6 +28,7 @@ from .object import PMat
 from .object.finite_difference import Differences
 from .reading import together
 from .spelling import positions
+from .team import common
 from .undivided import Undivided, UndividedLoss
 
 
@@ -163,6 +165,101 @@ def GGN(
         mean=known.mean,
     )
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
+
+
+@together
+@arguments.called_as
+def GGN_MonteCarlo(
+    model: nn.Module,
+    loader: Any,
+    representation: Representation,
+    loss: Loss | None = None,
+    *,
+    targets: Targets = None,
+    trials: int = 1,
+    generator: torch.Generator | None = None,
+    function: Callable[..., Any] | None = None,
+    layer_collection: LayerCollection | None = None,
+    batch_statistics: bool = False,
+    device: torch.device | str | None = None,
+    verbose: bool = False,
+    process_group: Any = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    keep_checkpoint: bool = False,
+    **options: Any,
+) -> Any:
+    """An estimate of the Gauss-Newton matrix from random vectors u, ``sum_x J^T u u^T J`` with E[u u^T] = H.
+
+    It costs as many backward passes as there are draws, whatever the number of outputs. For the cross entropy, u is the
+    gradient of the loss of labels that are drawn from the model, so that without padding, class weights and the like it
+    is :func:`~nngeometry.FIM_MonteCarlo`; for losses that compare element by element, random signs times the root of H.
+    Unlike that, it is in the units of the loss: a mean over tokens stays one, and tokens that are ignored do not count.
+
+    Args:
+        model: As in :func:`~nngeometry.GGN`.
+        loader: As in :func:`~nngeometry.GGN`.
+        representation: As in :func:`~nngeometry.GGN`.
+        loss: As in :func:`~nngeometry.GGN`.
+        targets: As in :func:`~nngeometry.GGN`.
+        trials: How many draws for each example, by default one.
+        generator: The source of randomness, by default torch's global one, of which one number is drawn.
+        function: As in :func:`~nngeometry.FIM`.
+        layer_collection: As in :func:`~nngeometry.FIM`.
+        batch_statistics: As in :func:`~nngeometry.FIM`.
+        device: As in :func:`~nngeometry.FIM`.
+        verbose: As in :func:`~nngeometry.FIM`.
+        process_group: As in :func:`~nngeometry.FIM`.
+        checkpoint: As in :func:`~nngeometry.FIM`.
+        every: As in :func:`~nngeometry.FIM`.
+        keep_checkpoint: As in :func:`~nngeometry.FIM`.
+        **options: As in :func:`~nngeometry.FIM`.
+
+    Returns:
+        The matrix, a PMat of the representation.
+
+    Raises:
+        ValueError: As :func:`~nngeometry.GGN`, and for fewer than one draw.
+
+    Example:
+        >>> from nngeometry import GGN_MonteCarlo, PMatDiag, TokenCrossEntropy
+        >>> model = nn.Embedding(10, 10)  # a bigram model
+        >>> tokens = torch.randint(10, (4, 6))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> G = GGN_MonteCarlo(model, (tokens,), PMatDiag, TokenCrossEntropy(shift=True), targets=0, generator=g)
+
+    Source: Martens (2014), 1412.1193; Dangel, Kunstner and Hennig (2020), 1912.10985.
+    """
+    arguments.call(model, loader, function, layer_collection, LayerCollection, device)
+    arguments.flag("batch_statistics", batch_statistics)
+    arguments.representation(representation, PMat, options, GGN_MonteCarlo, "plan")
+    arguments.loss(loss)
+    arguments.integer("trials", trials, least=1)
+    arguments.generator(generator)
+    lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
+    loss = nn.CrossEntropyLoss() if loss is None else loss
+    known, given = output_loss(loss), selected(targets)
+    weight = arguments.explaining(loss, known.weight)
+    drawn = torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device)
+
+    def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
+        draws = torch.Generator(f.device).manual_seed(position)
+        sample = partial(known.sample, trials=trials, generator=draws)
+        return arguments.explaining(loss, sample)(f, *given(batch))
+
+    source = Generator(
+        model,
+        lc,
+        one_by_one(cotangents),
+        function=function,
+        device=device,
+        verbose=verbose,
+        batch_statistics=batch_statistics,
+        weigh=lambda f, batch: weight(f, *given(batch)),
+        mean=known.mean,
+        seed=common(int(drawn), process_group),
+    )
+    return representation(layer_collection=lc, generator=source, examples=loader, **options)
 
 
 @together

@@ -49,7 +49,7 @@ class Tuning:
 
 
 #: Each number found by measuring the alternatives: docs/benchmarks.rst.
-CPU = Tuning(work_fraction=32, busy=1, panel_bytes=2**22, columns=208, large_product=10**9, few_operations=False)
+CPU = Tuning(work_fraction=32, busy=1, panel_bytes=2**22, columns=96, large_product=10**9, few_operations=False)
 #: To start an operation takes some ten microseconds, in which billions of multiplications are made.
 ACCELERATOR = Tuning(
     work_fraction=4, busy=4, panel_bytes=None, columns=2048, large_product=2 * 10**10, few_operations=True

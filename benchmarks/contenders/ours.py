@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import DECAY, PROBES, REGUL, STEPS, Task
+from settings import CYCLE, DAMPING, DECAY, PROBES, REGUL, STEPS, Task
+from torch import Tensor
+from torch.nn import functional as F
 
 import nngeometry
 from nngeometry import (
@@ -33,6 +35,7 @@ from nngeometry import (
     PVector,
 )
 from nngeometry.linalg import Density, lanczos
+from nngeometry.optim import SecondOrderOptimizer, Turned
 from nngeometry.spectrum import spectral_density
 
 VERSION = nngeometry.__version__
@@ -119,6 +122,38 @@ def _update(task: Task) -> Callable[[], float]:
     return update
 
 
+def _ten_steps(observe_every: int, refresh: Any = CYCLE, factored: bool = False) -> Callable[[Task], Callable[[], Any]]:
+    """Their length is zero, so that they are the same each time."""
+
+    def prepare(task: Task) -> Callable[[], Any]:
+        x, y = task.batches[0]
+        optimiser = SecondOrderOptimizer(
+            task.model,
+            lr=0.0,
+            damping=DAMPING,
+            decay=DECAY,
+            observe_every=observe_every,
+            refresh=refresh,
+            factored=factored,
+            layer_collection=_collection(task),
+        )
+
+        def steps() -> Tensor:
+            for _ in range(CYCLE):
+                optimiser.zero_grad()
+                loss = F.cross_entropy(task.model(x), y)
+                loss.backward()
+                optimiser.observe((x, y))
+                optimiser.step()
+            return loss.detach()
+
+        if isinstance(refresh, Turned):  # the first time there is nothing to turn
+            steps()
+        return steps
+
+    return prepare
+
+
 def _first_solve(task: Task) -> Callable[[], PVector]:
     matrix = _maker(task)(PMatKFAC)
     b = PVector(matrix.layer_collection, task.vectors())
@@ -155,6 +190,12 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "hessian_product_lanczos": _lanczos(Hessian),
     "spectral_density": _density,
     "accumulator_update": _update,
+    "ten_steps": _ten_steps(1),
+    "ten_steps_factored": _ten_steps(1, factored=True),
+    "ten_steps_turned": _ten_steps(1, Turned(CYCLE)),
+    "ten_steps_seldom": _ten_steps(CYCLE),
+    "ten_steps_seldom_factored": _ten_steps(CYCLE, factored=True),
+    "ten_steps_seldom_turned": _ten_steps(CYCLE, Turned(CYCLE)),
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,

@@ -277,6 +277,10 @@ class Block(ABC):
             )
         return (l + regul).log().sum()
 
+    def shows_semidefinite(self) -> bool:
+        """Whether it is seen without eigenvalues that none is negative by more than rounding."""
+        return self.definite
+
     def check_positive(self, regul: float = 0.0) -> None:
         """Raise ``ValueError`` if ``M + regul`` has an eigenvalue that is negative by more than rounding, as far as
         entries are known.

@@ -138,6 +138,10 @@ class Dense(Block):
 
         return solved
 
+    def shows_semidefinite(self) -> bool:
+        noise = self.numel * torch.finfo(self.dtype).eps * self.data.diagonal(dim1=-2, dim2=-1).max()
+        return self._cholesky(3 * float(noise)) is not None
+
     def check_positive(self, regul: float = 0.0) -> None:
         if self._cholesky(regul) is None:
             super().check_positive(regul)

@@ -64,6 +64,9 @@ class LowRank(Block):
         k, p = self.rows.shape
         return float(p) * min(k, p) ** 2
 
+    def shows_semidefinite(self) -> bool:
+        return bool((self.weights >= 0).all())
+
     def solve(self, V: Tensor, regul: float = 0.0) -> Tensor:
         return self.solver(regul)(V)
 

@@ -243,6 +243,9 @@ class Diag(Block):
     def in_basis(self, basis: Block | None, tolerance: float) -> tuple[Block, float]:
         return self, 0.0
 
+    def shows_semidefinite(self) -> bool:
+        return bool((self.d >= 0).all())
+
     def absolute(self) -> Diag:
         return Diag(self.d.abs())
 

@@ -95,6 +95,10 @@ class TokenCrossEntropy(OutputLoss):
         plain = Categorical(dim=-1).sqrt(f)
         return Cotangents(plain.count, lambda start, stop: plain.take(start, stop).mul_(factor))
 
+    def sample(self, f: Tensor, *targets: Any, trials: int, generator: torch.Generator) -> Cotangents:
+        factor = self._checked(f, *targets)[1].unsqueeze(-1).to(f.dtype)
+        return Cotangents.of(Categorical(dim=-1).sample(f, trials, generator).take(0, trials).mul_(factor))
+
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
         real = self._labels(f, *targets) != self.ignore_index
         return Categorical(dim=-1).hvp(f, u).mul_(real.unsqueeze(-1))

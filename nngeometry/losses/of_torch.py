@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..likelihood import Categorical, Cotangents, diagonal_cotangents
 from ..model.independence import altered
-from .output import OutputLoss
+from .output import OutputLoss, random_signs
 from .targets import check_count, check_range, class_indices, like_output, shape_of, variance_like
 
 
@@ -77,13 +77,20 @@ class _Elementwise(OfTorch):
         return self._family.curvature(self.loss, f, *self.aligned(f, *targets)).expand_as(f)
 
     def sqrt(self, f: Tensor, *targets: Any) -> Cotangents:
+        return diagonal_cotangents(self._root(f, *targets))
+
+    def sample(self, f: Tensor, *targets: Any, trials: int, generator: torch.Generator) -> Cotangents:
+        signs = random_signs((trials, *f.shape), f, generator)
+        return Cotangents.of(signs.mul_(self._root(f, *targets) / trials**0.5))
+
+    def _root(self, f: Tensor, *targets: Any) -> Tensor:
         h = self.curvature(f, *targets)
         if bool((h < 0).any()):
             raise ValueError(
                 f"loss: {self.name} has a negative second derivative in the output ({float(h.min()):.3g}) for targets "
                 "or weights out of its range, so the Gauss-Newton matrix is not positive semidefinite: use Hessian"
             )
-        return diagonal_cotangents(h.sqrt())
+        return h.sqrt()
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
         return self.curvature(f, *targets) * u
@@ -213,6 +220,10 @@ class _CrossEntropy(_Classes):
         factor = self._weights(f, *self.aligned(f, *targets))[0].sqrt().unsqueeze(1)
         plain = Categorical().sqrt(f)
         return Cotangents(plain.count, lambda start, stop: factor * plain.take(start, stop))
+
+    def sample(self, f: Tensor, *targets: Any, trials: int, generator: torch.Generator) -> Cotangents:
+        factor = self._weights(f, *self.aligned(f, *targets))[0].sqrt().unsqueeze(1)
+        return Cotangents.of(factor * Categorical().sample(f, trials, generator).take(0, trials))
 
     def hvp(self, f: Tensor, u: Tensor, *targets: Any) -> Tensor:
         return self._weights(f, *self.aligned(f, *targets))[0].unsqueeze(1) * Categorical().hvp(f, u)

@@ -111,10 +111,34 @@ class OutputLoss(ABC):
             k, lambda start, stop: torch.cat([hessian.root(part)[start:stop] for part in slices(n, fitting)], 1)
         )
 
+    def sample(self, f: Tensor, *targets: Any, trials: int, generator: torch.Generator) -> Cotangents:
+        """Random vectors u with E[u u^T] the Hessian of the sum, by default random signs on the columns of its root.
+
+        Args:
+            f: Outputs ``(n, *out)``.
+            *targets: What the loss receives beside them.
+            trials: How many for each example, which together count as one.
+            generator: The source of randomness, on the device of f.
+
+        Returns:
+            The vectors, each in the shape of f.
+        """
+        root, found = self.sqrt(f, *targets), f.new_zeros(trials, *f.shape)
+        for part in slices(root.count, max(1, budget(f.device) // (4 * f.numel() * f.element_size()))):
+            columns = root.take(part.start, part.stop).flatten(2)
+            signs = random_signs((trials, *columns.shape[:2]), f, generator)
+            found += torch.einsum("tcn,cnk->tnk", signs, columns).view_as(found)
+        return Cotangents.of(found / trials**0.5)
+
     def __call__(self, f: Tensor, *targets: Any) -> Tensor:
         """The loss of this minibatch."""
         total = self.total(f, *targets)
         return total / self.weight(f.detach(), *targets) if self.mean else total
+
+
+def random_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Ones and minus ones."""
+    return torch.randint(2, shape, generator=generator, device=like.device).mul_(2).sub_(1).to(like.dtype)
 
 
 class ByExample(OutputLoss):
