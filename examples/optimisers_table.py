@@ -9,7 +9,8 @@ One word between optimisers: steps to fit the digits, in every representation, a
    others.
 2. A larger one, 64-64-64-10 on minibatches of 128 with K-FAC, under several policies of refreshing: how many steps, and
    the share of them in which something was decomposed. ``Stale`` finds an interval for each factor of each layer;
-   ``Rotated`` decomposes when the old eigenvectors do not serve any more.
+   ``Rotated`` decomposes when the old eigenvectors do not serve any more. The share of ``Stale(0.1)`` is large in so
+   short a training, since its intervals have to grow first: it is 0.15 after 300 steps and 0.09 after 700.
 
 ::
 
@@ -33,11 +34,13 @@ from torch.nn.functional import cross_entropy
 
 from nngeometry import GGN, PMatBlockDiag, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC
 from nngeometry.optim import Rotated, SecondOrderOptimizer, Stale, Turned
+from nngeometry.plot import plot_intervals
 
-PICTURE = Path(__file__).parent / "output" / "optimisers_table.png"
+OUTPUT = Path(__file__).parent / "output"
 GOAL, MOST = 0.05, 150
 
-#: Tuned on seed 0, and the same for all but the last. (The rate of Adam is the best of 0.01, 0.02, 0.05, 0.1, 0.2.)
+#: Tuned on seed 0, and the same for all but the last. (The rate of Adam is the best of 0.01, 0.02, 0.05, 0.1, 0.2.
+#: With a rate of its own, 0.15, EKFAC takes 17 to 20 steps.)
 TUNED: dict[str, Any] = {"lr": 0.2, "damping": 0.005, "momentum": 0.5, "decay": 0.5, "refresh": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "Dense": {"representation": PMatDense},
@@ -51,7 +54,7 @@ POLICIES = {
     "every 10th": 10,
     "every 10th, one turn": Turned(10),
     "Stale(0.1)": Stale(0.1),
-    "Stale(0.3)": Stale(0.3),
+    "Stale(0.4)": Stale(0.4),
     "Rotated(0.1)": Rotated(0.1),
 }
 
@@ -139,25 +142,19 @@ def policies(seeds: list[int]) -> dict[str, list[Run]]:
 
 
 # %%
-# The picture shows both.
+# One picture shows both, the other the intervals that ``Stale`` has found.
 def draw(found: dict[str, list[Run]], refreshed: dict[str, list[Run]]) -> None:
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for ax, runs, title in ((left, found, "one word changed"), (middle, refreshed, "K-FAC, one policy changed")):
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = (found, "one word changed"), (refreshed, "K-FAC, one policy changed")
+    for ax, (runs, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for name, (run, *_) in runs.items():
             ax.semilogy(range(1, len(run.losses) + 1), run.losses, label=name)
         ax.axhline(GOAL, color="grey", linewidth=0.8, linestyle="dotted")
         ax.set(xlabel="steps", ylabel="cross-entropy", title=title, ylim=(GOAL / 2, 4))
         ax.legend(fontsize=8)
-    run = refreshed["Stale(0.3)"][0]
-    for layer in run.intervals[-1]:
-        for k, of in enumerate(("gradients", "inputs")):
-            line = [at[layer][k] for at in run.intervals]
-            right.semilogy(line, label=f"layer {layer}, {of}", drawstyle="steps-post", linestyle=("-", ":")[k])
-    right.set(xlabel="steps", title="intervals of Stale(0.3)")
-    right.legend(fontsize=8)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
+    OUTPUT.mkdir(exist_ok=True)
+    figure.savefig(OUTPUT / "optimisers_table.png", dpi=120)
+    plot_intervals(refreshed["Stale(0.4)"][0].intervals, OUTPUT / "optimisers_table_intervals.png")
 
 
 # %%
@@ -167,7 +164,7 @@ def main(small: bool) -> None:
     found = columns(seeds, ["Dense", "KFAC"] if small else list(SETTINGS))
     refreshed = policies(seeds)
     draw(found, refreshed)
-    print(f"\nPicture: {PICTURE}")
+    print(f"\nPictures: {OUTPUT}/optimisers_table*.png")
 
 
 if __name__ == "__main__":

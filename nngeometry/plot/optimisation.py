@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .style import COLOURS, PANEL, Figure, dressed, finished, legend, new_figure, require_matplotlib
 
@@ -42,8 +43,7 @@ def plot_optimisation(runs: Mapping[str, Mapping[str, Sequence[float]]], path: s
         for ax, x in zip(axes, (range(1, len(run["loss"]) + 1), run.get("seconds", ())), strict=False):
             ax.plot(x, run["loss"], color=COLOURS[k % len(COLOURS)], linestyle=_dashes(k), label=name, linewidth=1.2)
     for ax in axes:
-        if all(value > 0 for run in runs.values() for value in run["loss"]):
-            ax.set_yscale("log")
+        _log_if_positive(ax, [value for run in runs.values() for value in run["loss"]])
     legend(axes[0])
     return finished(figure, path)
 
@@ -128,10 +128,20 @@ def plot_damping(damping: Mapping[str, Sequence[float]], path: str | Path | None
             label=name,
             linewidth=1.2,
         )
-    if all(value > 0 for values in damping.values() for value in values):
-        ax.set_yscale("log")
+    _log_if_positive(ax, [value for values in damping.values() for value in values])
     legend(ax)
     return finished(figure, path)
+
+
+def _log_if_positive(ax: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis of what is positive, with numbers between powers of ten where there are few of these."""
+    if not all(value > 0 for value in values):
+        return
+    from matplotlib.ticker import LogFormatter
+
+    ax.set_yscale("log")
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _dashes(k: int) -> str:
