@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import oracle
 import pytest
@@ -203,6 +204,36 @@ def test_large_layers_take_the_moment_without_patches(padding, bias, cut):
     a = form.a.flatten(0, 1)
     assert count == len(a)
     torch.testing.assert_close(moment[0], a[:, 0].T @ a[:, 0])
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 2**22])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (partial(nn.Conv2d, kernel_size=3, padding=1), (6, 3, 6, 5)),
+        (partial(nn.Conv2d, kernel_size=(3, 2), stride=(2, 1), dilation=(1, 2), padding=2), (9, 2, 6, 5)),
+        (partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="reflect"), (6, 2, 6, 5)),
+        (partial(nn.Conv2d, kernel_size=(2, 3), padding="same", padding_mode="circular"), (6, 2, 6, 5)),
+        (partial(nn.Conv1d, kernel_size=4, stride=3, padding=2), (9, 2, 17)),
+        (partial(nn.Conv3d, kernel_size=2, padding=(1, 0, 1)), (5, 2, 3, 4, 4)),
+    ],
+)
+def test_moments_of_many_windows(make, shape, bias, panel_bytes, cut):
+    cut(replace(memory.CPU, panel_bytes=panel_bytes))
+    layer = make(shape[1], 3, bias=bias)
+    x = torch.randn(shape)
+    form = affine.conv(layer, layer(x).detach().unsqueeze(0), x)
+    assert form.moment is not None
+    a = form.a.flatten(0, 1)[:, 0]
+    for budget in (2**30, 2**10):
+        with memory_budget(budget):
+            moment, count = form.right_factor(False)
+            half, few = form.narrow(1, 3).right_factor(False)
+        assert (count, few) == (len(a), 2 * len(a) // len(x))
+        torch.testing.assert_close(moment[0], a.T @ a)
+        part = form.a[1:3].flatten(0, 1)[:, 0]
+        torch.testing.assert_close(half[0], part.T @ part)
 
 
 @pytest.mark.parametrize("positions", [(1, 1), (3, 2)])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..forms import Gather, LayerJacobian, Outer, moment_with_one
 from ..forms.autocorrelation import patch_moment
+from ..forms.windows import window_moment
 from ..memory import tuning
 from .kind import Packing, built_in, when_imported
 
@@ -63,7 +64,7 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
         return _patches(F.pad(x, pads, mode=mode), module, module.stride)
 
     cols = module.weight[0].numel() + (module.bias is not None)
-    return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads))
+    return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads, mode))
 
 
 def _pads(module: Any) -> list[int]:
@@ -74,22 +75,38 @@ def _pads(module: Any) -> list[int]:
     return [p for p in reversed(padding) for _ in range(2)]
 
 
-def _moment(module: Any, x: Tensor, pads: list[int]) -> Callable[[Tensor], Tensor] | None:
-    """The second moment of patches by autocorrelation, where it is that and that saves work."""
-    n = x.ndim - 2
-    plain = (1,) * n
-    if (module.stride, module.dilation, module.groups, module.padding_mode) != (plain, plain, 1, "zeros"):
+def _moment(module: Any, x: Tensor, pads: list[int], mode: str) -> Callable[[Tensor], Tensor] | None:
+    """The second moment of patches, by a way that is faster than making them as they are: by autocorrelation, where it
+    is that and that saves work, otherwise from windows with channels last, where these are many.
+    """
+    if module.groups > 1 or max(module.kernel_size) == 1:
         return None
+    n, kernel, bias = x.ndim - 2, module.kernel_size, module.bias is not None
     padding = [(pads[2 * k], pads[2 * k + 1]) for k in reversed(range(n))]
-    sizes = [m + a + b - k + 1 for m, (a, b), k in zip(x.shape[2:], padding, module.kernel_size, strict=True)]
-    if max(module.kernel_size) == 1 or min(sizes) < 2:
+    each = zip(x.shape[2:], padding, kernel, module.stride, module.dilation, strict=True)
+    sizes = [(m + a + b - d * (k - 1) - 1) // s + 1 for m, (a, b), k, s, d in each]
+    cols, positions = x.shape[1] * prod(kernel), prod(sizes)
+    if _correlates(module, x, sizes) and len(x) * positions * cols**2 >= tuning(x.device).large_product:
+        return lambda inputs: patch_moment(inputs, kernel, padding, bias).unsqueeze(0)
+    few = x.shape[1] == 1 or len(x) * positions < _MANY_WINDOWS * cols
+    if few or not tuning(x.device).has_cache:
         return None
-    if module.kernel_size[0] == 1 and tuning(x.device).few_operations:  # the axis along which it would be done
-        return None
-    bias = module.bias is not None
-    if len(x) * prod(sizes) * (x.shape[1] * prod(module.kernel_size)) ** 2 < tuning(x.device).large_product:
-        return None
-    return lambda inputs: patch_moment(inputs, module.kernel_size, padding, bias).unsqueeze(0)
+    return lambda inputs: window_moment(
+        F.pad(inputs, pads, mode=mode), kernel, module.stride, module.dilation, positions, bias
+    )
+
+
+#: From how many windows for each entry of one on their moment, which is put in order at the end, is not what costs.
+_MANY_WINDOWS = 2
+
+
+def _correlates(module: Any, x: Tensor, sizes: list[int]) -> bool:
+    """Whether the second moment of patches is an autocorrelation of the input."""
+    plain = (1,) * len(sizes)
+    if (module.stride, module.dilation, module.padding_mode) != (plain, plain, "zeros") or min(sizes) < 2:
+        return False
+    # The first axis is the one along which it would be done.
+    return module.kernel_size[0] > 1 or not tuning(x.device).few_operations
 
 
 def _conv_transpose_packing(module: Any, bias: bool) -> Packing:
