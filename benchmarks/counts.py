@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from settings import ALL, PROBES, STEPS
+from settings import ALL, CYCLE, PROBES, STEPS
 from torch import nn
 
 
@@ -101,6 +101,14 @@ class Work:
         """Derivatives of what is passed forward, of what is passed back, and of the gradient."""
         return 2 * self.forward + 4 * self.back
 
+    def steps(self, observed: int, solve: int, refresh: int) -> float:
+        """Some steps of training, in so many of which there are statistics. solve: how often the two factors of a layer
+        are multiplied with its gradient. refresh: what a decomposition takes, in cubes of its size.
+        """
+        solved = sum(solve * p.entries * (p.rows + p.cols) for p in self.layers) / self.examples
+        refreshed = sum(refresh * (p.rows**3 + p.cols**3) for p in self.layers) / self.examples
+        return CYCLE * (self.gradient + solved) + observed * self.kfac(1) + refreshed
+
 
 #: For one example.
 COUNTS: dict[str, Callable[[Work], float]] = {
@@ -120,6 +128,12 @@ COUNTS: dict[str, Callable[[Work], float]] = {
     "hessian_product": lambda w: w.forward + w.back + w.hessian,
     "hessian_product_lanczos": lambda w: w.forward + w.back + STEPS * w.hessian,
     "spectral_density": lambda w: w.forward + PROBES * STEPS * w.product,
+    "ten_steps": lambda w: w.steps(CYCLE, 2, 10),
+    "ten_steps_factored": lambda w: w.steps(CYCLE, 1, 1),
+    "ten_steps_turned": lambda w: w.steps(CYCLE, 2, 5),
+    "ten_steps_seldom": lambda w: w.steps(1, 2, 10),
+    "ten_steps_seldom_factored": lambda w: w.steps(1, 1, 1),
+    "ten_steps_seldom_turned": lambda w: w.steps(1, 2, 5),
     "jacobian": lambda w: w.jacobian(w.cotangents + 1),
 }
 
