@@ -92,6 +92,12 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     return state
 
 
+def mapped(path: Path) -> dict[str, Any]:
+    """The state in a file that :func:`read` has looked at, whose tensors are read from disk where they are used."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+    return state
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 

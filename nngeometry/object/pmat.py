@@ -24,6 +24,7 @@ from ..tables import as_html
 from . import old_arguments, tensors
 from .arithmetic import VectorSpace
 from .map import PFMap, PFMapDense
+from .offload import offloaded
 from .regul import Relative, regul_number
 from .saved import FORMAT, check_whole, read
 from .vector import FlatArray, PVector, check_same_space
@@ -712,6 +713,36 @@ class PMat(VectorSpace):
         return PMat.from_state(
             saved, f"PMat.load: {path} cannot be read", f"PMat.load: the matrix in {path} is damaged"
         )
+
+    def offload(self, folder: str | Path) -> Self:
+        """The same matrix, decomposed, with what it holds on disk: for decompositions that do not fit memory.
+
+        Blocks are decomposed one at a time, as :meth:`solve` needs them, and written to a file each, which is mapped
+        into memory: the system reads what is in use and lets go of it. Where the program was stopped, the same call
+        goes on with the blocks that are missing. The files have to stay while the matrix is used.
+
+        Args:
+            folder: Where the files are, ``0.block``, ``1.block``, ...; it is made if there is none.
+
+        Returns:
+            The matrix, whose blocks are decompositions. Let go of the one that it was made of.
+
+        Raises:
+            NotImplementedError: For a matrix that is known by its products alone, or on an accelerator.
+            ValueError: If there are files of another matrix.
+            OSError: If there is no room.
+
+        Example:
+            >>> import tempfile
+            >>> from nngeometry import FIM, PMatKFAC, PVector
+            >>> model = torch.nn.Linear(4, 3)
+            >>> F, v = FIM(model, (torch.randn(20, 4),), PMatKFAC), PVector.from_model(model)
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> bool(torch.allclose(F.offload(folder.name).vTMv(v), F.vTMv(v), rtol=1e-4))
+            True
+            >>> folder.cleanup()
+        """
+        return self._rebuild(offloaded(self.root, folder))
 
     def __getstate__(self) -> dict[str, Any]:
         held = {"_held": None, "_root": self.root}  # tensors that were read stay with the matrix that they were read of
