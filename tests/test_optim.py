@@ -727,6 +727,24 @@ def test_turns_tend_to_the_decomposition(representation):
     assert opt.refresh_fraction == pytest.approx(1 / 61)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_turns_keep_a_decomposition_of_what_stays_and_follow_what_moves(rank, dtype):
+    """Also where eigenvalues are zero, or orders of magnitude apart."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, rank, 8, generator=g) * torch.logspace(0, -3, rank).unsqueeze(-1)
+    block = Dense((rows.mT @ rows).to(dtype))
+    turned, exact = block.eig(), block.to_dense()
+    for _ in range(10):
+        turned = block.turned(turned.basis)
+        assert oracle.relative(turned.to_dense(), exact) < 100 * torch.finfo(dtype).eps
+    for _ in range(10):
+        rows = rows + 0.02 * torch.randn(rows.shape, generator=g) * torch.logspace(0, -3, rank).unsqueeze(-1)
+        block = Dense((rows.mT @ rows).to(dtype))
+        turned = block.turned(turned.basis)
+        assert oracle.relative(turned.to_dense(), block.to_dense()) < 0.05
+
+
 def test_a_schedule():
     model, data = net(), batches(*[8] * 12)
     opt = made(model, refresh=lambda step: 1 if step < 4 else 3)

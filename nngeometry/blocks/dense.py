@@ -160,7 +160,11 @@ class Dense(Block):
     def turned(self, basis: Block | None) -> Block:
         if not self._spans(basis):
             return self.decomposed()
-        q = torch.linalg.qr(self.data @ basis.data).Q  # type: ignore[union-attr]
+        columns = self.data @ basis.data  # type: ignore[union-attr]
+        # the largest come first: those of small eigenvalues are rounding, which must not be what others are made
+        # orthogonal to
+        order = (basis.data * columns).sum(-2).argsort(dim=-1, descending=True)  # type: ignore[union-attr]
+        q = torch.linalg.qr(columns.take_along_dim(order.unsqueeze(-2), -1)).Q
         l = (q * (self.data @ q)).sum(-2)
         return Spectral(Dense(q, self.shape, into=tuple(l.shape)), l, l.new_zeros(()))
 
