@@ -396,8 +396,10 @@ def _differentiable(gradient: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
 
 
 def _shares(V: Tensor, params: Sequence[Tensor], wanted: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-    """The shares of flat rows ``(k, P)`` that belong to the wanted parameters, ``(k, *shape)`` each."""
-    pieces = V.split([p.numel() for p in params], 1)
+    """The shares of flat rows ``(k, P)`` that belong to the wanted parameters, ``(k, *shape)`` each. The entries of a
+    row lie side by side: kernels of torch take that for granted without a look (that of batch normalisation).
+    """
+    pieces = V.contiguous().split([p.numel() for p in params], 1)
     return [pieces[k].reshape(-1, *params[k].shape) for k, _ in wanted]
 
 

@@ -187,3 +187,31 @@ def test_mixing_is_seen_when_the_first_minibatch_has_one_example():
     model, x = Flipped().double(), torch.randn(3, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="depends on the others"):
         FIM(model, [(x[:1],), (x[1:],)], PMatDense, "regression")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("matrix", [GGN, Hessian])
+def test_vectors_that_are_columns(matrix, order, size):
+    """Torch's kernel of batch normalisation reads beside weights whose entries do not lie side by side, and so it did
+    with tangents of them: products with columns of a matrix, as eigenvectors are, were wrong by some per cent.
+    """
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.Flatten()
+    )
+    model = randomise(nn.Sequential(model, nn.Linear(3 * size * size, 3))).eval()
+    x = torch.randn(5, 2, size, size).contiguous(memory_format=order), torch.randint(3, (5,))
+    F = matrix(model, [x], PMatImplicit)
+    columns = torch.randn(F.size(0), 2)
+    rows = columns.mT.contiguous()
+    assert oracle.relative(F.matvec(columns.mT), F.matvec(rows)) < 1e-12
+    column = PVector(F.layer_collection, columns[:, 1])
+    assert oracle.relative(F.mv(column).to_torch(), F.matvec(rows)[1]) < 1e-12
+    J = Jacobian(model, [x], representation=PFMapImplicit)
+    assert oracle.relative((J @ column).to_torch(), (J @ PVector(F.layer_collection, rows[1])).to_torch()) < 1e-12
+    if matrix is Hessian:  # against plain loops
+        ps = list(model.parameters())
+        loss = nn.functional.cross_entropy(model(x[0].contiguous()), x[1])
+        g = torch.cat([d.flatten() for d in torch.autograd.grad(loss, ps, create_graph=True)])
+        Hv = torch.cat([d.flatten() for d in torch.autograd.grad(g @ rows[1], ps)])
+        assert oracle.relative(F.mv(column).to_torch(), Hv) < 1e-10

@@ -784,3 +784,22 @@ def test_orthonormal_rows_add_just_what_is_new():
     assert float((both @ both.T - torch.eye(8)).abs().max()) < 1e-14
     assert float((fresh - fresh @ both.T @ both).abs().max()) < 1e-13
     assert len(orthonormal_rows(basis, basis)) == 0
+
+
+def test_pairs_of_rows_of_many_sizes_in_single_precision():
+    """Sums of their squares in float32 are off by 1e-5, more than the tolerance: the search for pairs did not end."""
+    size = 50_000
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, size, generator=g, dtype=torch.float32)
+    rows[:, 64:] *= 3e-4
+    exact = rows.double().norm(dim=1)
+    assert float((base.norms(rows) / exact - 1).abs().max()) < 3e-6
+    basis = orthonormal_rows(rows)
+    assert float((basis.double().norm(dim=1) - 1).abs().max()) < 3e-6
+    values, vectors = torch.tensor([1000.0, 300.0, 100.0]), basis.double()
+
+    def product(V):
+        return ((V.double() @ vectors.mT * values) @ vectors + 1e-2 * V).to(V)
+
+    found = eigsh(product, size, 3, like=rows[:0], max_products=200)
+    assert float(((found.values - 1e-2) / values - 1).abs().max()) < 1e-5

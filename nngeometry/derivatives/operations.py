@@ -260,6 +260,7 @@ class FixedNorm(Operation):
         x, w, _ = saved
         if len(x) == 1:  # whose order in memory torch gets wrong: composites.normalised
             x, cotangent = x.contiguous(), cotangent.contiguous()
+        w = None if w is None else w.contiguous()  # or a kernel of torch reads beside it, in channels_last
         # Statistics of the batch there are none of, which elsewhere than on a CPU must be there and empty.
         at_least_single = torch.promote_types(x.dtype, torch.float32)
         none = None if x.device.type == "cpu" else x.new_empty(0, dtype=at_least_single)

@@ -14,8 +14,10 @@ from ..team import SENT
 
 #: A matrix as a function of rows, ``(k, p) -> (k, p)``, for any k.
 Matvec = Callable[[Tensor], Tensor]
-#: Entries of a row at a time in sums over rows; those of such pieces are added in float64.
+#: Entries of a row at a time in sums over rows, as many as stay in a cache.
 _PIECE = 2**16
+#: Entries whose products are added in the precision of the rows.
+_FEW = 2**11
 #: A way to draw probes: ``sampler(count, size, like=, generator=)``.
 Sampler = Callable[..., Tensor]
 
@@ -95,7 +97,8 @@ def _drawn(rows: Tensor) -> Tensor:
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products of rows, summed in float64: a sum over ten million entries in float32 is off by 1e-4.
+    """Inner products of rows, summed in float64: a sum over ten million entries in float32 is off by 1e-4, and so is
+    one over fifty thousand of many sizes.
 
     Args:
         one: Rows ``(..., k, p)``.
@@ -108,29 +111,32 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
         >>> inner(torch.ones(1, 3), torch.ones(2, 3))
         tensor([[3., 3.]], dtype=torch.float64)
     """
-    if one.ndim > 2 and not tuning(one.device).has_cache:  # several axes in front cannot be multiplied without copies
+    if one.ndim > 2:  # several axes in front cannot be multiplied without copies
         return torch.stack([inner(a, b) for a, b in zip(one, other, strict=True)])
-    sums = [a @ b.mT for a, b in zip(_pieces(one), _pieces(other), strict=True)]
-    return _added(sums, one.ndim).sum(0)
+    if not tuning(one.device).has_cache:
+        return _added(one, other, _PIECE)
+    pieces = zip(one.split(_PIECE, -1), other.split(_PIECE, -1), strict=True)
+    return sum((_added(a, b, _FEW) for a, b in pieces), torch.zeros(len(one), len(other), dtype=torch.float64))
+
+
+def _added(one: Tensor, other: Tensor, few: int) -> Tensor:
+    """``one @ other^T`` of two axes, few entries of a row at a time in their precision, and these in float64."""
+    n = one.shape[1] // few
+    if n < 2:
+        return (one @ other.mT).cpu().double()
+    a, b = (rows[:, : n * few].unflatten(1, (n, few)).movedim(1, 0) for rows in (one, other))
+    rest = (one[:, n * few :] @ other[:, n * few :].mT).cpu().double()
+    return rest + torch.bmm(a, b.mT).cpu().double().sum(0)
 
 
 def norms(rows: Tensor) -> Tensor:
-    """The norm of each row, ``(..., p) -> (...)``, summed in float64, on the CPU."""
-    sums = [torch.linalg.vector_norm(piece, dim=-1) for piece in _pieces(rows)]
-    return torch.linalg.vector_norm(_added(sums, rows.ndim - 1), dim=0)
-
-
-def _pieces(rows: Tensor) -> list[Tensor]:
-    """A few entries of all rows at a time where they stay in a cache; elsewhere ``(n, ..., few)`` and what is left."""
-    if tuning(rows.device).has_cache:
-        return list(rows.split(_PIECE, -1))
-    n = rows.shape[-1] // _PIECE
-    return [rows[..., : n * _PIECE].unflatten(-1, (n, _PIECE)).movedim(-2, 0), rows[..., n * _PIECE :]]
-
-
-def _added(sums: Sequence[Tensor], axes: int) -> Tensor:
-    """What was found for each piece, of so many axes, or for several at once: ``(pieces, ...)`` in float64."""
-    return torch.cat([s if s.ndim > axes else s.unsqueeze(0) for s in sums]).cpu().double()
+    """The norm of each row, ``(..., p) -> (...)``, on the CPU: of few entries at a time in the precision of the rows,
+    and of these in float64. A sum of squares of many sizes is off by 1e-5 in float32 where there are some thousands.
+    """
+    n = rows.shape[-1] // _FEW
+    parts = [rows[..., : n * _FEW].unflatten(-1, (n, _FEW)), rows[..., n * _FEW :].unsqueeze(-2)]
+    sums = torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts], -1)
+    return torch.linalg.vector_norm(sums.cpu().double(), dim=-1)
 
 
 def subtract(rows: Tensor, weights: Tensor, basis: Tensor) -> None:
@@ -196,7 +202,8 @@ def orthonormal_rows(rows: Tensor, basis: Tensor | None = None, floor: float = 0
         u, s, _ = torch.linalg.svd(r, full_matrices=False)
         # What the second turn still shortens was rounding error along the basis.
         out = (q @ u[:, s > (0.5 if turn else floor)]).mT
-    return out
+    # LAPACK sums squares in the precision of the rows.
+    return out / norms(out).unsqueeze(-1).to(out) if len(out) else out
 
 
 def nystrom_factor(probes: Tensor, images: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -17,12 +17,17 @@ _PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
 )
 
 
-def plot_history(columns: Mapping[str, Sequence[Any]], path: str | Path | None = None) -> Figure:
+def plot_history(
+    columns: Mapping[str, Sequence[Any]] | Mapping[str, Mapping[str, Sequence[Any]]], path: str | Path | None = None
+) -> Figure:
     """Loss, accuracy, norms of gradients and weights, and learning rate against epochs.
 
+    Of several trainings, each has its colour, and what is of test data, or of the weights, is dashed.
+
     Args:
-        columns: From names to values, None where an epoch has none, as a :class:`~nngeometry.training.History` has
-            them; "epoch" says where, other names are as there.
+        columns: From names to values, None where an epoch has none, as ``history.columns()`` of a
+            :class:`~nngeometry.training.History` has them; "epoch" says where, other names are as there. Of several
+            trainings from their names to such columns.
         path: Where to save the picture, in the format that its ending names.
 
     Returns:
@@ -33,29 +38,44 @@ def plot_history(columns: Mapping[str, Sequence[Any]], path: str | Path | None =
         ImportError: Without matplotlib.
 
     Example:
-        >>> figure = plot_history({"epoch": [1, 2], "loss": [1.0, 0.5], "test_loss": [None, 0.6]})
-        >>> [ax.get_title() for ax in figure.axes]
+        >>> one = {"epoch": [1, 2], "loss": [1.0, 0.5], "test_loss": [None, 0.6]}
+        >>> [ax.get_title() for ax in plot_history(one).axes]
         ['loss']
+        >>> figure = plot_history({"SGD": one, "Adam": one})
+        >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+        ['SGD', 'Adam', 'test']
     """
     require_matplotlib("plot_history")
-    panels = [panel for panel in _PANELS if any(_points(columns, name) for name in panel[2])]
+    several = bool(columns) and all(isinstance(of, Mapping) for of in columns.values())
+    runs: Mapping[str, Any] = columns if several else {"": columns}
+    panels = [panel for panel in _PANELS if any(_points(of, name) for of in runs.values() for name in panel[2])]
     if not panels:
         raise ValueError("plot_history: there is no epoch to draw")
     figure = new_figure(1.2 * PANEL * len(panels), PANEL)
     for k, (title, log, names) in enumerate(panels):
         ax = dressed(figure.add_subplot(1, len(panels), k + 1), title, "epoch")
-        positive = True
-        for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
-            points = _points(columns, name)
-            if points:
-                marker = "o" if len(points) < 30 and name.startswith("test") else None
+        positive, second = True, ""
+        for r, (run, of) in enumerate(runs.items()):
+            for c, (name, label) in enumerate(names.items()):
+                points = _points(of, name)
+                if not points:
+                    continue
                 ax.plot(
-                    *zip(*points, strict=True), color=colour, label=label, linewidth=1.2, marker=marker, markersize=3
+                    *zip(*points, strict=True),
+                    color=COLOURS[(r if several else c) % len(COLOURS)],
+                    label=label if not several else run if c == 0 else None,
+                    linewidth=1.2,
+                    linestyle="--" if several and c else "-",
+                    marker="o" if len(points) < 30 and name.startswith("test") else None,
+                    markersize=3,
                 )
                 positive = positive and all(value > 0 for _, value in points)
+                second = label if c else second
         if log and positive:
             ax.set_yscale("log")
-        if len(names) > 1:
+        if several and second:
+            ax.plot([], [], "--", color="grey", linewidth=1.2, label=second)
+        if several or len(names) > 1:
             legend(ax)
     return finished(figure, path)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import arguments
 from ..statistics import Trajectory
-from .style import COLOURS, PANEL, Figure, dressed, finished, grid_of, new_figure, require_matplotlib
+from .style import COLOURS, PANEL, Figure, dressed, finished, grid_of, legend, new_figure, require_matplotlib
 
 #: What is drawn unless it is said otherwise.
 _DRAWN = (
@@ -23,7 +24,7 @@ _DRAWN = (
 
 
 def plot_statistics(
-    trajectory: Trajectory,
+    trajectory: Trajectory | Mapping[str, Trajectory],
     path: str | Path | None = None,
     names: Sequence[str] = _DRAWN,
     ncols: int | None = None,
@@ -31,7 +32,7 @@ def plot_statistics(
     """Statistics against checkpoints, a panel for each; bars show plus or minus two standard errors.
 
     Args:
-        trajectory: From :func:`~nngeometry.statistics.loss_trajectory`.
+        trajectory: From :func:`~nngeometry.statistics.loss_trajectory`, one or several with the names of trainings.
         path: Where to save the picture.
         names: Which of its columns.
         ncols: Panels in a row, by default up to four.
@@ -53,25 +54,38 @@ def plot_statistics(
         ['trace', 'loss']
     """
     require_matplotlib("plot_statistics")
-    arguments.instance("trajectory", trajectory, Trajectory, "from loss_trajectory(model, checkpoints, loader)")
-    columns = trajectory.columns()
+    runs = dict(trajectory) if isinstance(trajectory, Mapping) else {"": trajectory}
+    for of in runs.values():
+        arguments.instance("trajectory", of, Trajectory, "from loss_trajectory(model, checkpoints, loader)")
+    if not runs:
+        raise ValueError("plot_statistics: there is nothing to draw")
+    columns = {run: of.columns() for run, of in runs.items()}
     for name in names:
-        if name not in columns:
-            raise ValueError(f"plot_statistics: there is no column {name!r}{arguments.near(name, columns)}")
-    where = list(trajectory.at)
-    numbers = all(isinstance(k, int | float) for k in where)
-    x = where if numbers else list(range(len(where)))
+        for run, of_run in columns.items():
+            if name not in of_run:
+                where = f" of {run}" if run else ""
+                raise ValueError(f"plot_statistics: there is no column {name!r}{where}{arguments.near(name, of_run)}")
+    points = list(dict.fromkeys(at for of in runs.values() for at in of.at))
+    numbers = all(isinstance(at, int | float) for at in points)
+    x: dict[Any, float] = {at: at if numbers else k for k, at in enumerate(points)}
     rows, per_row = grid_of(len(names), ncols)
     figure = new_figure(1.15 * PANEL * per_row, 0.85 * PANEL * rows)
     for k, name in enumerate(names):
         last = k >= len(names) - per_row
         title = name.replace("^2", "²")
         ax = dressed(figure.add_subplot(rows, per_row, k + 1), title, "epoch" if numbers and last else "")
-        values = [float(e.value) for e in columns[name]]
-        errors = [2 * float(e.error) for e in columns[name]]
-        ax.errorbar(x, values, errors, color=COLOURS[0], linewidth=1.2, marker="o", markersize=3, capsize=2)
+        every: list[float] = []
+        for (run, of), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+            values = [float(e.value) for e in columns[run][name]]
+            errors = [2 * float(e.error) for e in columns[run][name]]
+            places = [x[at] for at in of.at]
+            style = {"color": colour, "linewidth": 1.2, "marker": "o", "markersize": 3, "capsize": 2}
+            ax.errorbar(places, values, errors, label=run or None, **style)
+            every += values
         if not numbers:
-            ax.set_xticks(x, [str(w) for w in where], rotation=30)
-        if min(values) > 0 and max(values) > 10 * min(values):
+            ax.set_xticks(list(x.values()), [str(at) for at in points], rotation=30)
+        if min(every) > 0 and max(every) > 10 * min(every):
             ax.set_yscale("log")
+        if k == 0:
+            legend(ax)
     return finished(figure, path)

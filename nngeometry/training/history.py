@@ -46,9 +46,13 @@ class History:
         """The last value of a column."""
         return next(value for value in reversed(self[name]) if value is not None)
 
+    def columns(self) -> dict[str, list[Any]]:
+        """All columns by name, as :func:`~nngeometry.plot.plot_history` takes them."""
+        return {name: self[name] for name in self.names}
+
     def plot(self, path: str | Path | None = None) -> Figure:
         """Its picture, see :func:`~nngeometry.plot.plot_history`."""
-        return plot_history({name: self[name] for name in self.names}, path)
+        return plot_history(self.columns(), path)
 
     def __repr__(self) -> str:
         if not self.rows:
