@@ -23,11 +23,14 @@ from .jacobian import of_outputs
 from .likelihood import VARIANTS, Bernoulli, Categorical, Gaussian, Likelihood, Poisson, likelihood_of
 from .linalg import gaussian
 from .losses.targets import Targets, selected
+from .memory import chunk_length, slices
 from .model import data as examples
 from .object import PMat, PVector, at
 
 #: How the mean of y is computed.
 HOW = ("probit", "mc", "samples", "bridge")
+#: How many covariances of outputs are held at a time for one example while something is made of them.
+_HELD = 4
 #: The version of what :meth:`Posterior.save` writes.
 FORMAT = 1
 
@@ -198,7 +201,9 @@ class Posterior:
 
         Source: MacKay (1992), Neural Computation 4, 590-604; Houlsby et al. (2011), 1112.5745.
         """
-        f, v = self._linearised(x, "full")
+        return torch.cat([self._information(f, v) for f, v in self._covariances(x)])
+
+    def _information(self, f: Tensor, v: Tensor) -> Tensor:
         cotangents = self.likelihood.sqrt(f)
         s = cotangents.take(0, cotangents.count).flatten(2)
         inner = torch.einsum("rnc,ncd,snd->nrs", s, v, s)
@@ -235,11 +240,14 @@ class Posterior:
             raise ValueError(
                 f'how="bridge" is for classes, and the likelihood is {self.likelihood}: use how="probit" or "mc"'
             )
-        f, v = self._linearised(x, "diag" if how == "probit" else "full")
         if how == "probit":
-            return self.likelihood.averaged(f, v)
+            return self.likelihood.averaged(*self._linearised(x, "diag"))
         if how == "bridge":
-            return _bridge(f, v)
+            return torch.cat([_bridge(f, v) for f, v in self._covariances(x)])
+        return torch.cat([self._drawn(f, v, samples, generator) for f, v in self._covariances(x)])
+
+    def _drawn(self, f: Tensor, v: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+        """The mean of y over draws of outputs."""
         l, q = torch.linalg.eigh(v)
         root = q * l.clamp(min=0).sqrt().unsqueeze(1)
         total = torch.zeros_like(f)
@@ -266,11 +274,34 @@ class Posterior:
         batches = self._batches(x)
         with self._at_mean():
             f = self._outputs(batches)
-            metric = self.covariance.to(f.device, f.dtype)
-            v = example_kernels(
-                self.model, batches, metric, output, function=self.function, layer_collection=self.layer_collection
-            )
+            v = self._kernels(batches, output)
         return f, v.view(f.shape) if output == "diag" else v
+
+    def _covariances(self, x: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Means and covariances ``(n, C, C)`` of the outputs, of all examples at once or, where that would be large, of
+        a few at a time.
+        """
+        batches = self._batches(x)
+        with self._at_mean():
+            f = self._outputs(batches)
+            few = chunk_length(_HELD * f[0].numel() ** 2 * f.element_size(), len(f), f.device)
+        if few == len(f):
+            with self._at_mean():
+                v = self._kernels(batches, "full")
+            yield f, v
+            return
+        for batch, own in zip(batches, examples.split(f, batches), strict=True):
+            for b in slices(len(own), few):
+                part = examples.Minibatches([examples.take(batch, torch.arange(b.start, b.stop))])
+                with self._at_mean():
+                    v = self._kernels(part, "full")
+                yield own[b], v
+
+    def _kernels(self, batches: list[examples.Batch], output: str) -> Tensor:
+        lc = self.layer_collection
+        own = PVector.from_model(self.model, lc)
+        metric = self.covariance.to(own.device, own.dtype)
+        return example_kernels(self.model, batches, metric, output, function=self.function, layer_collection=lc)
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         batches = self._batches(x)
