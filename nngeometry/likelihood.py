@@ -301,7 +301,16 @@ class Elementwise(Likelihood):
         self._lacks("log_density(f, y)", "log p(y | f) of each element")
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.log_density(f, _like(y, f, type(self).__name__)).reshape(len(f), -1).sum(1)
+        y = _like(y, f, type(self).__name__)
+        self.check_targets(y)
+        return self.log_density(f, y).reshape(len(f), -1).sum(1)
+
+    def check_targets(self, y: Tensor) -> None:
+        """Raise ``ValueError`` unless targets are of the family. By default all are.
+
+        Args:
+            y: Targets, in the dtype of the outputs.
+        """
 
 
 def _like(y: Any, f: Tensor, who: str) -> Tensor:
@@ -373,6 +382,13 @@ class Bernoulli(Elementwise):
         p = f.sigmoid()
         return torch.bernoulli(p, generator=generator) - p
 
+    def check_targets(self, y: Tensor) -> None:
+        if not bool(((y >= 0) & (y <= 1)).all()):
+            raise ValueError(
+                f"Bernoulli: targets are 0 or 1 (or between, as probabilities), got {float(y.min()):g} to "
+                f"{float(y.max()):g}: use Categorical for classes"
+            )
+
     def log_density(self, f: Tensor, y: Tensor) -> Tensor:
         return -nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none")
 
@@ -398,6 +414,10 @@ class Poisson(Elementwise):
     def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         rate = f.exp()
         return torch.poisson(rate, generator=generator) - rate
+
+    def check_targets(self, y: Tensor) -> None:
+        if not bool((y >= 0).all()):
+            raise ValueError(f"Poisson: targets are counts, got {float(y.min()):g}: use Gaussian for real numbers")
 
     def log_density(self, f: Tensor, y: Tensor) -> Tensor:
         return y * f - f.exp() - torch.lgamma(y + 1)

@@ -114,6 +114,7 @@ class Posterior:
         self.accumulator = running
         self.matrix: PMat = matrix.matrix() if isinstance(matrix, Accumulator) else matrix
         self.likelihood = likelihood_of(likelihood)
+        self._named = likelihood if isinstance(likelihood, str) else None
         self.num_data = arguments.number("num_data", num_data, above=0.0)
         self.temperature = arguments.number("temperature", temperature, above=0.0)
         self.function = function
@@ -156,8 +157,9 @@ class Posterior:
             k: How many.
             generator: The source of randomness, by default torch's global one.
         """
-        with no_grad():
-            return [self.mean + draw for draw in self.covariance.sample(generator, arguments.integer("k", k, least=0))]
+        k = arguments.integer("k", k, least=0)
+        with no_grad(), self._solving():
+            return [self.mean + draw for draw in self.covariance.sample(generator, k)]
 
     @contextmanager
     def sampled(self, generator: torch.Generator | None = None) -> Iterator[PVector]:
@@ -262,11 +264,25 @@ class Posterior:
     def _outputs(self, batches: list[examples.Batch]) -> Tensor:
         source = self._outputs_of()
         with no_grad():
-            return torch.cat([source.outputs(batch) for batch in batches])
+            f = torch.cat([source.outputs(batch) for batch in batches])
+        self._check_outputs(f)
+        return f
+
+    def _check_outputs(self, f: Tensor) -> None:
+        """Raise unless the outputs are what the name of the likelihood says."""
+        if self._named == "classif_binary_logits" and f.ndim == 2 and f.shape[1] > 1:
+            raise ValueError(
+                f'likelihood="classif_binary_logits" is of one logit for each example, and the model returns '
+                f'{f.shape[1]}: pass "classif_logits" for one of {f.shape[1]} classes, or Bernoulli() for that many '
+                "labels which are each there or not"
+            )
 
     def _batches(self, x: Any, name: str = "x") -> list[examples.Batch]:
         arguments.loader(x, name)
-        return examples.Minibatches(self._outputs_of().minibatches(x))
+        batches = examples.Minibatches(self._outputs_of().minibatches(x))
+        if any(examples.count(batch) == 0 for batch in batches):
+            raise ValueError(f"{name}: a minibatch of it has no example: pass at least one")
+        return batches
 
     def _linearised(self, x: Any, output: str) -> tuple[Tensor, Tensor]:
         """Means and variances of the outputs."""
@@ -301,7 +317,23 @@ class Posterior:
         lc = self.layer_collection
         own = PVector.from_model(self.model, lc)
         metric = self.covariance.to(own.device, own.dtype)
-        return example_kernels(self.model, batches, metric, output, function=self.function, layer_collection=lc)
+        with self._solving():
+            return example_kernels(self.model, batches, metric, output, function=self.function, layer_collection=lc)
+
+    @contextmanager
+    def _solving(self) -> Iterator[None]:
+        """Speak of the prior where the precision, known by its products alone, cannot be inverted."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.matrix.matrix_free or "positive definite" not in str(error):
+                raise
+            prior = plain_prior(self.prior_precision)
+            least = min(prior.values()) if isinstance(prior, Mapping) else prior
+            raise ValueError(
+                f"prior_precision: with {least:g} the precision is singular, as far as its products tell: give a "
+                f"larger one ({error})"
+            ) from error
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         batches = self._batches(x)
@@ -400,6 +432,7 @@ class Posterior:
                         "targets="
                     )
                 f = source.outputs(batch)
+                self._check_outputs(f)
                 values.append(self.likelihood.log_prob(f, y[0]).sum())
                 seen, count = seen + len(f), count + f.numel()
         if abs(seen - expected) > 1e-6 * expected:

@@ -18,7 +18,6 @@ from nngeometry import (
     Posterior,
     memory_budget,
 )
-from nngeometry.generator import Generator
 from nngeometry.gram import example_kernels
 from nngeometry.jacobian import of_outputs
 from nngeometry.likelihood import Categorical
@@ -63,7 +62,8 @@ def test_one_gradient_of_all_examples_is_held_once():
     lc = LayerCollection.from_model(model)
     J = Jacobian(model, (x,), layer_collection=lc, representation=PFMapFactored)
     (observation,) = of_outputs(model, None, lc).stream((x,))
-    assert observation.forms["2"].shared and not observation.forms["0"].shared
+    assert observation.forms["2"].shared
+    assert not observation.forms["0"].shared
     assert observation.forms["2"].nbytes() < observation.forms["0"].nbytes()
     for moved in (observation.forms["2"].to(dtype=torch.float32), observation.forms["2"].scale(2.0)):
         assert moved.shared
@@ -111,4 +111,4 @@ def test_gradients_of_another_layer_than_the_last_are_those_of_each_example():
     model, x = net(3)
     model.append(nn.Softplus())
     (observation,) = of_outputs(model, None, LayerCollection.from_model(model, "2")).stream((x,))
-    assert isinstance(of_outputs(model, None, None), Generator) and not observation.forms["2"].shared
+    assert not observation.forms["2"].shared
