@@ -30,7 +30,7 @@ from nngeometry.plot import plot_matrices
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 #: Whose pictures, at full size, pages show.
-EXAMPLES = ("continual", "merging", "pruning", "active_learning", "calibration_ood")
+EXAMPLES = ("continual", "merging", "pruning", "active_learning", "calibration_ood", "prior_by_evidence")
 REPRESENTATIONS: dict[str, Any] = {
     "PMatDense": PMatDense,
     "PMatLowRank": PMatLowRank,

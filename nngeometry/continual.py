@@ -75,15 +75,12 @@ class EWC:
         Args:
             loader: As for the matrix.
         """
+        for F, _ in self._anchors:
+            self._now(F, "consolidate")
         running = self._running if self._online else self._make()
         if self._online:
             running.decay(self.decay)
-        try:
-            running.update(loader)
-        except ValueError as error:
-            if self.tasks and "layer" in str(error):
-                raise ValueError(f"consolidate: {_OF_HEADS} ({error})") from error
-            raise
+        running.update(loader)
         F = running.matrix()
         w = PVector.from_model(self.model, F.layer_collection).clone().detach()
         if self._online:
@@ -99,15 +96,15 @@ class EWC:
         total: Any = next(self.model.parameters()).new_zeros(())
         for age, (F, w) in enumerate(reversed(self._anchors)):
             weight = self._weight if self._online else self.decay**age
-            total = total + self.strength / 2 * weight * F.vTMv(self._now(F) - w)
+            total = total + self.strength / 2 * weight * F.vTMv(self._now(F, "penalty") - w)
         found: Tensor = total
         return found
 
-    def _now(self, F: PMat) -> PVector:
+    def _now(self, F: PMat, where: str) -> PVector:
         try:
             return PVector.from_model(self.model, F.layer_collection)
         except ValueError as error:
-            raise ValueError(f"penalty: {_OF_HEADS} ({error})") from error
+            raise ValueError(f"{where}: {_OF_HEADS} ({error})") from error
 
     def state_dict(self) -> dict[str, Any]:
         """All tasks as tensors and plain values, for ``torch.save`` and ``torch.load(weights_only=True)``."""
@@ -130,7 +127,7 @@ class EWC:
             (F, PVector(F.layer_collection, a["weights"])) for F, a in zip(matrices, state["anchors"], strict=True)
         ]
         for F, _ in anchors:
-            self._now(F)
+            self._now(F, "load_state_dict")
         running = self._make()
         if state["running"] is not None:
             running.load_state_dict(state["running"])

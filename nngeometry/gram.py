@@ -221,14 +221,20 @@ def example_kernels(
     step: int | None = None
     for batch in generator.minibatches(loader):
         n = data.count(batch)
-        if step is None:
-            one = next(batch_jacobians(generator, data.Minibatches([data.take(batch, torch.arange(1))])))
-            step = max(1, budget(generator.device) // _SHARE // max(1, example_bytes(metric, one)))
-        for b in slices(n, step):
-            piece = batch if step >= n else data.take(batch, torch.arange(b.start, b.stop))
-            for slab in batch_jacobians(generator, data.Minibatches([piece])):
-                found.append(within_examples(metric, slab, full).movedim(-1, 0))
-    return torch.cat(found)
+        if step is None and n > 1:
+            (few,) = batch_jacobians(generator, data.Minibatches([data.take(batch, torch.arange(2))]))
+            step = max(1, budget(generator.device) // _SHARE // max(1, example_bytes(metric, few, full)))
+        made: Tensor | None = None
+        for b in slices(n, step or n):
+            piece = batch if b == slice(0, n) else data.take(batch, torch.arange(b.start, b.stop))
+            (slab,) = batch_jacobians(generator, data.Minibatches([piece]))
+            own = within_examples(metric, slab, full).movedim(-1, 0)
+            made = own.new_empty(n, *own.shape[1:]) if made is None else made
+            made[b] = own  # at once: what is kept between large arrays that come and go keeps their memory apart
+            del slab, own
+        assert made is not None
+        found.append(made)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 #: What Jacobians of examples that are looked at together may take is the memory budget divided by that.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import arguments
 from .generator import Generator, rowwise
 from .layercollection import LayerCollection
-from .likelihood import Cotangents, diagonal_cotangents
+from .likelihood import Cotangents, each_output
 from .model import data
 from .object.map import PFMap, PFMapDense
 from .reading import Reading
@@ -126,7 +126,7 @@ def of_outputs(
             raise ValueError(
                 f"n_output={n_output}, but there are {f[0].numel()} outputs for each example: leave it out"
             )
-        return diagonal_cotangents(torch.ones_like(f))
+        return each_output(f)
 
     lc = LayerCollection.from_model(model) if layer_collection is None else layer_collection
     return (Undivided if unit == "minibatch" else Generator)(

@@ -30,6 +30,7 @@ __all__ = [
     "Likelihood",
     "Poisson",
     "diagonal_cotangents",
+    "each_output",
     "likelihood_of",
 ]
 
@@ -116,6 +117,29 @@ def diagonal_cotangents(scale: Tensor) -> Cotangents:
         return s.view(-1, *scale.shape)
 
     return Cotangents(flat.shape[1], take)
+
+
+def each_output(f: Tensor) -> Cotangents:
+    """One cotangent for each element of an output, one there and zero elsewhere: those of the Jacobian itself. They are
+    the same for all examples, and held once.
+
+    Args:
+        f: Outputs ``(B, *out)``.
+
+    Example:
+        >>> each_output(torch.zeros(5, 2)).take(0, 2)[:, 4]
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    count = f[0].numel()
+
+    def take(start: int, stop: int) -> Tensor:
+        s = f.new_zeros(stop - start, count)
+        c = torch.arange(stop - start, device=f.device)
+        s[c, start + c] = 1.0
+        return s.view(-1, 1, *f.shape[1:]).expand(-1, *f.shape)
+
+    return Cotangents(count, take)
 
 
 class Likelihood(ABC):
@@ -277,7 +301,16 @@ class Elementwise(Likelihood):
         self._lacks("log_density(f, y)", "log p(y | f) of each element")
 
     def log_prob(self, f: Tensor, y: Tensor) -> Tensor:
-        return self.log_density(f, _like(y, f, type(self).__name__)).reshape(len(f), -1).sum(1)
+        y = _like(y, f, type(self).__name__)
+        self.check_targets(y)
+        return self.log_density(f, y).reshape(len(f), -1).sum(1)
+
+    def check_targets(self, y: Tensor) -> None:
+        """Raise ``ValueError`` unless targets are of the family. By default all are.
+
+        Args:
+            y: Targets, in the dtype of the outputs.
+        """
 
 
 def _like(y: Any, f: Tensor, who: str) -> Tensor:
@@ -349,6 +382,13 @@ class Bernoulli(Elementwise):
         p = f.sigmoid()
         return torch.bernoulli(p, generator=generator) - p
 
+    def check_targets(self, y: Tensor) -> None:
+        if not bool(((y >= 0) & (y <= 1)).all()):
+            raise ValueError(
+                f"Bernoulli: targets are 0 or 1 (or between, as probabilities), got {float(y.min()):g} to "
+                f"{float(y.max()):g}: use Categorical for classes"
+            )
+
     def log_density(self, f: Tensor, y: Tensor) -> Tensor:
         return -nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none")
 
@@ -374,6 +414,10 @@ class Poisson(Elementwise):
     def score(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         rate = f.exp()
         return torch.poisson(rate, generator=generator) - rate
+
+    def check_targets(self, y: Tensor) -> None:
+        if not bool((y >= 0).all()):
+            raise ValueError(f"Poisson: targets are counts, got {float(y.min()):g}: use Gaussian for real numbers")
 
     def log_density(self, f: Tensor, y: Tensor) -> Tensor:
         return y * f - f.exp() - torch.lgamma(y + 1)
@@ -456,10 +500,12 @@ class Categorical(Likelihood):
         def take(start: int, stop: int) -> Tensor:
             c = torch.arange(start, stop, device=f.device)
             where, i = c // (k - 1), c % (k - 1)
-            logits = rows[:, where].movedim(1, 0)  # (c, B, K)
-            rest = (logits - tail[:, where, i + 1].T.unsqueeze(-1)).masked_fill(classes <= i.view(-1, 1, 1), -torch.inf)
-            column = nn.functional.one_hot(i, k).unsqueeze(1) - rest.exp()
-            column = column * scale[:, where, i].T.unsqueeze(-1)
+            logits = rows.movedim(1, 0) if positions == 1 else rows[:, where].movedim(1, 0)  # (c or 1, B, K)
+            rest = logits - tail[:, where, i + 1].T.contiguous().unsqueeze(-1)  # (c, B, K), of which few are made
+            column = rest.masked_fill_(classes <= i.view(-1, 1, 1), -torch.inf).exp_().neg()
+            del rest
+            column[torch.arange(stop - start, device=f.device), :, i] = 1.0  # where rest had nothing
+            column *= scale[:, where, i].T.unsqueeze(-1)
             if positions == 1:
                 return self._unrows(column.unsqueeze(2), f)
             s = rows.new_zeros(stop - start, n, positions, k)

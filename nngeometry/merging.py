@@ -30,7 +30,8 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
         The weights, for :func:`~nngeometry.at` or ``copy_to_model``.
 
     Raises:
-        ValueError: If experts have other layers, or the sum is singular to working precision.
+        ValueError: If experts have other layers, weights are not finite, or a sum that stays in its representation is
+            singular to working precision.
 
     Example:
         >>> from nngeometry import FIM, PMatKFAC
@@ -73,9 +74,12 @@ def _weights(k: int, expert: Any, F: PMat) -> PVector:
     """The weights of one expert on the layers of its matrix."""
     try:
         w = expert if isinstance(expert, PVector) else PVector.from_model(expert, F.layer_collection)
-        return w.on(F.layer_collection).detach()
+        w = w.on(F.layer_collection).detach()
     except (AttributeError, ValueError) as error:
         raise ValueError(f"experts: number {k} does not have the layers of its matrix ({error})") from error
+    if not bool(w.to_torch().isfinite().all()):
+        raise ValueError(f"experts: the weights of number {k} are not finite: leave it out, or train it again")
+    return w
 
 
 def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float, rtol: float) -> Tensor:

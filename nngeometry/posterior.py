@@ -23,11 +23,14 @@ from .jacobian import of_outputs
 from .likelihood import VARIANTS, Bernoulli, Categorical, Gaussian, Likelihood, Poisson, likelihood_of
 from .linalg import gaussian
 from .losses.targets import Targets, selected
+from .memory import chunk_length, slices
 from .model import data as examples
 from .object import PMat, PVector, at
 
 #: How the mean of y is computed.
 HOW = ("probit", "mc", "samples", "bridge")
+#: How many covariances of outputs are held at a time for one example while something is made of them.
+_HELD = 4
 #: The version of what :meth:`Posterior.save` writes.
 FORMAT = 1
 
@@ -111,6 +114,7 @@ class Posterior:
         self.accumulator = running
         self.matrix: PMat = matrix.matrix() if isinstance(matrix, Accumulator) else matrix
         self.likelihood = likelihood_of(likelihood)
+        self._named = likelihood if isinstance(likelihood, str) else None
         self.num_data = arguments.number("num_data", num_data, above=0.0)
         self.temperature = arguments.number("temperature", temperature, above=0.0)
         self.function = function
@@ -153,8 +157,9 @@ class Posterior:
             k: How many.
             generator: The source of randomness, by default torch's global one.
         """
-        with no_grad():
-            return [self.mean + draw for draw in self.covariance.sample(generator, arguments.integer("k", k, least=0))]
+        k = arguments.integer("k", k, least=0)
+        with no_grad(), self._solving():
+            return [self.mean + draw for draw in self.covariance.sample(generator, k)]
 
     @contextmanager
     def sampled(self, generator: torch.Generator | None = None) -> Iterator[PVector]:
@@ -198,7 +203,9 @@ class Posterior:
 
         Source: MacKay (1992), Neural Computation 4, 590-604; Houlsby et al. (2011), 1112.5745.
         """
-        f, v = self._linearised(x, "full")
+        return torch.cat([self._information(f, v) for f, v in self._covariances(x)])
+
+    def _information(self, f: Tensor, v: Tensor) -> Tensor:
         cotangents = self.likelihood.sqrt(f)
         s = cotangents.take(0, cotangents.count).flatten(2)
         inner = torch.einsum("rnc,ncd,snd->nrs", s, v, s)
@@ -235,11 +242,14 @@ class Posterior:
             raise ValueError(
                 f'how="bridge" is for classes, and the likelihood is {self.likelihood}: use how="probit" or "mc"'
             )
-        f, v = self._linearised(x, "diag" if how == "probit" else "full")
         if how == "probit":
-            return self.likelihood.averaged(f, v)
+            return self.likelihood.averaged(*self._linearised(x, "diag"))
         if how == "bridge":
-            return _bridge(f, v)
+            return torch.cat([_bridge(f, v) for f, v in self._covariances(x)])
+        return torch.cat([self._drawn(f, v, samples, generator) for f, v in self._covariances(x)])
+
+    def _drawn(self, f: Tensor, v: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+        """The mean of y over draws of outputs."""
         l, q = torch.linalg.eigh(v)
         root = q * l.clamp(min=0).sqrt().unsqueeze(1)
         total = torch.zeros_like(f)
@@ -254,11 +264,25 @@ class Posterior:
     def _outputs(self, batches: list[examples.Batch]) -> Tensor:
         source = self._outputs_of()
         with no_grad():
-            return torch.cat([source.outputs(batch) for batch in batches])
+            f = torch.cat([source.outputs(batch) for batch in batches])
+        self._check_outputs(f)
+        return f
+
+    def _check_outputs(self, f: Tensor) -> None:
+        """Raise unless the outputs are what the name of the likelihood says."""
+        if self._named == "classif_binary_logits" and f.ndim == 2 and f.shape[1] > 1:
+            raise ValueError(
+                f'likelihood="classif_binary_logits" is of one logit for each example, and the model returns '
+                f'{f.shape[1]}: pass "classif_logits" for one of {f.shape[1]} classes, or Bernoulli() for that many '
+                "labels which are each there or not"
+            )
 
     def _batches(self, x: Any, name: str = "x") -> list[examples.Batch]:
         arguments.loader(x, name)
-        return examples.Minibatches(self._outputs_of().minibatches(x))
+        batches = examples.Minibatches(self._outputs_of().minibatches(x))
+        if any(examples.count(batch) == 0 for batch in batches):
+            raise ValueError(f"{name}: a minibatch of it has no example: pass at least one")
+        return batches
 
     def _linearised(self, x: Any, output: str) -> tuple[Tensor, Tensor]:
         """Means and variances of the outputs."""
@@ -266,11 +290,50 @@ class Posterior:
         batches = self._batches(x)
         with self._at_mean():
             f = self._outputs(batches)
-            metric = self.covariance.to(f.device, f.dtype)
-            v = example_kernels(
-                self.model, batches, metric, output, function=self.function, layer_collection=self.layer_collection
-            )
+            v = self._kernels(batches, output)
         return f, v.view(f.shape) if output == "diag" else v
+
+    def _covariances(self, x: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Means and covariances ``(n, C, C)`` of the outputs, of all examples at once or, where that would be large, of
+        a few at a time.
+        """
+        batches = self._batches(x)
+        with self._at_mean():
+            f = self._outputs(batches)
+            few = chunk_length(_HELD * f[0].numel() ** 2 * f.element_size(), len(f), f.device)
+        if few == len(f):
+            with self._at_mean():
+                v = self._kernels(batches, "full")
+            yield f, v
+            return
+        for batch, own in zip(batches, examples.split(f, batches), strict=True):
+            for b in slices(len(own), few):
+                part = examples.Minibatches([examples.take(batch, torch.arange(b.start, b.stop))])
+                with self._at_mean():
+                    v = self._kernels(part, "full")
+                yield own[b], v
+
+    def _kernels(self, batches: list[examples.Batch], output: str) -> Tensor:
+        lc = self.layer_collection
+        own = PVector.from_model(self.model, lc)
+        metric = self.covariance.to(own.device, own.dtype)
+        with self._solving():
+            return example_kernels(self.model, batches, metric, output, function=self.function, layer_collection=lc)
+
+    @contextmanager
+    def _solving(self) -> Iterator[None]:
+        """Speak of the prior where the precision, known by its products alone, cannot be inverted."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.matrix.matrix_free or "positive definite" not in str(error):
+                raise
+            prior = plain_prior(self.prior_precision)
+            least = min(prior.values()) if isinstance(prior, Mapping) else prior
+            raise ValueError(
+                f"prior_precision: with {least:g} the precision is singular, as far as its products tell: give a "
+                f"larger one ({error})"
+            ) from error
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         batches = self._batches(x)
@@ -369,6 +432,7 @@ class Posterior:
                         "targets="
                     )
                 f = source.outputs(batch)
+                self._check_outputs(f)
                 values.append(self.likelihood.log_prob(f, y[0]).sum())
                 seen, count = seen + len(f), count + f.numel()
         if abs(seen - expected) > 1e-6 * expected:

@@ -16,6 +16,7 @@ from .likelihood import VARIANTS, Likelihood, likelihood_of
 from .memory import require
 from .model import data
 from .object import FMat
+from .object.kernel_layouts import positions
 
 
 @unrecorded
@@ -93,9 +94,11 @@ def bait(
         raise ValueError(f"embeddings: expected (n, r, P), got {tuple(embeddings.shape)}: see fisher_embeddings")
     n, _, p = embeddings.shape
     k = arguments.integer("k", k, least=0)
+    if not bool(embeddings.isfinite().all()):
+        raise ValueError("embeddings: there are NaN or infinite entries: look at the parameters of the model")
     known = torch.zeros(n, dtype=torch.bool, device=embeddings.device)
     if labelled is not None:
-        known[labelled] = True
+        known[positions(labelled, n, known.device)] = True
     if k > n - int(known.sum()):
         raise ValueError(f"k={k}: there are {n - int(known.sum())} examples without a label")
     most = arguments.number("oversample", oversample, least=1.0)
@@ -170,7 +173,7 @@ def greedy(K: FMat | Tensor, k: int, *, labelled: Tensor | None = None, regul: f
     k = arguments.integer("k", k, least=0)
     regul = arguments.number("regul", regul, above=0.0)
     known = torch.zeros(n, dtype=torch.bool, device=entries.device)
-    before = [] if labelled is None else torch.arange(n, device=entries.device)[labelled].tolist()
+    before = [] if labelled is None else positions(labelled, n, entries.device).tolist()
     if k > n - len(before):
         raise ValueError(f"k={k}: there are {n - len(before)} examples without a label")
     blocks = entries.permute(1, 3, 0, 2)  # (n, n, C, C)
@@ -186,7 +189,12 @@ def greedy(K: FMat | Tensor, k: int, *, labelled: Tensor | None = None, regul: f
             best = int(gain.argmax())
             chosen.append(best)
         known[best] = True
-        factor = torch.linalg.cholesky(conditional[best] + regul * eye)
+        factor, failed = torch.linalg.cholesky_ex(conditional[best] + regul * eye)
+        if int(failed):
+            raise ValueError(
+                f"K: with regul={regul:g} it is not positive definite, so it is no covariance: pass a kernel of "
+                "Jacobians with themselves through a matrix without negative eigenvalues, or a larger regul"
+            )
         cross = blocks[:, best] - columns @ columns[best].T
         new = torch.linalg.solve_triangular(factor, cross.mT, upper=False).mT
         columns = torch.cat([columns, new], 2)

@@ -450,7 +450,7 @@ def test_an_update_is_the_posterior_of_all_data(representation):
     assert bool(again.log_marginal_likelihood().isfinite())
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Poisson(), "regression", "classif_binary_logits"])
+@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Poisson(), "regression", Bernoulli()])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_save_and_load(tmp_path, likelihood, per_layer):
     model, x, _ = net()

@@ -38,8 +38,9 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
     first = forms[0]
     if len(forms) == 1:
         return first
-    if all(isinstance(f, Outer) for f in forms):
-        g = torch.cat([f.g for f in forms])  # type: ignore[attr-defined]
+    if all(isinstance(f, Outer) and f.shared == first.shared for f in forms):  # type: ignore[attr-defined]
+        g = torch.cat([f.g[:, :1] if f.shared else f.g for f in forms])  # type: ignore[attr-defined]
+        g = g.expand(-1, first.examples, -1, -1, -1)
         return Outer(first.inputs, g, first.expand, first.shape[2], filled=first.filled)  # type: ignore[attr-defined]
     if all(isinstance(f, Gather) for f in forms):
         return Gather(first.ids, torch.cat([f.g for f in forms]), first.size)  # type: ignore[attr-defined]

@@ -59,6 +59,17 @@ class Outer(LayerJacobian):
         """``(B, T, G, cols)``. The patches of a convolution are many times its input, so they are made late."""
         return self.inputs if self.expand is None else self.expand(self.inputs)
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether all examples have the same g, which is held once: that of the last layer, under the cotangents of
+        each output.
+        """
+        return self.examples > 1 and self.g.stride(1) == 0
+
+    def _mapped(self, fn: Map) -> Tensor:
+        """fn of g, entry by entry or row by row."""
+        return fn(self.g[:, :1]).expand_as(self.g) if self.shared else fn(self.g)
+
     @property
     def positions(self) -> int:
         """T."""
@@ -164,25 +175,27 @@ class Outer(LayerJacobian):
         return torch.cat(out, 1)
 
     def rotate(self, left: Map | None, right: Map | None) -> Outer:
-        a, g = self.a, self.g if left is None else left(self.g)
+        a, g = self.a, self.g if left is None else self._mapped(left)
         if right is not None:
             # One large product, whatever the order of patches in memory.
             a = right(a.flatten(0, 1)).unflatten(0, a.shape[:2])
         return Outer(a, g)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Outer:
-        inputs, g = (t.to(device=device, dtype=dtype) for t in (self.inputs, self.g))
-        return Outer(inputs, g, self.expand, self.shape[2], filled=self.filled)
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype)
+
+        return Outer(moved(self.inputs), self._mapped(moved), self.expand, self.shape[2], filled=self.filled)
 
     def map_cotangents(self, fn: Map) -> Outer:
-        made = Outer(self.inputs, fn(self.g), self.expand, self.shape[2], filled=self.filled)
+        made = Outer(self.inputs, self._mapped(fn), self.expand, self.shape[2], filled=self.filled)
         if "a" in vars(self):
             vars(made)["a"] = self.a
         return made
 
     def nbytes(self) -> int:
         a = self.a if self.expand is None or "a" in vars(self) else self.inputs
-        return nbytes_of([a, self.g])
+        return nbytes_of([a, self.g[:, :1] if self.shared else self.g])
 
     def dense_is_cheaper(self, examples: int) -> bool:
         """By the multiplications for each pair of examples; the ones with positions run at a fifth of the speed."""
@@ -226,6 +239,9 @@ class Outer(LayerJacobian):
             return super().own(other, weight, full)
         columns = self.a[:, 0] * other.a[:, 0]  # the outer product of each example is never made
         rows = columns.sum(-1, keepdim=True) if weight is None else torch.einsum("bgi,goi->bgo", columns, weight)
+        if not full and self.shared and other.shared:
+            squares = (self.g[:, 0, 0] * other.g[:, 0, 0]).flatten(1)
+            return squares @ rows.expand(-1, *self.shape[:2]).flatten(1).T
         left, right = self.g[:, :, 0] * rows, other.g[:, :, 0]
         if not full:
             return (left * right).flatten(2).sum(2)

@@ -151,10 +151,11 @@ def within_examples(matrix: Any, slab: BatchJacobian, full: bool) -> Tensor:
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-def example_bytes(matrix: Any, one: BatchJacobian) -> int:
-    """About what :func:`within_examples` holds for one example, given that one."""
-    held = [form.nbytes() for pair in _factors(matrix, one) for form in pair[:2]]
-    return sum(held) + one.outputs**2 * next(iter(one.forms.values())).dtype.itemsize
+def example_bytes(matrix: Any, two: BatchJacobian, full: bool) -> int:
+    """About what one more example takes in :func:`within_examples`, given two."""
+    held = [f.nbytes() - f.narrow(0, 1).nbytes() for pair in _factors(matrix, two) for f in pair[:2]]
+    entries = two.outputs**2 if full else two.outputs
+    return sum(held) + entries * next(iter(two.forms.values())).dtype.itemsize
 
 
 def _factors(matrix: Any, slab: BatchJacobian) -> Iterator[tuple[LayerJacobian, LayerJacobian, Tensor | None]]:
