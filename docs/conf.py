@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import of_benchmarks  # noqa: E402
+import of_examples  # noqa: E402
 
 (HERE / "_generated").mkdir(exist_ok=True)
 (HERE / "_generated" / "peers.txt").write_text(of_benchmarks.peers(HERE / "benchmarks" / "results.json"))
@@ -56,6 +57,8 @@ sphinx_gallery_conf = {
     "reset_modules": ("of_examples.clean",),
     "reset_argv": "of_examples.arguments",
     "remove_config_comments": True,
+    "first_notebook_cell": of_examples.FIRST_CELL,
+    "ignore_repr_types": r"matplotlib\.figure",  # shown as pictures
     "download_all_examples": False,
     "show_signature": False,
     "min_reported_time": 1e9,
@@ -90,6 +93,12 @@ def _links_of_sources(app, page, template, context, doctree):
         context["body"] = re.sub(link, lambda m: m[0] if m[1] in known else "", context["body"])
 
 
+def _executed_notebooks(app):
+    """The gallery's notebooks are not run, but for the one of the longest work-flow."""
+    of_examples.executed(HERE / "gallery" / "deep_curvature.ipynb")
+
+
 def setup(app):
+    app.connect("builder-inited", _executed_notebooks, priority=900)  # after the gallery
     app.connect("env-check-consistency", _no_source_of_builtins)
     app.connect("html-page-context", _links_of_sources)

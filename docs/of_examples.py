@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import torch
+from nbclient import NotebookClient
 from sphinx_gallery.scrapers import figure_rst
 
+#: What a notebook lacks that a program has.
+FIRST_CELL = """%matplotlib inline
+import sys
+
+__file__ = "example.py"  # a notebook has none; pictures are saved in the folder "output" beside it
+sys.argv = [__file__, "--small"]  # without "--small" the whole of it, in a minute or two"""
 _STARTED = time.time()
 _SHOWN: set[tuple[Path, int]] = set()
 
@@ -40,3 +49,13 @@ def pictures(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any
         shutil.copy(path, shown[-1])
     alt = f"drawn by {Path(block_vars['src_file']).name}"
     return "".join(figure_rst([path], gallery_conf["src_dir"], alt) for path in shown)
+
+
+def executed(notebook: Path) -> None:
+    """Run a notebook of the gallery, unless it has been, and leave it with what its cells print and draw."""
+    read = nbformat.read(notebook, as_version=4)
+    if any(cell.get("outputs") for cell in read.cells):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(read, timeout=600, resources={"metadata": {"path": folder}}).execute()
+    nbformat.write(read, notebook)

@@ -3,14 +3,14 @@
 
 The curvature of a deep net while it is trained: from an architecture to a page that shows what it learnt.
 
-VGG16, narrow by default, on images of digits (or CIFAR-100, if torchvision and the data are there) is trained by SGD
-and, where it is there, by a second-order optimiser. Then its curvature is looked at: the spectrum of the Hessian by
-Lanczos from two random vectors and from ten, statistics of loss, gradient and curvature over the checkpoints, the
-landscape along eigenvectors, and a report, all in examples/output.
+VGG16 with BatchNorm, narrow unless it is asked for in full, on images of digits (or on CIFAR-100, where that is there),
+is trained by SGD and by K-FAC. Then its curvature is looked at: the spectrum of the Hessian by Lanczos from a single
+vector and from ten, statistics of loss, gradient and curvature over the checkpoints, the landscape along eigenvectors,
+and a report, all in examples/output.
 
 ::
 
-    python examples/deep_curvature.py                  minutes
+    python examples/deep_curvature.py                  two minutes
     python examples/deep_curvature.py --small          the same code on less data, in seconds
     python examples/deep_curvature.py --full           the published width; for an accelerator
     python examples/deep_curvature.py --data FOLDER    CIFAR-100, in a folder where torchvision finds it
@@ -29,16 +29,36 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nngeometry import GGN, Hessian, PMatImplicit
+from nngeometry import FIM_MonteCarlo, Hessian, PMatImplicit, PMatKFAC, at
 from nngeometry.calibration import calibration
 from nngeometry.landscape import along_eigenvectors
-from nngeometry.plot import plot_calibration, plot_density, plot_landscape, plot_spectra, plot_statistics
+from nngeometry.optim import SecondOrderOptimizer
+from nngeometry.plot import (
+    plot_calibration,
+    plot_density,
+    plot_history,
+    plot_landscape,
+    plot_spectra,
+    plot_statistics,
+)
 from nngeometry.report import report
 from nngeometry.spectrum import Spectrum, extreme_eigenpairs, spectral_density
 from nngeometry.statistics import loss_trajectory
-from nngeometry.training import SWA, checkpoints, load_checkpoint, train, weights, zoo
+from nngeometry.training import SWA, checkpoints, evaluate, load_checkpoint, recompute_batch_norm, train, weights, zoo
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--small", action="store_true", help="less data and fewer epochs")
+parser.add_argument("--full", action="store_true", help="the published width")
+parser.add_argument("--data", help="a folder with CIFAR-100")
+given = parser.parse_args()
+small: bool = given.small
+
+began = time.perf_counter()
 OUTPUT = Path(__file__).parent / "output"
+OUTPUT.mkdir(exist_ok=True)
+if not given.full:
+    torch.set_num_threads(1)  # the net is so narrow that more threads mostly wait for each other
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # %%
@@ -48,7 +68,7 @@ def digits(small: bool) -> tuple[TensorDataset, TensorDataset]:
     of = load_digits()
     order = torch.randperm(len(of.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(of.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(of.target)[order]
-    n = 256 if small else 1280
+    n = 512 if small else 1280
     return TensorDataset(x[:n], y[:n]), TensorDataset(x[n : n + 512], y[n : n + 512])
 
 
@@ -62,116 +82,169 @@ def cifar(folder: str) -> tuple[Any, Any]:
     return tuple(datasets.CIFAR100(folder, train=t, transform=change) for t in (True, False))  # type: ignore[return-value]
 
 
-# %%
-# Optimisers are built by name. One of second order takes the place of SGD without another loop.
-def optimisers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name."""
-    return {
-        "SGD": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
-        "AdamW": torch.optim.AdamW(model.parameters(), lr=1e-3),
-    }
+training, testing = digits(small) if given.data is None else cifar(given.data)
+few = [
+    [part.to(device) for part in minibatch]
+    for minibatch, _ in zip(DataLoader(training, 64 if small else 128), range(4), strict=False)
+]
+test_loader = DataLoader(testing, 256)
+
+
+def net() -> nn.Module:
+    """VGG16 for these images, from the same random numbers each time."""
+    torch.manual_seed(0)
+    of = {"channels": 1, "size": 8, "classes": 10} if given.data is None else {"size": 32, "classes": 100}
+    return zoo.vgg(16, batch_norm=True, width=1.0 if given.full else 0.06, dropout=0.0, **of).to(device)
 
 
 # %%
-# The run trains, then looks at the checkpoints: spectrum, statistics, landscape, report.
-def show(title: str, spectrum: Spectrum) -> None:
-    print(f"\n{title}: {spectrum}")
-    for name, e in spectrum.table().items():
-        print(f"  {name:44}{float(e.value):12.4g}" + (f" +- {float(e.error):.1g}" if float(e.error) else ""))
+# Both optimisers are those of one loop. Steps of K-FAC are bounded by ``clip``, and it follows the curvature closely at
+# first, when that changes fastest. Every second minibatch is observed.
+epochs = 4 if small else 16
 
 
-def main(small: bool, full: bool, data: str | None) -> None:
-    began = time.perf_counter()
-    OUTPUT.mkdir(exist_ok=True)
-    if not full:
-        torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    training, testing = digits(small) if data is None else cifar(data)
-    images = {"channels": 1, "size": 8, "classes": 10} if data is None else {"channels": 3, "size": 32, "classes": 100}
-    width = 1.0 if full else 0.03 if small else 0.06
-    epochs = 12 if small else 24
-    few = [[b.to(device) for b in batch] for batch, _ in zip(DataLoader(training, 128), range(4), strict=False)]
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    for name in optimisers(zoo.mlp()):
-        torch.manual_seed(0)
-        model = zoo.vgg(16, True, width=width, dropout=0.0, **images).to(device)
-        optimiser = optimisers(model)[name]
-        loader = DataLoader(training, 64, shuffle=True, generator=torch.Generator().manual_seed(0))
-        folder = OUTPUT / f"deep_curvature_{name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        history = train(
-            model,
-            loader,
-            optimiser,
-            epochs=epochs,
-            test_loader=DataLoader(testing, 256),
-            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs),
-            average=SWA(start=epochs // 2),
-            checkpoints=folder,
-            save_every=max(1, epochs // 4),
-            evaluate_every=2,
-            verbose=False,
-        )
-        print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters; {history}", flush=True)
-        history.plot(OUTPUT / f"deep_curvature_{name}_history.png")
 
-    # What SGD learnt.
-    folder = OUTPUT / "deep_curvature_SGD"
-    model = zoo.vgg(16, True, width=width, dropout=0.0, **images).to(device)
-    model.load_state_dict(load_checkpoint(checkpoints(folder)[epochs])["model"])
-    model.eval()
-    H = Hessian(model, few, PMatImplicit)
-    steps = 20 if small else 60
-    spectra = {f"{n} vectors": spectral_density(H, steps=steps, probes=n) for n in (2, 4 if small else 10)}
-    for title, spectrum in spectra.items():
-        show(title, spectrum)
-    plot_density(spectra, OUTPUT / "deep_curvature_density.png", log=True)
-    pairs = extreme_eigenpairs(H, 3, "both", tol=1e-3)
-    print("\nextreme eigenvalues", [round(value, 3) for value in pairs.values.tolist()])
-
-    course = {}
-    for epoch, state in weights(folder).items():
-        model.load_state_dict(dict(state))
-        course[epoch] = spectral_density(GGN(model, few[:2], PMatImplicit), steps=steps // 2, probes=2, outliers=3)
-    plot_spectra(course, OUTPUT / "deep_curvature_spectra.png")
-    trajectory = loss_trajectory(model, weights(folder), few, matrix=GGN, probes=6 if small else 15)
-    print(f"\n{trajectory}", flush=True)
-    plot_statistics(trajectory, OUTPUT / "deep_curvature_statistics.png")
-
-    ranks = (0, 1, -1, (0, 1))
-    lines = along_eigenvectors(
+def kfac(model: nn.Module) -> torch.optim.Optimizer:
+    return SecondOrderOptimizer(
         model,
-        few[:2],
-        ranks=ranks,
-        points=5 if small else 15,
-        test_loader=DataLoader(testing, 256),
-        recompute_batch_norm=False,
-        eigen={"tol": 1e-2},
+        PMatKFAC,
+        FIM_MonteCarlo,
+        lr=0.03,
+        damping=1e-2,
+        clip=1e-3,
+        observe_every=2,
+        refresh=lambda step: 2 if step < 20 else 10,
     )
-    surface = lines.pop((0, 1))
-    plot_landscape(lines, OUTPUT / "deep_curvature_lines.png")
-    plot_landscape(surface, OUTPUT / "deep_curvature_contours.png")
-    plot_landscape(surface, OUTPUT / "deep_curvature_surface.png", surface=True)
-    with torch.no_grad():
-        pairs_of = [(model(x.to(device)).softmax(1).cpu(), y) for x, y in DataLoader(testing, 256)]
-    p, y = (torch.cat(parts) for parts in zip(*pairs_of, strict=True))
-    plot_calibration(calibration(p, y), OUTPUT / "deep_curvature_calibration.png")
-    page = report(
+
+
+folders = {name: OUTPUT / f"deep_curvature_{name}" for name in ("SGD", "K-FAC")}
+histories = {}
+for name, optimiser_of in (("SGD", sgd), ("K-FAC", kfac)):
+    model = net()
+    optimiser = optimiser_of(model)
+    loader = DataLoader(training, 32 if small else 64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    average = SWA(start=epochs - epochs // 4)
+    shutil.rmtree(folders[name], ignore_errors=True)
+    histories[name] = train(
         model,
-        few,
-        path=OUTPUT / "deep_curvature.html",
-        test_loader=DataLoader(testing, 256),
-        seconds=5.0 if small else 60.0,
-        title="VGG16",
+        loader,
+        optimiser,
+        epochs=epochs,
+        test_loader=test_loader,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs),
+        average=average,
+        checkpoints=folders[name],
+        save_every=2 if small else 4,
+        evaluate_every=2,
         verbose=False,
     )
-    print(f"\nPage and pictures in {page.parent}, {time.perf_counter() - began:.0f} s")
+    with at(model, average.mean()):
+        recompute_batch_norm(model, loader)
+        of_average = evaluate(model, test_loader)
+    print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters; {histories[name]}")
+    print(f"  the average of the last {average.count} epochs: test accuracy {of_average.accuracy:.4f}", flush=True)
+
+plot_history({name: of.columns() for name, of in histories.items()}, OUTPUT / "deep_curvature_history.png")
+
+# %%
+# The spectrum of the Hessian, from a single vector and from several. One vector is often enough for a picture of a
+# large matrix, but it cannot say how large its error is. The weights of its nodes sum to one for each vector.
+models = {}
+for name, folder in folders.items():
+    models[name] = net().eval()
+    models[name].load_state_dict(load_checkpoint(checkpoints(folder)[epochs])["model"])
+many = 4 if small else 10
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="less data and fewer epochs")
-    parser.add_argument("--full", action="store_true", help="the published width")
-    parser.add_argument("--data", help="a folder with CIFAR-100")
-    given = parser.parse_args()
-    main(given.small, given.full, given.data)
+def show(spectra: dict[str, Spectrum]) -> None:
+    """A column for each spectrum, with standard errors."""
+    print(f"\n{'':42}" + "".join(f"{title:>22}" for title in spectra))
+    tables = {title: spectrum.table() for title, spectrum in spectra.items()}
+    for row in next(iter(tables.values())):
+        cells = []
+        for e in (table.get(row) for table in tables.values()):
+            error = "" if e is None or float(e.error) == 0 else f" ± {float(e.error):.1g}"
+            cells.append("-" if e is None else f"{float(e.value):.4g}{error.replace('nan', '?')}")
+        print(f"{row:42}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+spectra = {}
+for name, model in models.items():
+    H = Hessian(model, few[: 1 if small else 2], PMatImplicit)
+    for probes in (1, many):
+        spectrum = spectral_density(
+            H, steps=15 if small else 30, probes=probes, generator=torch.Generator().manual_seed(probes)
+        )
+        spectra[f"{name}, {probes} vector{'s' * (probes > 1)}"] = spectrum
+    pairs = extreme_eigenpairs(H, 3, "both", tol=1e-3)
+    print(f"{name}: extreme eigenvalues", [round(value, 3) for value in pairs.values.tolist()], flush=True)
+show(spectra)
+plot_density(spectra, OUTPUT / "deep_curvature_density.png", log=True)
+
+# %%
+# How the spectrum came about: a column of colour for each checkpoint.
+course = {}
+for epoch, state in weights(folders["K-FAC"]).items():
+    at_epoch = net().eval()
+    at_epoch.load_state_dict(dict(state))
+    H = Hessian(at_epoch, few[:1], PMatImplicit)
+    course[epoch] = spectral_density(H, steps=15 if small else 30, probes=2, outliers=3)
+plot_spectra(course, OUTPUT / "deep_curvature_spectra.png")
+
+# %%
+# Statistics of loss, gradient and curvature over minibatches, at each checkpoint of both trainings.
+trajectories = {}
+for name, folder in folders.items():
+    trajectories[name] = loss_trajectory(models[name], weights(folder), few, probes=6 if small else 9)
+    print(f"\n{name}, over {len(few)} minibatches\n{trajectories[name]}", flush=True)
+plot_statistics(trajectories, OUTPUT / "deep_curvature_statistics.png")
+
+# %%
+# The loss along eigenvectors of length one, where the second derivative is the eigenvalue. BatchNorm stays as it is in
+# the middle, so that this is the function whose Hessian was looked at.
+ranks: tuple[Any, ...] = (0, 1, -1, (0, 1))
+lines = along_eigenvectors(
+    models["K-FAC"],
+    few[: 1 if small else 2],
+    ranks=ranks,
+    distance=0.5,
+    points=5 if small else 15,
+    test_loader=test_loader,
+    recompute_batch_norm=False,
+    eigen={"tol": 1e-3},
+)
+surface = lines.pop((0, 1))
+plot_landscape(lines, OUTPUT / "deep_curvature_lines.png")
+
+# %%
+# The plane of the top two, as contours and in space.
+plot_landscape(surface, OUTPUT / "deep_curvature_contours.png")
+
+# %%
+plot_landscape(surface, OUTPUT / "deep_curvature_surface.png", surface=True)
+
+# %%
+# How sure the two nets are, and how often right.
+calibrations = {}
+for name, model in models.items():
+    with torch.no_grad():
+        found = [(model(x.to(device)).softmax(1).cpu(), y) for x, y in test_loader]
+    p, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+    calibrations[name] = calibration(p, y)
+plot_calibration(calibrations, OUTPUT / "deep_curvature_calibration.png")
+
+# %%
+# All of it for one net on a page that can be sent to somebody.
+page = report(
+    models["K-FAC"],
+    few,
+    path=OUTPUT / "deep_curvature.html",
+    test_loader=test_loader,
+    seconds=2.0 if small else 15.0,
+    title="VGG16, trained by K-FAC",
+    verbose=False,
+)
+print(f"\nPage and pictures in {page.parent}, {time.perf_counter() - began:.0f} s")

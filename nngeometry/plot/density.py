@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil, pi
+from math import ceil, isnan, pi
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,11 @@ def _draw_log_density(ax: Any, spectrum: Spectrum, density: Density, one: float,
 
 
 def _share(count: Estimate, size: int) -> str:
-    """In per cent, with the error if that can be seen."""
-    share, error = (f"{100 * float(part) / size:.0f}" for part in (count.value, count.error))
-    return f"{share} %" if error == "0" else f"{share} ± {error} %"
+    """In per cent, with the error if that can be seen, and is known: of one vector it is not."""
+    share, error = (100 * float(part) / size for part in (count.value, count.error))
+    if isnan(error):
+        return f"{share:.0f} ± ? %"
+    return f"{share:.0f} %" if error < 0.5 else f"{share:.0f} ± {min(error, 100.0):.0f} %"
 
 
 def _draw_curve(ax: Any, grid: Tensor, value: Tensor, error: Tensor, colour: str, label: str | None) -> None:

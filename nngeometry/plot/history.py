@@ -46,6 +46,8 @@ def plot_history(
         ['SGD', 'Adam', 'test']
     """
     require_matplotlib("plot_history")
+    from matplotlib.ticker import MaxNLocator
+
     several = bool(columns) and all(isinstance(of, Mapping) for of in columns.values())
     runs: Mapping[str, Any] = columns if several else {"": columns}
     panels = [panel for panel in _PANELS if any(_points(of, name) for of in runs.values() for name in panel[2])]
@@ -71,6 +73,7 @@ def plot_history(
                 )
                 positive = positive and all(value > 0 for _, value in points)
                 second = label if c else second
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if log and positive:
             ax.set_yscale("log")
         if several and second:

@@ -95,6 +95,7 @@ def _levels(loss: torch.Tensor) -> tuple[Any, bool]:
 
 def _contours(f: Landscape) -> Figure:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     test = f.test_loss is not None
     figure = new_figure((2 if test else 1) * 1.65 * PANEL, 1.35 * PANEL)
@@ -107,6 +108,8 @@ def _contours(f: Landscape) -> Figure:
         filled = ax.contourf(x, y, values.T.numpy(), levels=levels, norm=norm, cmap=colour_map())
         ax.contour(x, y, values.T.numpy(), levels=levels, colors="white", linewidths=0.4)
         ax.plot([0], [0], "o", color=COLOURS[1], markeredgecolor="white", markersize=5)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
         bar = figure.colorbar(filled, ax=ax, format="%.3g")
         bar.ax.tick_params(labelsize=FONT)
     return figure
