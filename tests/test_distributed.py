@@ -39,7 +39,7 @@ from nngeometry import (
     linalg,
 )
 from nngeometry.distributed import decompose, shard
-from nngeometry.optim import SecondOrderOptimizer, Stale
+from nngeometry.optim import SecondOrderOptimizer, Stale, VIOptimizer
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
 from nngeometry.team import Team
 
@@ -526,6 +526,65 @@ def trained(group):
             assert same_on_all(group, optimizer.matrix.to_torch())
 
 
+def trained_variationally(group):
+    """The same with weights that are drawn, which are those of rank 0."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    loss = nn.CrossEntropyLoss()
+
+    def train(representation, matrix, group, refresh, saved=None):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+        seed = 7 if group is None or rank == 0 else 99
+        optimizer = VIOptimizer(
+            model,
+            representation,
+            matrix,
+            num_data=24,
+            lr=0.3,
+            samples=2,
+            refresh=refresh,
+            generator=torch.Generator().manual_seed(seed),
+            process_group=group,
+            prior_precision={"0": 1.0, "2": 2.0},
+        )
+        if saved is not None:
+            optimizer.load_state_dict(saved[1])
+            model.load_state_dict(saved[0])
+        own = slice(rank, None, size) if group is not None else slice(None)
+        for k in range(4):
+            batch = slice(8 * (k % 3), 8 * (k % 3) + 8)
+            mine = x[batch][own], y[batch][own]
+            for _ in range(optimizer.samples):
+                with optimizer.sampled():
+                    w = PVector.from_model(model).detach().to_torch().clone()
+                    loss(model(mine[0]), mine[1]).backward()
+                    for p in model.parameters() if group is not None else ():
+                        dist.all_reduce(p.grad, group=group)
+                        p.grad /= size
+                    optimizer.observe(mine)
+                assert group is None or same_on_all(group, w)
+            optimizer.step()
+        return PVector.from_model(model).detach().to_torch(), optimizer, w, model
+
+    for representation in (PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC, PMatEKFAC):
+        for matrix in (FIM, EmpiricalFisher):
+            refresh = Stale() if representation is PMatKFAC else 2
+            one, _, drawn, _ = train(representation, matrix, None, refresh)
+            w, optimizer, here, _ = train(representation, matrix, group, refresh)
+            assert relative(w, one) < 1e-10, (representation, matrix)
+            assert relative(here, drawn) < 1e-10, (representation, matrix)
+            assert same_on_all(group, w)
+            assert same_on_all(group, optimizer.covariance.to_torch())
+    _, optimizer, _, model = train(PMatKFAC, FIM_MonteCarlo, group, 2)
+    box = [model.state_dict(), optimizer.state_dict()]
+    w = train(PMatKFAC, FIM_MonteCarlo, group, 2, box)[0]
+    dist.broadcast_object_list(box, 0, group=group)
+    again = train(PMatKFAC, FIM_MonteCarlo, group, 2, box)[0]
+    assert torch.equal(w, again), "what rank 0 has saved is enough for all"
+
+
 def tried(group):
     """What would be wrong raises on all ranks alike, and what is right works."""
     rank = dist.get_rank(group)
@@ -572,6 +631,7 @@ BY_TWO = {
     "decompositions": decomposed,
     "tried": tried,
     "trained": trained,
+    "trained variationally": trained_variationally,
     "collectives": counted,
     "refused": refused,
     "wrapped": wrapped,

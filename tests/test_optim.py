@@ -1,8 +1,10 @@
 """The laws of the optimiser: a step is a solve, and what is saved, scaled, split or skipped does not change it."""
 
+import contextlib
 import copy
 import io
 import itertools
+import warnings
 from functools import partial
 
 import oracle
@@ -33,7 +35,7 @@ from nngeometry import (
     PVector,
 )
 from nngeometry.blocks import Dense, Diag, Kron
-from nngeometry.optim import LevenbergMarquardt, Rotated, SecondOrderOptimizer, Stale, Turned
+from nngeometry.optim import LevenbergMarquardt, Rotated, SecondOrderOptimizer, Stale, Turned, VIOptimizer
 
 MIXED = PMatMixed.of(PMatKFAC, {"2": PMatDense})
 REPRESENTATIONS = [
@@ -975,3 +977,115 @@ def test_no_damping_of_a_singular_matrix_is_refused():
     opt = made(model, PMatDense, damping=0.0)
     with pytest.raises(ValueError, match=r"step: the matrix of layer '0', '2' is singular.*use some damping"):
         one(model, opt, batch)
+
+
+def drawn(model, representation=PMatKFAC, matrix=FIM, **options):
+    generator = torch.Generator().manual_seed(3)
+    return VIOptimizer(model, representation, matrix, num_data=20, lr=0.1, generator=generator, **options)
+
+
+def gradients(model, opt, batch, poison=None):
+    """What comes before a step."""
+    opt.zero_grad()
+    with opt.sampled() if isinstance(opt, VIOptimizer) else contextlib.nullcontext():
+        cross_entropy(model(batch[0]), batch[1]).backward()
+        opt.observe(batch)
+    if poison is not None:
+        poison.grad.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize("make", [made, drawn], ids=["second order", "variational"])
+@pytest.mark.parametrize("name", ["2.bias", "0.weight"])
+@pytest.mark.parametrize("part", [None, "2"], ids=["all", "one layer"])
+def test_gradients_that_are_not_finite_are_told_and_their_minibatch_does_not_count(make, name, part):
+    (first, second, third), model = batches(8, 9, 7), net()
+    options = {} if part is None else {"layer_collection": LayerCollection.from_model(model, part)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = make(model, **options)
+    gradients(model, opt, first)
+    opt.step()
+    before, n = values(model), opt.accumulator.n
+    gradients(model, opt, second, model.get_parameter(name))
+    with pytest.raises(ValueError, match=f"step: the gradient of parameter '{name}' has NaN .* no step is made"):
+        opt.step()
+    assert torch.equal(values(model), before)
+    assert opt.accumulator.n == n
+    gradients(model, opt, third)
+    opt.step()
+    assert opt.accumulator.n == pytest.approx(0.95 * n + 7)
+
+
+@pytest.mark.parametrize("make", [made, drawn], ids=["second order", "variational"])
+def test_layers_that_are_frozen_or_thawed(make):
+    (batch,) = batches(8)
+    model = net()
+    model[0].requires_grad_(False)
+    opt = make(model)
+    gradients(model, opt, batch)
+    opt.step()
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' is new, or was frozen then: .*add_param_group"):
+        gradients(model, opt, batch)
+    model = net()
+    opt = make(model)
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'0.weight' has no gradient: it is frozen now"):  # noqa: PT012
+        gradients(model, opt, batch)
+        opt.step()
+    model[0].requires_grad_(True)
+    gradients(model, opt, batch)
+    opt.step()
+
+
+@pytest.mark.parametrize("make", [made, drawn], ids=["second order", "variational"])
+@pytest.mark.parametrize("matrix", [GGN, Hessian, partial(GGN, loss=nn.CrossEntropyLoss(reduction="sum"))])
+def test_a_loss_that_is_a_sum_has_no_running_average(make, matrix):
+    loss = {} if isinstance(matrix, partial) else {"loss": nn.CrossEntropyLoss(reduction="sum")}
+    with pytest.raises(ValueError, match=r'loss: it is a sum over examples.*reduction="mean".*decay=0'):
+        make(net(), PMatDense, matrix, **loss)
+    make(net(), PMatDense, matrix, decay=0.0, **loss)
+
+
+def damage(state, where):
+    *path, last = where
+    for key in path:
+        state = state[key]
+    del state[last]
+
+
+@pytest.mark.parametrize("make", [made, drawn], ids=["second order", "variational"])
+@pytest.mark.parametrize(
+    "where",
+    [("steps",), ("generator",), ("running", "used"), ("running", "new"), ("running", "running", "seen"), None],
+    ids=str,
+)
+def test_a_state_that_is_damaged_changes_nothing(make, where):
+    data, ends = batches(8, 9, 7, 6), []
+    for load in (False, True):
+        model = net()
+        opt = make(model, matrix=FIM_MonteCarlo, refresh=2)
+        for k, batch in enumerate(data):
+            gradients(model, opt, batch)
+            opt.step()
+            if k == 1 and load:
+                saved = copy.deepcopy(opt.state_dict())
+                part = "variational" if make is drawn else "curvature"
+                damage(saved, ("state",) if where is None else (part, *where))
+                with pytest.raises(ValueError, match="load_state_dict: "):
+                    opt.load_state_dict(saved)
+        ends.append(values(model))
+    with pytest.raises(ValueError, match=rf"load_state_dict: expected what .* of a {type(opt).__name__}"):
+        opt.load_state_dict(None)
+    assert torch.equal(*ends)
+
+
+def test_what_was_loaded_does_not_go_on_with_the_last_minibatch_of_before():
+    model, (batch,) = net(), batches(8)
+    fresh = made(net(), PMatImplicit).state_dict()
+    opt = made(model, PMatImplicit)
+    one(model, opt, batch)
+    opt.load_state_dict(fresh)
+    assert opt.matrix is None
+    with pytest.raises(ValueError, match="nothing was observed yet"):
+        one(model, opt, batch, observe=False)

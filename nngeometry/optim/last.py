@@ -34,6 +34,11 @@ class Last:
         """Forget what was observed and not committed."""
         self._observed = data.Minibatches()
 
+    def restart(self) -> None:
+        """Have no matrix."""
+        self.drop()
+        self.matrix = None
+
     def commit(self) -> bool:
         """Make the matrix of what was observed, at the parameters as they are now, and whether there was anything."""
         if not self._observed:

@@ -123,14 +123,39 @@ class LayeredOptimizer(torch.optim.Optimizer):
         return [piece.view(p.shape) for p, piece in zip(self._parameters, pieces, strict=True)]
 
     def _gradient(self) -> Tensor:
-        """The flat gradient of the layers. Raises ``ValueError`` naming a parameter that has none."""
+        """The flat gradient of the layers. Raises ``ValueError`` naming a parameter that has none, or one that is not
+        finite, with which the step is given up.
+        """
         for p, (name, *_) in zip(self._parameters, self._named, strict=True):
             if p.grad is None:
                 raise ValueError(
-                    f"step: parameter {name!r} has no gradient: call backward() before, or leave its layer out of "
-                    "layer_collection"
+                    f"step: parameter {name!r} has no gradient: "
+                    + (
+                        "call backward() before, or leave its layer out of layer_collection"
+                        if p.requires_grad
+                        else "it is frozen now (requires_grad=False): make the optimiser after that"
+                    )
                 )
-        return self._flat([p.grad for p in self._parameters])  # type: ignore[misc]
+        flat = self._flat([p.grad for p in self._parameters])  # type: ignore[misc]
+        others = [p.grad for group in self.param_groups if group["name"] is None for p in group["params"]]
+        if not all(bool(torch.linalg.vector_norm(g).isfinite()) for g in (flat, *others) if g is not None):
+            self._check_finite()
+        return flat
+
+    def _check_finite(self) -> None:
+        """Raise ``ValueError`` naming a parameter whose gradient is not finite, and give the step up."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for p in self._all():
+            if p.grad is not None and not bool(p.grad.isfinite().all()):
+                self._give_up()
+                raise ValueError(
+                    f"step: the gradient of parameter {names.get(id(p), 'of a group that was added')!r} has NaN or "
+                    "infinite entries, so that no step is made and what was observed for it does not count: look at "
+                    "the loss of this minibatch; in half precision use a torch.amp.GradScaler, which skips such steps"
+                )
+
+    def _give_up(self) -> None:
+        """Forget what was noted for a step that is not made."""
 
     def _add(self, s: Tensor) -> None:
         """Add flat values to the parameters."""
@@ -149,6 +174,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
         """Whether a GradScaler has found gradients that are not finite; otherwise they are divided by its scale."""
         found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found is not None and bool(found):
+            self._give_up()
             return True
         if scale is not None:
             for p in self._all():
@@ -157,6 +183,42 @@ class LayeredOptimizer(torch.optim.Optimizer):
         return False
 
     # What is kept
+
+    #: The part of the state dict that torch does not have, and the version of it.
+    _PART: tuple[str, int]
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        """Be what that part says, before torch has read its own."""
+
+    def _loaded(self, saved: Mapping[str, Any]) -> None:
+        """What is left to do of it after that."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, to the bit. The model has a state dict of its own.
+
+        Raises:
+            ValueError: If it is of an optimiser of something else, or damaged; then nothing has changed.
+        """
+        name, version = self._PART
+        saved = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        if not isinstance(saved, Mapping) or saved.get("format") != version:
+            raise ValueError(
+                f"load_state_dict: expected what the state_dict() of a {type(self).__name__} of this version gives"
+            )
+        before = self.state_dict()
+        try:
+            self._load_all(state_dict, saved)
+        except Exception as error:
+            self._load_all(before, before[name])
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"load_state_dict: the state is damaged ({type(error).__name__}: {error})") from error
+
+    def _load_all(self, state_dict: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        self._load(saved)
+        super().load_state_dict(dict(state_dict))
+        self._load_momentum(state_dict)
+        self._loaded(saved)
 
     def _load_momentum(self, state_dict: Mapping[str, Any]) -> None:
         """Have the momentum of a state dict, as it was saved: torch casts it to the dtype of the parameters."""
@@ -181,7 +243,10 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 "has another shape, dtype or device now",
                 [name for p, (name, *rest) in pairs if [p.dtype, p.device, p.shape] != rest],
             ),
-            ("is new", [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]),
+            (
+                "is new, or was frozen then",
+                [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours],
+            ),
         ):
             if of:
                 raise ValueError(
@@ -236,7 +301,7 @@ def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 def _found(model: nn.Module) -> list[tuple[Any, ...]]:
     """The parameters of a model, with what of them must not change."""
-    return [(p, p.dtype, p.device, p.shape) for p in model.parameters()]
+    return [(p, p.dtype, p.device, p.shape, p.requires_grad) for p in model.parameters()]
 
 
 def _groups(model: nn.Module, layer_collection: LayerCollection) -> Iterator[dict[str, Any]]:

@@ -45,6 +45,11 @@ class Running:
         **options: Any,
     ) -> None:
         self._running = Accumulator(matrix, model, representation, **options)
+        if decay and not getattr(self._running.estimation.source, "mean", True):
+            raise ValueError(
+                "loss: it is a sum over examples, whose running matrix grows with all that was observed while its "
+                'gradient does not: use a mean (reduction="mean"), for the step as well, or decay=0'
+            )
         self._ahead: Accumulator | None = None
         self._decay, self._refresh = decay, refresh
         self._absolute, self._factored = absolute, factored

@@ -24,8 +24,6 @@ from .quadratic import QuadraticModel
 from .refresh import policy
 from .running import Running
 
-#: The version of what is added to the state dict of torch's optimisers.
-FORMAT = 1
 _NUMBERS = ("lr", "damping", "momentum", "weight_decay", "l2")
 
 
@@ -96,6 +94,8 @@ class SecondOrderOptimizer(LayeredOptimizer):
 
     Source: Martens and Grosse (2015), 1503.05671; Martens (2014), 1412.1193; Dauphin et al. (2014), 1406.2572.
     """
+
+    _PART = ("curvature", 1)
 
     def __init__(
         self,
@@ -261,7 +261,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
 
         Raises:
             ValueError: If nothing was observed yet, the matrix plus damping is not positive, a parameter has no
-                gradient, or the model is not the one that it was.
+                gradient, or one that is not finite, or the model is not the one that it was.
         """
         if self.levenberg is not None and closure is None:
             raise ValueError("step: damping=LevenbergMarquardt compares losses: call step(closure), closure() -> loss")
@@ -272,9 +272,10 @@ class SecondOrderOptimizer(LayeredOptimizer):
         if self._skipped():
             return loss
         self._check_model("step")
+        g = self._gradient()
         fresh = self._take_observed()
         w = self._flat(self._parameters)
-        g = self._penalised(w)
+        g = self._penalised(g, w)
         d = self._team.share(self._solved(g), 0, self._parameters[0].device)  # they differ by rounding
         model = self._model(g, fresh)
         lr, previous = self._of_layers("lr"), self._kept
@@ -292,12 +293,10 @@ class SecondOrderOptimizer(LayeredOptimizer):
         self._steps += 1
         return loss
 
-    def _skipped(self) -> bool:
-        skipped = super()._skipped()
-        for held in (self._running, self._last) if skipped else ():
+    def _give_up(self) -> None:
+        for held in (self._running, self._last):
             if held is not None:
                 held.drop()
-        return skipped
 
     def _take_observed(self) -> bool:
         """Have what was observed count, and take the blocks into use that are due; whether something was observed."""
@@ -312,9 +311,9 @@ class SecondOrderOptimizer(LayeredOptimizer):
             raise ValueError("step: nothing was observed yet: call observe(minibatch) before step()")
         return fresh
 
-    def _penalised(self, w: Tensor) -> Tensor:
-        """The flat gradient, that of the penalty included."""
-        g, l2 = self._gradient(), self._of_layers("l2")
+    def _penalised(self, g: Tensor, w: Tensor) -> Tensor:
+        """The flat gradient with that of the penalty."""
+        l2 = self._of_layers("l2")
         return g if isinstance(l2, float) and l2 == 0 else g + l2 * w
 
     def _solved(self, g: Tensor) -> Tensor:
@@ -412,39 +411,25 @@ class SecondOrderOptimizer(LayeredOptimizer):
         return {
             **super().state_dict(),
             "curvature": {
-                "format": FORMAT,
+                "format": self._PART[1],
                 "steps": self._steps,
                 "running": None if self._running is None else self._running.state_dict(),
                 "generator": None if self._generator is None else self._generator.get_state(),
             },
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, to the bit. The model has a state dict of its own.
-
-        Raises:
-            ValueError: If it is of an optimiser of something else.
-        """
-        saved = state_dict.get("curvature")
-        if not isinstance(saved, Mapping) or saved.get("format") != FORMAT:
-            raise ValueError(
-                "load_state_dict: expected what the state_dict() of a SecondOrderOptimizer of this version gives"
-            )
+    def _load(self, saved: Mapping[str, Any]) -> None:
         if (saved["running"] is None) != (self._running is None):
             raise ValueError("load_state_dict: one of the two optimisers has PMatImplicit alone, the other has not")
-        before = None if self._running is None else self._running.state_dict()
         if self._running is not None:
             self._running.load_state_dict(saved["running"])
-        try:
-            super().load_state_dict(dict(state_dict))
-        except Exception:
-            if self._running is not None:
-                self._running.load_state_dict(before)  # type: ignore[arg-type]
-            raise
-        self._steps = saved["steps"]
+
+    def _loaded(self, saved: Mapping[str, Any]) -> None:
+        if self._last is not None:
+            self._last.restart()
         if self._generator is not None and saved["generator"] is not None:
             self._generator.set_state(saved["generator"].cpu())
-        self._load_momentum(state_dict)
+        self._steps = saved["steps"]
 
 
 def _number(loss: Any) -> float:

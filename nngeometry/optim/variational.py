@@ -15,13 +15,11 @@ from ..layercollection import LayerCollection
 from ..metrics import FIM_MonteCarlo
 from ..object import PMat, PMatDiag, PMatEye, PVector, random_pvector
 from ..posterior import Posterior
+from ..team import Team
 from .draws import Draw, Draws, Gradients, in_draws, valued
 from .layered import LayeredOptimizer, options_for, own_generator
 from .refresh import policy
 from .running import Running
-
-#: The version of what is added to the state dict of torch's optimisers.
-FORMAT = 1
 
 
 class VIOptimizer(LayeredOptimizer):
@@ -68,6 +66,9 @@ class VIOptimizer(LayeredOptimizer):
         generator: Of the noise, and of the matrix if it draws; by default one of its own, seeded by torch's global one.
             The same seed gives the same noise in every process.
         layer_collection: The layers that have a distribution, by default all.
+        process_group: Of ``torch.distributed``: each rank observes its own part of a minibatch, and has the gradient of
+            the whole as DistributedDataParallel leaves it. All have the draws and the steps of the first one. By
+            default this process is alone.
         **options: Of the matrix and the representation.
 
     Raises:
@@ -91,6 +92,8 @@ class VIOptimizer(LayeredOptimizer):
     Source: Khan et al. (2018), 1806.04854; Zhang et al. (2018), 1712.02390; Osawa et al. (2019), 1906.02506.
     """
 
+    _PART = ("variational", 1)
+
     def __init__(
         self,
         model: nn.Module,
@@ -111,6 +114,7 @@ class VIOptimizer(LayeredOptimizer):
         warmup: int = 0,
         generator: torch.Generator | None = None,
         layer_collection: LayerCollection | None = None,
+        process_group: Any = None,
         **options: Any,
     ) -> None:
         arguments.model(model)
@@ -134,8 +138,11 @@ class VIOptimizer(LayeredOptimizer):
             {"lr": lr, "momentum": momentum, "damping": damping, "prior_precision": one},
             by_layer,
         )
+        self._team = Team(process_group)
         self._generator = own_generator(self._parameters[0].device) if generator is None else generator
         chosen = options_for(matrix, model, options, self._generator)
+        if process_group is not None:
+            chosen["process_group"] = process_group
         self._running = Running(
             matrix,
             model,
@@ -225,6 +232,7 @@ class VIOptimizer(LayeredOptimizer):
             root = self._covariance_and_root()[1]
             noise = random_pvector(self.layer_collection, root.device, root.dtype, self._generator)
             w = self._flat([p.detach() for p in self._parameters]) + root.mv(noise).to_torch()
+            w = self._team.share(w, 0, self._parameters[0].device)
             return self._parameters, valued(self._parameters, self._pieces(w)), lambda gradients, first: None
 
         return Draw(self._draws, make)
@@ -263,14 +271,13 @@ class VIOptimizer(LayeredOptimizer):
 
         Raises:
             ValueError: If there was no draw, nothing was observed yet, the matrix plus what is added to it is not
-                positive, a parameter has no gradient, or the model is not the one that it was.
+                positive, a parameter has no gradient, or one that is not finite, or the model is not the one that it
+                was.
             RuntimeError: Inside of ``sampled()``.
         """
         self._draws.check_outside("step")
         loss = None if closure is None else in_draws(self, closure)
         if self._skipped():
-            self._give_up()
-            self._draws.restart()
             return loss
         self._check_model("step")
         self._draws.check_some()
@@ -287,6 +294,7 @@ class VIOptimizer(LayeredOptimizer):
             d = self.matrix.solve(PVector(self.layer_collection, m), self._regul()).to_torch()
         except ValueError as error:
             raise ValueError(f"step: {error}: {_REMEDY}") from error
+        d = self._team.share(d, 0, self._parameters[0].device)  # they differ by rounding
         self._add(-self._of_layers("lr") * d)
         self._keep(m)
         self._step_plainly()
@@ -301,6 +309,7 @@ class VIOptimizer(LayeredOptimizer):
 
     def _give_up(self) -> None:
         self._running.drop()
+        self._draws.restart()
 
     def _regul(self) -> float | dict[str, float]:
         """gamma + tau delta/N."""
@@ -332,7 +341,7 @@ class VIOptimizer(LayeredOptimizer):
         return {
             **super().state_dict(),
             "variational": {
-                "format": FORMAT,
+                "format": self._PART[1],
                 "steps": self._steps,
                 "running": self._running.state_dict(),
                 "generator": self._generator.get_state(),
@@ -343,24 +352,19 @@ class VIOptimizer(LayeredOptimizer):
         """Go on from what :meth:`state_dict` gave, to the bit. The model has a state dict of its own.
 
         Raises:
-            ValueError: If it is of an optimiser of something else.
+            ValueError: If it is of an optimiser of something else, or damaged; then nothing has changed.
+            RuntimeError: Inside of ``sampled()``.
         """
         self._draws.check_outside("load_state_dict")
-        saved = state_dict.get("variational")
-        if not isinstance(saved, Mapping) or saved.get("format") != FORMAT:
-            raise ValueError("load_state_dict: expected what the state_dict() of a VIOptimizer of this version gives")
-        before = self._running.state_dict()
+        super().load_state_dict(state_dict)
+        self._give_up()
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
         self._running.load_state_dict(saved["running"])
-        try:
-            super().load_state_dict(dict(state_dict))
-        except Exception:
-            self._running.load_state_dict(before)
-            raise
-        self._load_momentum(state_dict)
-        self._running.drop()
-        self._draws.restart()
-        self._steps, self._made = saved["steps"], None
+
+    def _loaded(self, saved: Mapping[str, Any]) -> None:
         self._generator.set_state(saved["generator"].cpu())
+        self._steps, self._made = saved["steps"], None
 
 
 _REMEDY = "use more prior_precision or damping, or a representation and a matrix that are positive, e.g. GGN or FIM"
