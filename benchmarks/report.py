@@ -10,7 +10,7 @@ Run = dict[str, Any]
 Row = dict[str, Any]
 
 #: Contenders, in the order of columns.
-NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd", "adam"]
+NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd", "adam", "pyhessian", "eigenthings"]
 #: Of these one that does something else: the floor of what steps of training cost.
 FLOOR = "adam"
 #: What two contenders may differ by, relatively: they compute in single precision.

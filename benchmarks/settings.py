@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any
@@ -31,6 +32,9 @@ JOBS = {
     "hessian_product": "one product with the Hessian of the cross-entropy, without the matrix",
     "hessian_product_lanczos": "20 steps of Lanczos with that matrix: its making, 20 products, orthogonalisation",
     "spectral_density": "of the Gauss-Newton matrix, from 20 steps of Lanczos for each of 4 vectors",
+    "hessian_trace": "the trace of the Hessian of a net that is trained, from 64 vectors of random signs",
+    "hessian_top": "its three eigenvalues of largest magnitude, each right to a thousandth",
+    "hessian_density": "its spectral density, from 20 steps of Lanczos for each of 4 vectors",
     "accumulator_update": "one minibatch into a running KFAC, one sampled label for each example",
     "kfac_first_solve": "the first solve with a KFAC that is built: its decomposition included",
     "kfac_solve_1": "a later solve with that KFAC, one right-hand side",
@@ -58,8 +62,11 @@ DAMPING, CYCLE = 1e-3, 10
 #: Of Lanczos. The cost of such a job is that of all of them.
 STEPS = 20
 
-#: Random vectors of a spectral density.
-PROBES = 4
+#: Random vectors of a spectral density, and of a trace.
+PROBES, TRACE_PROBES = 4, 64
+
+#: How many eigenvalues, and what they may be off by, relatively.
+TOP, ACCURACY = 3, 1e-3
 
 Batch = tuple[Tensor, Tensor]
 
@@ -106,6 +113,20 @@ class Task:
     def few(self) -> Task:
         """The same with two examples in each of two minibatches."""
         return Task(self.model, [(x[:2], y[:2]) for x, y in self.batches[:2]])
+
+    def trained(self, steps: int = 24) -> Task:
+        """The same after some steps of gradient descent: at random weights a Hessian has eigenvalues of both signs and
+        the same size, among which power iteration does not converge.
+        """
+        model = deepcopy(self.model)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for k in range(steps):
+            x, y = self.batches[k % len(self.batches)]
+            optimiser.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimiser.step()
+        optimiser.zero_grad()
+        return Task(model, self.batches)
 
     def gradient(self, examples: int | None = None) -> None:
         """The unit of cost: one forward and one backward pass over the minibatches (or some ``examples`` of each)."""
@@ -289,6 +310,7 @@ _EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
 _GRAM = ("gram", "gram_one_batch")
 _SOLVES = ("kfac_first_solve", "kfac_solve_1", "kfac_solve_320")
 _PRODUCTS = tuple(job for job in JOBS if "product" in job)
+_HESSIAN = ("hessian_trace", "hessian_top", "hessian_density")
 _TRAINING = tuple(job for job in JOBS if job.startswith("ten_steps"))
 #: Its minibatch.
 _STEPPED = dict.fromkeys(_TRAINING, (128, 128))
@@ -333,7 +355,7 @@ SETTINGS = {
         256,
         64,
         small=6,
-        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_SOLVES, *_TRAINING, "spectral_density"),
+        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_SOLVES, *_TRAINING, *_HESSIAN, "spectral_density"),
     ),
     "resnet18": Setting(
         _resnet18,
@@ -341,7 +363,7 @@ SETTINGS = {
         32,
         32,
         small=4,
-        jobs=_without(*_EXACT_ENTRIES, *_GRAM, "kfac_solve_320"),
+        jobs=_without(*_EXACT_ENTRIES, *_GRAM, *_HESSIAN, "kfac_solve_320"),
         subsets=_STEPPED,
     ),
     "transformer": Setting(

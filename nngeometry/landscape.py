@@ -120,12 +120,15 @@ def landscape(
         arguments.instance("directions", d, PVector, "make one with PVector(layer_collection, tensor)")
     if arguments.integer("points", points, least=3) % 2 == 0:
         raise ValueError(f"points={points}: an odd number, so that the weights of the model are among the points")
-    distances = [distance] * len(given) if isinstance(distance, int | float) else list(distance)
+    one = arguments.scalar(distance)
+    distances = list(distance) if one is None else [one] * len(given)  # type: ignore[arg-type]
     if len(distances) != len(given):
         raise ValueError(f"distance: {len(distances)} numbers for {len(given)} directions")
     reach = [arguments.number("distance", r, above=0.0) for r in distances]
     data.require_repeatable(loader, "landscape")
     called = [f"direction {k + 1}" for k in range(len(given))] if names is None else list(names)
+    if isinstance(names, str) or len(called) != len(given):
+        raise ValueError(f"names: expected one for each of {len(given)} directions, got {names!r}")
 
     objective = Objective(model, loss, targets=targets, function=function, device=device)
     whole = LayerCollection.from_model(model, frozen=True)
@@ -169,7 +172,7 @@ def along_eigenvectors(
     model: nn.Module,
     loader: Any,
     loss: Loss | None = None,
-    ranks: Sequence[int | tuple[int, int]] = (0, 1, 2, -1),
+    ranks: int | Sequence[int | tuple[int, int]] = (0, 1, 2, -1),
     matrix: Callable[..., Any] = Hessian,
     *,
     targets: Targets = None,
@@ -207,7 +210,7 @@ def along_eigenvectors(
         >>> abs(line.second_difference() / line.eigenvalues[0] - 1) < 1e-4, found[0, 1].loss.shape
         (True, torch.Size([3, 3]))
     """
-    wanted = list(ranks)
+    wanted = [ranks] if isinstance(ranks, int) else list(ranks)
     every = [k for rank in wanted for k in (rank if isinstance(rank, tuple) else (rank,))]
     if not every or not all(isinstance(k, int) and not isinstance(k, bool) for k in every):
         raise TypeError(f"ranks: expected whole numbers or pairs of them, got {ranks!r}")

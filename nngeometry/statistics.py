@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,10 +115,13 @@ class LossStatistics(BlockStatistics):
         return {**{name: _exactly(value) for name, value in first.items()}, **super().columns()}
 
     def __str__(self) -> str:
-        return _as_text({"all": self, **self.layers})
+        return _as_text(self._titled())
 
     def _repr_html_(self) -> str:
-        return _as_html({"all": self, **self.layers})
+        return _as_html(self._titled())
+
+    def _titled(self) -> list[tuple[str, BlockStatistics]]:
+        return [("all", self), *((name or "(root)", of) for name, of in self.layers.items())]
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,17 @@ class Trajectory:
     def columns(self) -> dict[str, list[Estimate]]:
         """For each statistic its values at all points; those that some points lack are left out."""
         rows = [statistics.columns() for statistics in self.at.values()]
-        return {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
+        first = rows[0] if rows else {}
+        return {name: [row[name] for row in rows] for name in first if all(name in row for row in rows)}
 
     def __str__(self) -> str:
-        return _as_text(self.at)
+        return _as_text(self._titled())
 
     def _repr_html_(self) -> str:
-        return _as_html(self.at)
+        return _as_html(self._titled())
+
+    def _titled(self) -> list[tuple[str, BlockStatistics]]:
+        return [(str(at), of) for at, of in self.at.items()]
 
 
 @arguments.called_as
@@ -398,15 +405,15 @@ def _length(loader: Any, objective: Objective) -> int:
 # Tables
 
 
-def _table(of: Mapping[Any, BlockStatistics]) -> list[list[str]]:
+def _table(of: Sequence[tuple[str, BlockStatistics]]) -> list[list[str]]:
     """A row for each statistic after the titles of columns."""
-    columns = {str(name): found.columns() for name, found in of.items()}
-    names = list(dict.fromkeys(n for column in columns.values() for n in column))
-    rows = [[name, *(_number(column.get(name)) for column in columns.values())] for name in names]
-    return [["", *columns], *rows]
+    columns = [found.columns() for _, found in of]
+    names = list(dict.fromkeys(n for column in columns for n in column))
+    rows = [[name, *(_number(column.get(name)) for column in columns)] for name in names]
+    return [["", *(title for title, _ in of)], *rows]
 
 
-def _as_text(of: Mapping[Any, BlockStatistics]) -> str:
+def _as_text(of: Sequence[tuple[str, BlockStatistics]]) -> str:
     table = _table(of)
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
     lines = []
@@ -417,7 +424,7 @@ def _as_text(of: Mapping[Any, BlockStatistics]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _as_html(of: Mapping[Any, BlockStatistics]) -> str:
+def _as_html(of: Sequence[tuple[str, BlockStatistics]]) -> str:
     header, *rows = _table(of)
     return as_html("", header, rows)
 

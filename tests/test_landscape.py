@@ -1,5 +1,6 @@
 """Landscapes are the loss where they say, and leave the model as it was."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -148,6 +149,8 @@ def test_directions_on_some_layers_and_normalised_filters():
         ({"points": 4}, ValueError, "odd"),
         ({"distance": (1.0, 2.0)}, ValueError, "2 numbers for 1 directions"),
         ({"directions": []}, ValueError, "one PVector"),
+        ({"names": ["a", "b"]}, ValueError, "names: expected one for each of 1"),
+        ({"names": "a"}, ValueError, "names: expected one for each of 1"),
         ({"directions": [torch.zeros(51)]}, TypeError, "directions: expected a PVector"),
         ({"loader": iter([])}, ValueError, "more than once"),
         ({"loader": [(torch.zeros(2, 4, dtype=torch.float64),)]}, ValueError, "no labels"),
@@ -167,3 +170,11 @@ def test_directions_of_another_model():
         landscape(model, batches, PVector.from_model(other).clone().detach())
     with pytest.raises(TypeError, match="ranks"):
         along_eigenvectors(model, batches, ranks=("largest",))
+
+
+def test_numbers_of_numpy_and_a_single_rank():
+    model, batches = problem()
+    d = PVector.from_model(model).clone().detach()
+    found = [landscape(model, batches, d, points=3, distance=r) for r in (0.5, np.float32(0.5), torch.tensor(0.5))]
+    assert all(torch.equal(f.loss, found[0].loss) for f in found)
+    assert list(along_eigenvectors(model, batches, ranks=0, points=3)) == [0]

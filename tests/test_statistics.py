@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from nngeometry import FIM, GGN, EmpiricalFisher, Hessian, LayerCollection, PMatBlockDiag, PMatDense, PMatDiag, PMatKFAC
 from nngeometry.minibatches import block_statistics, estimated
-from nngeometry.statistics import LossStatistics, loss_statistics, loss_trajectory
+from nngeometry.statistics import LossStatistics, Trajectory, loss_statistics, loss_trajectory
 
 #: Of 200 intervals, as many may miss with probability 1e-3 where 5 % do.
 MISSES = 21
@@ -182,6 +182,24 @@ def test_trajectory_is_a_table_and_leaves_the_model():
     with pytest.raises(ValueError, match="checkpoint 3 is of another model"):
         loss_trajectory(model, {3: nn.Linear(2, 2).state_dict()}, batches)
     assert all(torch.equal(v, begin[k]) for k, v in model.state_dict().items())
+
+
+def test_tables_of_layers_called_anything_and_of_nothing():
+    layers = {"all": nn.Linear(4, 3), "a<b": nn.Linear(3, 2), 'q"&': nn.Linear(2, 3)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    batches = [(torch.randn(9, 4), torch.randint(3, (9,))) for _ in range(2)]
+    found = loss_statistics(model, batches, representation=PMatDiag, per_layer=True)
+    assert str(found).splitlines()[0].split() == ["all", *layers]  # that of all, and the layer of this name
+    html = found._repr_html_()
+    assert "a&lt;b" in html
+    assert "q&quot;&amp;" in html
+    assert "a<b" not in html
+    alone = loss_statistics(nn.Linear(4, 3), batches, representation=PMatDiag, per_layer=True)
+    assert str(alone).splitlines()[0].split() == ["all", "(root)"]
+    assert "<table>" in Trajectory({})._repr_html_()
+    assert Trajectory({}).columns() == {}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import CYCLE, DAMPING, DECAY, PROBES, REGUL, STEPS, Task
+from settings import CYCLE, DAMPING, DECAY, PROBES, REGUL, STEPS, TOP, TRACE_PROBES, Task
 from torch import Tensor
 from torch.nn import functional as F
 
 import nngeometry
+from contenders._accuracy import cheapest
 from nngeometry import (
     FIM,
     GGN,
@@ -34,9 +35,9 @@ from nngeometry import (
     PMatKFAC,
     PVector,
 )
-from nngeometry.linalg import Density, lanczos
+from nngeometry.linalg import Density, hutchinson, lanczos
 from nngeometry.optim import SecondOrderOptimizer, Turned
-from nngeometry.spectrum import spectral_density
+from nngeometry.spectrum import extreme_eigenpairs, spectral_density
 
 VERSION = nngeometry.__version__
 #: What makes this contender's answer another number than ours by definition, for each job where something does.
@@ -92,9 +93,27 @@ def _lanczos(metric: Any) -> Callable[[Task], Callable[[], float]]:
     return prepare
 
 
-def _density(task: Task) -> Callable[[], Density]:
-    make = _maker(task, GGN)
-    return lambda: spectral_density(make(PMatImplicit), steps=STEPS, probes=PROBES).density()
+def _density(metric: Any) -> Callable[[Task], Callable[[], Density]]:
+    def prepare(task: Task) -> Callable[[], Density]:
+        make = _maker(task, metric)
+        return lambda: spectral_density(make(PMatImplicit), steps=STEPS, probes=PROBES).density()
+
+    return prepare
+
+
+def _hessian_trace(task: Task) -> Callable[[], float]:
+    make = _maker(task, Hessian)
+    return lambda: float(make(PMatImplicit).trace(estimator=partial(hutchinson, products=TRACE_PROBES)).value)
+
+
+def _hessian_top(task: Task) -> Callable[[], float]:
+    """Without the search for multiple eigenvalues, which the others do not have."""
+    make = _maker(task, Hessian)
+
+    def eigenvalues(tol: float) -> Tensor:
+        return extreme_eigenpairs(make(PMatImplicit), TOP, "magnitude", tol=tol, multiplicities=False).values
+
+    return cheapest(task, eigenvalues, [0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4])
 
 
 def _jacobian(task: Task) -> Callable[[], PFMapDense]:
@@ -188,7 +207,10 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "ggn_product_lanczos": _lanczos(GGN),
     "hessian_product": _product(Hessian),
     "hessian_product_lanczos": _lanczos(Hessian),
-    "spectral_density": _density,
+    "spectral_density": _density(GGN),
+    "hessian_trace": lambda task: _hessian_trace(task.trained()),
+    "hessian_top": lambda task: _hessian_top(task.trained()),
+    "hessian_density": lambda task: _density(Hessian)(task.trained()),
     "accumulator_update": _update,
     "ten_steps": _ten_steps(1),
     "ten_steps_factored": _ten_steps(1, factored=True),

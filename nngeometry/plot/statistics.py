@@ -57,7 +57,7 @@ def plot_statistics(
     runs = dict(trajectory) if isinstance(trajectory, Mapping) else {"": trajectory}
     for of in runs.values():
         arguments.instance("trajectory", of, Trajectory, "from loss_trajectory(model, checkpoints, loader)")
-    if not runs:
+    if not any(of.at for of in runs.values()):
         raise ValueError("plot_statistics: there is nothing to draw")
     columns = {run: of.columns() for run, of in runs.items()}
     for name in names:
