@@ -10,7 +10,7 @@ Run = dict[str, Any]
 Row = dict[str, Any]
 
 #: Contenders, in the order of columns.
-NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd"]
+NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd", "laplace", "plain"]
 #: What two contenders may differ by, relatively: they compute in single precision.
 TOLERANCE = 1e-3
 _COUNTED = ("gradients", "seconds", "gradient_seconds", "first_seconds", "memory")

@@ -22,7 +22,7 @@ ROOT = HERE.parent
 PINS = HERE / "peers.txt"
 PEER_VENV = ROOT / ".bench" / "venv"
 #: Those that need nothing but torch and ours.
-AT_HOME = ["ours", "torchfunc"]
+AT_HOME = ["ours", "torchfunc", "plain"]
 SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
 
 

@@ -6,7 +6,7 @@ How wide the prior of the weights should be, without any images held out: where 
 A net learns 300 images of digits, a fifth of them with wrong labels, with one prior precision d after another: weight
 decay ``d / 2 |w|^2`` beside the log-likelihood of all images. The evidence ``log p(data)`` of its Laplace approximation
 says how well the training data are explained by all weights that such a prior allows: too narrow a prior cannot explain
-them, and too wide a one could have explained anything. Beside it stands what it is a stand-in for, and does not look at:
+them, and too wide a one could have explained anything. Beside it stands what it stands in for, and does not look at:
 the log-likelihood of 600 images with their right labels.
 
 ``fit_prior`` finds the precision of the largest evidence, one or one for each layer. A few rounds of it and of training
