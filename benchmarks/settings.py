@@ -48,7 +48,18 @@ JOBS = {
     "jacobian": "of all outputs of all examples, as a tensor",
     "gram": "the tangent kernel between all outputs of all examples, in minibatches",
     "gram_one_batch": "the same with all examples in one minibatch",
+    "posterior_fit_kron": "a posterior of all weights, Kronecker factors of the exact Fisher matrix, ready to predict",
+    "posterior_fit_diag": "the same with the exact diagonal",
+    "posterior_fit_last": "the same of the last layer alone, Kronecker factors",
+    "posterior_predict_kron": "probabilities by the linearised outputs and probit, of a posterior that is fitted",
+    "posterior_predict_diag": "the same with the diagonal",
+    "posterior_predict_last": "the same with the last layer alone",
+    "ewc_consolidate": "the diagonal of squared gradients at the end of a task, for elastic weight consolidation",
+    "ewc_penalty": "its penalty and the gradient of that, as each step of training has them",
 }
+
+#: What is done with a matrix, in few settings.
+USES = tuple(job for job in JOBS if job.startswith(("posterior", "ewc")))
 
 #: What is added to a matrix before it is inverted.
 REGUL = 1e-3
@@ -303,7 +314,7 @@ def _sequences(vocabulary: int, positions: int) -> Callable[[int], Batch]:
 
 
 def _without(*left_out: str) -> tuple[str, ...]:
-    return tuple(job for job in JOBS if job not in left_out)
+    return tuple(job for job in JOBS if job not in (*left_out, *USES))
 
 
 _EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
@@ -322,7 +333,11 @@ SETTINGS = {
         1797,
         256,
         small=64,
+<<<<<<< HEAD
         jobs=_without(*_TRAINING),
+=======
+        jobs=_without(),
+>>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
         subsets={"gram": (512, 128), "gram_one_batch": (512, 512), "accumulator_update": (64, 64)},
     ),
     "digits-mlp": Setting(
@@ -348,6 +363,23 @@ SETTINGS = {
             "accumulator_update": (64, 64),
             **_STEPPED,
         },
+    ),
+    "convnet-uses": Setting(
+        partial(_convnet, 10),
+        _digit_images,
+        1024,
+        256,
+        small=16,
+        jobs=USES,
+        subsets={job: (128, 64) for job in USES if "predict" in job},
+    ),
+    "convnet-1000": Setting(
+        partial(_convnet, 1000),
+        partial(_digit_images, classes=1000),
+        256,
+        64,
+        small=6,
+        jobs=("posterior_fit_last", "posterior_predict_last"),
     ),
     "convnet-100": Setting(
         partial(_convnet, 100),

@@ -33,11 +33,18 @@ from nngeometry import (
     PMatEKFAC,
     PMatImplicit,
     PMatKFAC,
+    Posterior,
     PVector,
 )
+<<<<<<< HEAD
 from nngeometry.linalg import Density, hutchinson, lanczos
 from nngeometry.optim import SecondOrderOptimizer, Turned
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
+=======
+from nngeometry.continual import EWC
+from nngeometry.linalg import Density, lanczos
+from nngeometry.spectrum import spectral_density
+>>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
 
 VERSION = nngeometry.__version__
 #: What makes this contender's answer another number than ours by definition, for each job where something does.
@@ -189,6 +196,48 @@ def _solve_320(task: Task) -> Callable[[], PFMapDense]:
     return partial(matrix.solve, PFMapDense(matrix.layer_collection, task.vectors(10, 32)), REGUL)
 
 
+def _fitted(task: Task, representation: Any, last: bool) -> Posterior:
+    names = list(task.layers)[-1:] if last else list(task.layers)
+    lc = LayerCollection.from_model(task.model, *names)
+    F = FIM(task.model, task.batches, representation, layer_collection=lc)
+    posterior = Posterior(task.model, F, num_data=task.examples)
+    posterior.covariance  # noqa: B018, it is made when it is first asked for
+    return posterior
+
+
+def _fit(representation: Any, last: bool = False) -> Callable[[Task], Callable[[], Posterior]]:
+    return lambda task: partial(_fitted, task, representation, last)
+
+
+def _predict(representation: Any, last: bool = False) -> Callable[[Task], Callable[[], float]]:
+    def prepare(task: Task) -> Callable[[], float]:
+        posterior = _fitted(task, representation, last)
+        return lambda: sum(float(posterior.predict(x).square().sum()) for x, _ in task.batches)
+
+    return prepare
+
+
+def _consolidate(task: Task) -> Callable[[], int]:
+    ewc = EWC(task.model, PMatDiag, EmpiricalFisher, strength=1.0, layer_collection=_collection(task), online=True)
+
+    def consolidate() -> int:
+        return ewc.consolidate(task.batches).tasks
+
+    return consolidate
+
+
+def _penalty(task: Task) -> Callable[[], float]:
+    ewc = EWC(task.model, PMatDiag, EmpiricalFisher, strength=1.0, layer_collection=_collection(task))
+    ewc.consolidate(task.batches)
+
+    def step() -> float:
+        penalty = ewc.penalty()
+        torch.autograd.grad(penalty, task.parameters)
+        return float(penalty.detach())
+
+    return step
+
+
 JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac": _build(PMatKFAC),
     "kfac_mc": _build(PMatKFAC, FIM_MonteCarlo),
@@ -224,6 +273,14 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "jacobian": _jacobian,
     "gram": _gram,
     "gram_one_batch": _gram,
+    "posterior_fit_kron": _fit(PMatKFAC),
+    "posterior_fit_diag": _fit(PMatDiag),
+    "posterior_fit_last": _fit(PMatKFAC, last=True),
+    "posterior_predict_kron": _predict(PMatKFAC),
+    "posterior_predict_diag": _predict(PMatDiag),
+    "posterior_predict_last": _predict(PMatKFAC, last=True),
+    "ewc_consolidate": _consolidate,
+    "ewc_penalty": _penalty,
 }
 
 
@@ -234,6 +291,8 @@ def fingerprint(task: Task, result: Any) -> float:
     if isinstance(result, PVector | PFMapDense):
         flat = result.to_torch()
         return float((flat * task.vectors(*flat.shape[:-1])).sum(-1).mean())
+    if isinstance(result, Posterior):
+        return float(result.variance(task.batches[0][0][:2]).sum())
     if isinstance(result, FMatDense):
         return task.quadratic_form(result.to_torch())
     if isinstance(result, Density):
