@@ -187,7 +187,7 @@ class VIOptimizer(LayeredOptimizer):
         return self.temperature * risen
 
     def posterior(self) -> Posterior:
-        """q as a :class:`~nngeometry.posterior.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
+        """q as a :class:`~nngeometry.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
 
         Raises:
             ValueError: If nothing was observed yet.

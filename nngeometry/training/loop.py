@@ -93,7 +93,7 @@ def train(
     are written beside their place and renamed, so that one is whole or not there, and hold tensors and plain values
     only.
 
-    An optimiser with ``observe(minibatch)``, as those of :mod:`nngeometry.optim`, is shown each minibatch before its
+    An optimiser with ``observe(minibatch)``, as those of ``nngeometry.optim``, is shown each minibatch before its
     step; one whose step needs a closure gets it.
 
     Args:
