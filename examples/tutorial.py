@@ -135,8 +135,8 @@ for name, strength in {"without a penalty": 0.0, "with the penalty": 30.0}.items
 # An optimiser
 # ------------
 #
-# The same matrices precondition gradient steps. ``observe`` folds a minibatch into a running matrix, and the rest of
-# the loop is that of any optimiser of torch.
+# The same matrices precondition gradient steps. ``observe`` adds a minibatch to a running average of the matrix, and
+# the rest of the loop is that of any optimiser of torch.
 
 from nngeometry.optim import SecondOrderOptimizer  # noqa: E402
 
@@ -155,8 +155,9 @@ for name, make in {
 # A posterior
 # -----------
 #
-# The Fisher matrix and a prior make a normal distribution of the weights (Laplace). Its prior precision is that of the
-# largest evidence. ``information`` says how much an observation would tell: more for noise than for a digit.
+# The Fisher matrix and a prior make a normal distribution of the weights (Laplace). ``fit_prior`` takes the prior
+# precision of the largest evidence. ``information`` is how much an observation would tell about the weights: more for
+# noise than for a digit.
 
 posterior = Posterior(model, F, num_data=len(train), data=loader).fit_prior()
 print(

@@ -1,4 +1,4 @@
-"""Learning one task after the other without forgetting: elastic weight consolidation, with any matrix."""
+"""Continual learning: elastic weight consolidation, with any matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .object import PMat, PMatKFAC, PVector
 
 
 class EWC:
-    """Elastic weight consolidation: after each task its weights w_t are held by its curvature F_t,
+    """Elastic weight consolidation: a penalty on leaving the weights w_t of each task t, weighted by its curvature F_t,
     ``penalty = strength / 2 sum_t decay^age (w - w_t)^T F_t (w - w_t)``.
 
     F_t is a mean over examples, as is the loss that the penalty is added to, whatever the size of minibatches. Layers
@@ -24,10 +24,10 @@ class EWC:
         model: What is trained.
         representation: A PMat class, a partial of one, or ``PMatMixed.of(...)``.
         matrix: A constructor: FIM, FIM_MonteCarlo, EmpiricalFisher, GGN, or a partial of one.
-        strength: Of the penalty.
-        decay: What a task counts for when another one has come, between 0 and 1.
-        online: Hold the weights after the last task alone, by one running matrix of all tasks, so that memory does not
-            grow with their number.
+        strength: The factor of the penalty.
+        decay: By what the weight of older tasks is multiplied after each new one, between 0 and 1; by default 1.
+        online: Whether to penalise distance from the weights after the last task alone, with one running matrix of all
+            tasks, so that memory does not grow with their number; by default not.
         **options: Of the matrix and of the representation.
 
     Example:
@@ -70,7 +70,7 @@ class EWC:
         self.tasks = 0
 
     def consolidate(self, loader: Any) -> Self:
-        """Hold the model as it is now, by its curvature on the examples of the task that it was trained on.
+        """Add a task: the present weights, and the curvature there on the examples of the task.
 
         Args:
             loader: As for the matrix.
@@ -92,7 +92,7 @@ class EWC:
         return self
 
     def penalty(self) -> Tensor:
-        """What is added to the loss, a scalar, differentiable in the model; zero before the first task."""
+        """The penalty to add to the loss: a scalar, differentiable in the parameters; zero before the first task."""
         total: Any = next(self.model.parameters()).new_zeros(())
         for age, (F, w) in enumerate(reversed(self._anchors)):
             weight = self._weight if self._online else self.decay**age
@@ -117,7 +117,7 @@ class EWC:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
-        """Have seen the tasks that :meth:`state_dict` says, instead of those that were seen."""
+        """Replace the tasks by those of :meth:`state_dict`."""
         if not isinstance(state, Mapping) or "anchors" not in state:
             raise ValueError("load_state_dict: expected what EWC.state_dict() gives")
         if bool(state["online"]) != self._online:

@@ -85,7 +85,7 @@ def landscape(
         model: At w.
         loader: As in :func:`~nngeometry.FIM`; it is read once for each point, and once more for BatchNorm.
         directions: One PVector or two, on all or some of the layers. They are taken as long as they are.
-        distance: How far to go on either side, for each direction or for both.
+        distance: The largest |t|, for each direction or for both.
         points: On each direction, an odd number, so that w is among them.
         test_loader: Other data, for loss and accuracy there.
         loss: As in :func:`~nngeometry.Hessian`, by default ``nn.CrossEntropyLoss()``.
@@ -189,7 +189,8 @@ def along_eigenvectors(
         model: In eval mode.
         loader: As in :func:`~nngeometry.FIM`.
         loss: As in :func:`~nngeometry.Hessian`.
-        ranks: Which: 0 is the largest eigenvalue, 1 the second, -1 the smallest; of a pair of ranks the surface.
+        ranks: Which eigenvectors: 0 is of the largest eigenvalue, 1 the second, -1 the smallest. A pair of ranks
+            stands for the surface of the two.
         matrix: Whose eigenvectors: Hessian, GGN, ...
         targets: What the loss receives beside the outputs.
         function: As in :func:`~nngeometry.FIM`.

@@ -1,4 +1,4 @@
-"""One model out of several that were trained apart: the mode of the product of their posteriors."""
+"""Merge models that were trained separately: the mode of the product of their posteriors."""
 
 from __future__ import annotations
 

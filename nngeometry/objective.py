@@ -20,7 +20,7 @@ from .model.evaluator import Evaluator, counted
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model is on data.
+    """Loss and accuracy of a model on data.
 
     Attributes:
         loss: Of all examples together, a mean or a sum as the loss has it.
@@ -210,8 +210,8 @@ def recompute_batch_norm(model: nn.Module, loader: Any, function: Callable[..., 
     """Set the running statistics of BatchNorm to those of the data at the parameters that the model has now: the mean
     over minibatches of their means and variances. Without BatchNorm nothing is done, and no data are read.
 
-    Weights that no training has gone through, averages or points of a landscape, need this: the running statistics of
-    a model belong to the weights of the last steps of its training.
+    Averages of weights and points of a landscape need this: the running statistics of a model belong to the weights of
+    the last steps of its training.
 
     Args:
         model: Any module; its modes are as before afterwards.

@@ -190,8 +190,8 @@ class Posterior:
         return self._linearised(x, output)[1]
 
     def information(self, x: Any) -> Tensor:
-        """What an observation of y at x would say about the parameters, in nats: ``1/2 log det(1 + S^T V S)`` with V
-        the covariance of the linearised outputs and ``S S^T`` the curvature of the likelihood.
+        """The information that an observation of y at x gives on the parameters, in nats: ``1/2 log det(1 + S^T V S)``
+        with V the covariance of the linearised outputs and ``S S^T`` the curvature of the likelihood.
 
         Large for inputs unlike the training data: a score for detecting them, and for choosing what to label.
 

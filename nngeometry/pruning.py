@@ -1,4 +1,4 @@
-"""Which weights a trained model can do without, and what the others are then: optimal brain damage and surgery."""
+"""Prune a trained model: optimal brain damage and optimal brain surgeon."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def saliency(F: PMat, w: PVector, regul: RegulLike = 1e-8, *, method: str = "obs
 
 @arguments.called_as
 def keep(scores: PVector, fraction: float) -> PVector:
-    """One for that fraction of the parameters which have the largest scores, zero for the others.
+    """A mask: one for the given fraction of the parameters, those with the largest scores, and zero for the others.
 
     Example:
         >>> from nngeometry import random_pvector, LayerCollection

@@ -1,4 +1,4 @@
-"""One page that says what a person wants to know of a trained network: no network needed, pictures inside."""
+"""A report on a trained network in one HTML file, which needs no connection to open."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def report(
     generator: torch.Generator | None = None,
     verbose: bool = True,
 ) -> Path:
-    """Write a page on a trained model: what its layers are, the density and the ends of the spectrum of the Hessian,
+    """Write a page on a trained model: its layers, the density and the ends of the spectrum of the Hessian,
     its negative part, the noise of gradients, the landscape along the top two eigenvectors, and the alignment of its
     tangent kernel with the labels; each with a sentence that says what it is.
 
@@ -106,9 +106,9 @@ def report(
         model: Any module; it is looked at in eval mode, and is as before afterwards.
         loader: As in :func:`~nngeometry.FIM`.
         loss: As in :func:`~nngeometry.Hessian`, by default ``nn.CrossEntropyLoss()``.
-        path: Where to write.
+        path: The file to write.
         test_loader: Other data, for loss and accuracy there.
-        seconds: How long it may take, about; loss and accuracy on all data come on top.
+        seconds: About how long it may take, not counting loss and accuracy on all data.
         title: Of the page.
         targets: What the loss receives beside the outputs, as in :func:`~nngeometry.Hessian`.
         function: As in :func:`~nngeometry.FIM`.

@@ -126,7 +126,7 @@ class LossStatistics(BlockStatistics):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Statistics at several points of a training, in its order.
+    """Statistics at several checkpoints of a training, in order.
 
     Attributes:
         at: From the epoch, or whatever names a checkpoint, to its statistics.
@@ -169,7 +169,7 @@ def loss_statistics(
     verbose: bool = False,
     **options: Any,
 ) -> LossStatistics:
-    """How loss, gradient and curvature are distributed over the minibatches of a loader, see :class:`LossStatistics`.
+    """Means and variances of loss, gradient and curvature over the minibatches of a loader: :class:`LossStatistics`.
 
     Every minibatch counts the same, also a last one that has fewer examples: let the loader drop it.
 
@@ -181,7 +181,7 @@ def loss_statistics(
 
     Args:
         model: In eval mode, as for the matrix.
-        loader: A DataLoader or an iterable of minibatches that can be read twice.
+        loader: A DataLoader, or an iterable of minibatches that can be read twice.
         loss: As in :func:`~nngeometry.Hessian`, by default ``nn.CrossEntropyLoss()``.
         matrix: Whose statistics are those of the curvature: Hessian, GGN, EmpiricalFisher, FIM, ...
         representation: A PMat class or a partial of one.

@@ -5,6 +5,7 @@ testsetup, which are run in their place and are not shown.
 """
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 from textwrap import dedent
@@ -61,3 +62,29 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_pages_are_found():
     assert {"concepts.rst", "functionspace.rst"} <= {p.name for p in PAGES if blocks_of(p)}
+
+
+_ENTRY = re.compile(r"^\.\. auto(?P<kind>module|class|function):: (?P<name>[\w.]+)\n(?P<options>(?:   .*\n)*)", re.M)
+_ROLE = re.compile(r":(?:class|func|meth|attr|mod):`~?(nngeometry[\w.]*)`")
+
+
+def documented():
+    """What the pages of the reference have an entry for."""
+    found = set()
+    for page in (DOCS / "reference").glob("*.rst"):
+        for match in _ENTRY.finditer(page.read_text() + "\n"):
+            name, members = match["name"], re.search(r":members: (.+)", match["options"])
+            found.add(name)
+            if match["kind"] == "module":
+                module = importlib.import_module(name)
+                own = [n for n, o in vars(module).items() if getattr(o, "__module__", None) == name]
+                names = members[1].split(", ") if members else getattr(module, "__all__", own)
+                found |= {f"{name}.{n}" for n in names}
+    return found
+
+
+def test_what_pages_refer_to_is_in_the_reference():
+    known = documented()
+    for page in (p for p in PAGES if p.suffix == ".rst"):
+        for name in _ROLE.findall(page.read_text()):
+            assert name in known or name.rpartition(".")[0] in known, f"{page.name}: no entry for {name}"

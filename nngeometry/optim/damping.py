@@ -10,7 +10,7 @@ from .. import arguments
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Damping that falls where the quadratic model is right and rises where it is wrong.
+    """Damping that decreases where the quadratic model predicts the loss well, and increases where it does not.
 
     In every ``every``-th step, with ``rho = (L(w + s) - L(w)) / (q(s) - q(0))`` and q the quadratic model of the
     minibatch, damping included: where rho > 3/4 it is multiplied by ``omega^every``, where rho < 1/4 divided by that.
@@ -20,7 +20,7 @@ class LevenbergMarquardt:
         initial: The damping to begin with.
         every: In steps.
         omega: The factor for one step.
-        least, most: Where it stays between.
+        least, most: The bounds of the damping.
         reject: Whether a step that raises the loss is taken back, and the damping raised; then the loss is compared in
             every step.
 
@@ -46,11 +46,11 @@ class LevenbergMarquardt:
             raise ValueError(f"LevenbergMarquardt: omega is a factor below 1, got {omega}")
 
     def due(self, step: int) -> bool:
-        """Whether a step is one in which the damping is looked at. step: how many were made."""
+        """Whether the damping is adapted in a step. step: the number of steps so far."""
         return (step + 1) % self.every == 0
 
     def updated(self, damping: float, rho: float) -> float:
-        """The damping after a step in which the loss changed by rho times what the model foretold."""
+        """The damping after a step in which the loss changed by rho times what the model predicted."""
         if rho > 0.75:
             damping *= self.omega**self.every
         elif not rho >= 0.25:  # NaN too

@@ -42,8 +42,8 @@ class IVON(torch.optim.Optimizer):
         hess_init: h at first.
         beta1, beta2, weight_decay: As above.
         samples: How many draws there are for a step, which the loop makes, and :meth:`step` with a closure.
-        generator: Of the noise; by default one of its own, seeded by torch's global one. The same seed gives the same
-            noise in every process.
+        generator: The source of the noise; by default one of its own, seeded by torch's global one. The same
+            seed gives the same noise in every process.
 
     Raises:
         ValueError, TypeError: If an argument is not what it should be.

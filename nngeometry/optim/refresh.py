@@ -24,11 +24,11 @@ class Refresh(ABC):
 
     @abstractmethod
     def due(self, step: int, memory: Memory) -> bool:
-        """Whether a block is looked at in a step, if something was observed since it was made."""
+        """Whether the policy looks at a block in a step, if something was observed since the block was made."""
 
     def renew(self, running: Block, basis: Block | None, step: int, memory: Memory) -> tuple[Block, float]:
-        """What a block is from now on, and what share of it is decomposed for that. It is called at the first step,
-        and whenever it is due.
+        """The block to use from now on, and which share of it was decomposed. It is called at the first step, and
+        whenever it is due.
 
         Args:
             running: The block of the running matrix. Where its second moments are held in an eigenbasis (PMatEKFAC),
@@ -45,7 +45,7 @@ class Refresh(ABC):
 
 @dataclass(frozen=True)
 class Every(Refresh):
-    """A refresh in every so many steps, which an integer stands for.
+    """A refresh every so many steps; ``refresh=10`` stands for ``Every(10)``.
 
     Args:
         interval: In steps.
@@ -62,7 +62,7 @@ class Every(Refresh):
 
 @dataclass(frozen=True)
 class Scheduled(Refresh):
-    """A refresh as a function says, which it stands for itself.
+    """A refresh whenever a function says so; ``refresh=function`` stands for ``Scheduled(function)``.
 
     Args:
         schedule: From the number of steps that were made to the interval that holds then, an integer, or to whether to
@@ -84,7 +84,8 @@ class Scheduled(Refresh):
 
 @dataclass(frozen=True)
 class Stale(Refresh):
-    """Intervals that grow while the running statistics of a block stay what they are, and shrink when they do not.
+    """Intervals between refreshes that grow while the running average of a block stays similar, and shrink when it
+    changes.
 
     Each statistic X of a block, which are the factors of a Kronecker product, has intervals of its own. With X1 and X2
     its last two refreshed values, D1 and D2 the last two intervals, and ``similar(X, Y)`` where ``|X - Y|_F < alpha
@@ -92,7 +93,7 @@ class Stale(Refresh):
     X2, otherwise ``D1 + D2``. Of statistics that do not change the intervals are 1, 2, 3, 5, 8, ...
 
     Args:
-        alpha: How much is the same, relative to the norm.
+        alpha: Up to which relative change two values count as similar.
         most: The longest interval, in steps; without a bound by default.
 
     Example:
@@ -143,14 +144,14 @@ class Stale(Refresh):
 
 @dataclass(frozen=True)
 class Rotated(Refresh):
-    """A decomposition when the old eigenvectors Q are not good enough any more, ``|Q^T A Q - diag|_F > tolerance
-    |Q^T A Q|_F``. Otherwise the block goes on by its diagonal in them, ``Q diag(Q^T A Q) Q^T``.
+    """A decomposition when the old eigenvectors Q do not diagonalise the block A well any more,
+    ``|Q^T A Q - diag|_F > tolerance |Q^T A Q|_F``. Otherwise the block becomes ``Q diag(Q^T A Q) Q^T``.
 
     Each factor of a Kronecker product is looked at by itself. What has no eigenvectors to turn, a diagonal, goes on as
     it is now.
 
     Args:
-        tolerance: How much off the diagonal is let go, relative to the norm: the error of the block.
+        tolerance: The norm of what is off the diagonal, relative to that of the block: the error that is accepted.
         every: How often it is looked at, in steps.
 
     Example:

@@ -26,7 +26,7 @@ class Running:
 
     Args:
         matrix: As of :class:`~nngeometry.Accumulator`, and so are model, representation and options.
-        decay: What the past counts when something is observed.
+        decay: The weight of the running average when a minibatch is observed, 0.95 by default; 0 takes the last alone.
         refresh: When blocks are made anew.
         absolute: Whether the absolute values of their eigenvalues are used.
         factored: Whether what is added to the diagonal is shared among factors.

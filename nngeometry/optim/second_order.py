@@ -38,14 +38,14 @@ class SecondOrderOptimizer(LayeredOptimizer):
         m = momentum m + d
         w = w - lr (m + weight_decay w)
 
-    F is an average over minibatches, in which each counts ``decay`` times what the next one does. A step uses the
-    blocks of it that were current when they were refreshed last. Every layer has a parameter group, with its
+    F is a running average over minibatches, in which each counts ``decay`` times what the next one does. A step uses
+    the blocks of it as they were at their last refresh. Every layer has a parameter group, with its
     ``group["name"]``, lr, damping, momentum, weight_decay and l2. Trainable parameters outside of the layer collection
     are in a last group, whose name is None, for which d = g.
 
     Schedulers, ``clip_grad_norm_``, hooks, ``zero_grad`` and ``torch.amp.GradScaler`` work as with other optimisers of
-    torch. Curvature is computed outside of autocast. Of a step that the scaler skips, nothing that was observed for it
-    counts. With several minibatches for a step, each is observed: the matrix is that of all of them.
+    torch. Curvature is computed outside of autocast. Where a step is skipped, what was observed for it is dropped.
+    With several minibatches for a step, observe each of them: the matrix is that of all.
 
     Args:
         model: The model, which is in the mode in which it is trained.
@@ -55,19 +55,20 @@ class SecondOrderOptimizer(LayeredOptimizer):
         lr: The length of steps; or "quadratic": the step is ``a d + b (previous step)`` with the a and b for which the
             quadratic model of the minibatch is least, its exact matrix included, times ``group["lr"]``, which is 1.
         damping: Added to the diagonal, or :class:`LevenbergMarquardt`, which needs ``step(closure)``.
-        momentum: As above.
-        weight_decay: As above, decoupled.
+        momentum: As above, by default 0.9.
+        weight_decay: As above, decoupled; by default 0.
         l2: The penalty ``l2/2 |w|^2``, which is part of the loss and of its curvature.
-        decay: What the past counts when something is observed.
-        observe_every: In how many steps one is due in which minibatches are observed.
-        refresh: When blocks of F are taken into use: in every so many steps, as a function of the number of steps says,
-            or by :class:`Stale`, :class:`Rotated` or :class:`Turned`.
+        decay: The weight of the running average when a minibatch is observed, 0.95 by default; 0 takes the last alone.
+        observe_every: Minibatches are observed in every so many steps, by default in each.
+        refresh: When the blocks in use are replaced by those of the running average, by default every 10 steps: a
+            number of steps, a function of the number of steps so far, :class:`Stale`, :class:`Rotated` or
+            :class:`Turned`.
         clip: The bound on ``lr^2 g.d``, which is about twice the Kullback-Leibler divergence of a step.
-        absolute: Whether eigenvalues are taken by their absolute values, as one does with a Hessian that is indefinite
-            ("saddle-free Newton").
+        absolute: Whether to take the absolute values of the eigenvalues, for a Hessian, which is indefinite
+            ("saddle-free Newton"); by default not.
         factored: Whether the damping is shared among the factors of Kronecker products, which are then inverted one by
             one, by Cholesky: cheaper and only approximately what damping is otherwise.
-        preconditioner: Of PMatImplicit: a representation whose running matrix guides the conjugate gradients.
+        preconditioner: For PMatImplicit: a representation whose running average preconditions the conjugate gradients.
         layer_collection: The layers that are preconditioned, by default all.
         process_group: Of ``torch.distributed``: each rank observes its own part of a minibatch, and has the gradient of
             the whole as DistributedDataParallel leaves it. The ranks share out the decompositions, and all take the
@@ -186,7 +187,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
 
     @property
     def matrix(self) -> PMat | None:
-        """The matrix in use, None before the first step."""
+        """The matrix in use, a PMat; None before the first step."""
         held = self._last if self._implicit else self._running
         return None if held is None else held.matrix
 
@@ -211,13 +212,13 @@ class SecondOrderOptimizer(LayeredOptimizer):
     # The loop
 
     def observe(self, minibatch: Any) -> bool:
-        """Fold a minibatch into the running matrix, if that is due in the step to come.
+        """Add a minibatch to the running average of the matrix, if the next step is one that observes.
 
         Args:
-            minibatch: As the model is trained with, e.g. ``(x, y)``. Of several in a step, each is given.
+            minibatch: The minibatch of the training, e.g. ``(x, y)``. With several in a step, each of them.
 
         Returns:
-            Whether it was due.
+            Whether it was observed.
 
         Raises:
             ValueError: If the model does not take the minibatch, or is not the one that it was.

@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class SWATS(torch.optim.Optimizer):
-    """Adam, and from some step on SGD with momentum, with a learning rate that Adam's steps have shown.
+    """Adam that switches to SGD with momentum, at a learning rate estimated from the steps of Adam.
 
     With p the step of Adam in its k-th iteration and g the gradient, over all parameters together::
 

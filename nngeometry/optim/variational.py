@@ -23,7 +23,7 @@ from .running import Running
 
 
 class VIOptimizer(LayeredOptimizer):
-    """Natural-gradient variational inference: weights are drawn from a normal distribution, which is what is trained.
+    """Natural-gradient variational inference: it trains a normal distribution from which the weights are drawn.
 
     With N = ``num_data`` examples, S the running curvature of the mean loss, gamma the damping, delta the precision of
     the prior, which has mean zero, and tau the temperature, the distribution is::
@@ -57,14 +57,15 @@ class VIOptimizer(LayeredOptimizer):
         prior_precision: delta, one number or one for each layer by its name.
         temperature: tau; less than one makes q narrower than the posterior ("cold").
         lr, momentum, damping: As above.
-        decay: What the past counts when something is observed.
+        decay: The weight of the running average when a minibatch is observed, 0.95 by default; 0 takes the last alone.
         samples: How many draws there are for a step, which the loop makes, and :meth:`step` with a closure.
-        observe_every: In how many steps one is due in which minibatches are observed.
-        refresh: When S is taken into use: in every so many steps, or as a function of the number of steps says.
-        init_precision: What stands for N S, in every coordinate, until something was observed; N by default.
+        observe_every: Minibatches are observed in every so many steps, by default in each.
+        refresh: When S in use is replaced by the running average: every so many steps, by default in each, or a
+            function of the number of steps so far.
+        init_precision: The value of N S, in every coordinate, before the first observation; N by default.
         warmup: In how many steps tau rises to the temperature, linearly.
-        generator: Of the noise, and of the matrix if it draws; by default one of its own, seeded by torch's global one.
-            The same seed gives the same noise in every process.
+        generator: The source of the noise, and of the labels if the matrix draws some; by default one of its own,
+            seeded by torch's global one. The same seed gives the same noise in every process.
         layer_collection: The layers that have a distribution, by default all.
         process_group: Of ``torch.distributed``: each rank observes its own part of a minibatch, and has the gradient of
             the whole as DistributedDataParallel leaves it. All have the draws and the steps of the first one. By
@@ -193,7 +194,7 @@ class VIOptimizer(LayeredOptimizer):
         return self.temperature * risen
 
     def posterior(self) -> Posterior:
-        """q as a :class:`~nngeometry.posterior.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
+        """q as a :class:`~nngeometry.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
 
         Raises:
             ValueError: If nothing was observed yet.
@@ -238,15 +239,15 @@ class VIOptimizer(LayeredOptimizer):
         return Draw(self._draws, make)
 
     def observe(self, minibatch: Any) -> bool:
-        """Fold a minibatch into the running matrix, at the weights as they are, if that is due in the step to come.
+        """Add a minibatch to the running average of the matrix, at the present weights, if the next step observes.
 
-        With several draws each one's is observed: the matrix is that of all of them, once.
+        With several draws, call it in each: the average is over all of them.
 
         Args:
-            minibatch: As the model is trained with, e.g. ``(x, y)``.
+            minibatch: The minibatch of the training, e.g. ``(x, y)``.
 
         Returns:
-            Whether it was due.
+            Whether it was observed.
 
         Raises:
             ValueError: If the model does not take the minibatch, or is not the one that it was.

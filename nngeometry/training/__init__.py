@@ -1,4 +1,4 @@
-"""Training with checkpoints, to be looked at afterwards; averages of weights; nets for small images."""
+"""Training with checkpoints, averages of weights, and nets for small images."""
 
 from ..objective import Measured, recompute_batch_norm
 from . import zoo

@@ -25,7 +25,7 @@ class SWA:
 
     Args:
         start: The first epoch that counts.
-        every: How many epochs there are between two.
+        every: The number of epochs between two of them.
 
     Example:
         >>> from nngeometry import at
@@ -52,7 +52,7 @@ class SWA:
         return epoch >= self.start and (epoch - self.start) % self.every == 0
 
     def update(self, model: nn.Module) -> None:
-        """Take the weights that the model has into the average."""
+        """Add the present weights of the model to the average."""
         lc = LayerCollection.from_model(model, frozen=True)
         w = PVector.from_model(model, lc).to_torch().detach()
         if self._mean is not None and len(self._mean) != len(w):
@@ -105,7 +105,7 @@ class SWAG(SWA):
 
     Args:
         start: The first epoch that counts.
-        every: How many epochs there are between two.
+        every: The number of epochs between two of them.
         rank: How many deviations are kept.
 
     Example:

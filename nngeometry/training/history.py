@@ -10,8 +10,10 @@ from ..plot.history import Figure, plot_history
 
 
 class History:
-    """A row for each epoch: epoch, lr, loss, accuracy and top5 (of the training data, as they passed), grad_norm (mean
-    over steps), weight_norm, seconds, and where it was evaluated test_loss, test_accuracy and test_top5.
+    """The numbers of a training, a row for each epoch.
+
+    A row has epoch, lr, loss, accuracy and top5 (of the training data, at the weights of each step), grad_norm (mean
+    over steps), weight_norm, seconds, and in epochs with an evaluation test_loss, test_accuracy and test_top5.
 
     Args:
         rows: One mapping from names to numbers for each epoch.

@@ -38,7 +38,7 @@ def evaluate(
     device: torch.device | str | None = None,
     verbose: bool = False,
 ) -> Measured:
-    """Loss and accuracy of a model in eval mode, whose modes are as before afterwards.
+    """Loss and accuracy of a model in eval mode. Its modes are the same before and after.
 
     Args:
         model: Any module.
@@ -93,15 +93,15 @@ def train(
     are written beside their place and renamed, so that one is whole or not there, and hold tensors and plain values
     only.
 
-    An optimiser with ``observe(minibatch)``, as those of :mod:`nngeometry.optim`, is shown each minibatch before its
+    An optimiser with ``observe(minibatch)``, as those of ``nngeometry.optim``, is shown each minibatch before its
     step; one whose step needs a closure gets it.
 
     Args:
-        model: In the mode in which it is left: it is trained in train mode and evaluated in eval mode.
+        model: Any module. It is trained in train mode, evaluated in eval mode, and left in the mode that it had.
         loader: A DataLoader or a list of minibatches, which is read once an epoch.
         optimizer: Of torch, on the parameters of the model.
         loss: As in :func:`~nngeometry.Hessian`, by default ``nn.CrossEntropyLoss()``.
-        epochs: To which epoch.
+        epochs: The number of epochs, those before a stop included.
         test_loader: Other data, on which it is evaluated.
         scheduler: Of torch; stepped once an epoch, with the training loss if it takes one.
         average: :class:`SWA` or :class:`SWAG`, updated after each epoch in which it is due.
@@ -113,10 +113,10 @@ def train(
         function: As in :func:`~nngeometry.FIM`.
         device: Where minibatches go, by default to the model.
         verbose: Show a progress bar with loss and accuracy.
-        seed: Of all random numbers, set before the first epoch.
+        seed: The seed of all random numbers, set before the first epoch.
 
     Returns:
-        What happened, a row for each epoch.
+        The history, a row for each epoch.
 
     Raises:
         ValueError: If the loss is not finite, an epoch has no minibatch, the optimiser is of another model, or a
