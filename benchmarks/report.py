@@ -10,13 +10,22 @@ Run = dict[str, Any]
 Row = dict[str, Any]
 
 #: Contenders, in the order of columns.
-<<<<<<< HEAD
-NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd", "adam", "pyhessian", "eigenthings"]
+NAMES = [
+    "ours",
+    "nng",
+    "curvlinops",
+    "backpack",
+    "torchfunc",
+    "asdl",
+    "singd",
+    "adam",
+    "pyhessian",
+    "eigenthings",
+    "laplace",
+    "plain",
+]
 #: Of these one that does something else: the floor of what steps of training cost.
 FLOOR = "adam"
-=======
-NAMES = ["ours", "nng", "curvlinops", "backpack", "torchfunc", "asdl", "singd", "laplace", "plain"]
->>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
 #: What two contenders may differ by, relatively: they compute in single precision.
 TOLERANCE = 1e-3
 _COUNTED = ("gradients", "seconds", "gradient_seconds", "first_seconds", "memory")

@@ -22,11 +22,7 @@ ROOT = HERE.parent
 PINS = HERE / "peers.txt"
 PEER_VENV = ROOT / ".bench" / "venv"
 #: Those that need nothing but torch and ours.
-<<<<<<< HEAD
-AT_HOME = ["ours", "torchfunc", "adam"]
-=======
-AT_HOME = ["ours", "torchfunc", "plain"]
->>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
+AT_HOME = ["ours", "torchfunc", "adam", "plain"]
 SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
 
 

@@ -333,11 +333,7 @@ SETTINGS = {
         1797,
         256,
         small=64,
-<<<<<<< HEAD
         jobs=_without(*_TRAINING),
-=======
-        jobs=_without(),
->>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
         subsets={"gram": (512, 128), "gram_one_batch": (512, 512), "accumulator_update": (64, 64)},
     ),
     "digits-mlp": Setting(

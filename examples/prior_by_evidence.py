@@ -6,13 +6,8 @@ How wide the prior of the weights should be, without any images held out: where 
 A net learns 300 images of digits, a fifth of them with wrong labels, with one prior precision d after another: weight
 decay ``d / 2 |w|^2`` beside the log-likelihood of all images. The evidence ``log p(data)`` of its Laplace approximation
 says how well the training data are explained by all weights that such a prior allows: too narrow a prior cannot explain
-<<<<<<< HEAD
-them, and too wide a one could have explained anything. Beside it stands what it is a stand-in for, and does not look
-at: the log-likelihood of 600 images with their right labels.
-=======
 them, and too wide a one could have explained anything. Beside it stands what it stands in for, and does not look at:
 the log-likelihood of 600 images with their right labels.
->>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
 
 ``fit_prior`` finds the precision of the largest evidence, one or one for each layer. A few rounds of it and of training
 take a net to a good prior from any start, with no grid and no images held out.

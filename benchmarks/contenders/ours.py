@@ -36,15 +36,10 @@ from nngeometry import (
     Posterior,
     PVector,
 )
-<<<<<<< HEAD
+from nngeometry.continual import EWC
 from nngeometry.linalg import Density, hutchinson, lanczos
 from nngeometry.optim import SecondOrderOptimizer, Turned
 from nngeometry.spectrum import extreme_eigenpairs, spectral_density
-=======
-from nngeometry.continual import EWC
-from nngeometry.linalg import Density, lanczos
-from nngeometry.spectrum import spectral_density
->>>>>>> 7c04619071a6f5f3f51514e7a09e5ccc249e2e92
 
 VERSION = nngeometry.__version__
 #: What makes this contender's answer another number than ours by definition, for each job where something does.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import arguments, checkpoint
 from ..blocks import Block, DirectSum, Part
@@ -46,10 +44,7 @@ def _digest(block: Block) -> str:
     """Of all values."""
     found = hashlib.blake2b(digest_size=16)
     for t in block.tensors():
-        found.update(_bytes(t))
+        flat = t.detach().contiguous().reshape(-1)
+        if flat.numel():
+            found.update(memoryview(flat.view(torch.uint8).numpy()))
     return found.hexdigest()
-
-
-def _bytes(t: Tensor) -> Any:
-    flat = t.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
