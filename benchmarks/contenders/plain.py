@@ -1,5 +1,5 @@
-"""Elastic weight consolidation as Avalanche writes it: the squared gradient of the mean loss of each minibatch, and a sum
-over parameters.
+"""Elastic weight consolidation as Avalanche writes it: the squared gradient of the mean loss of each minibatch, and a
+sum over parameters.
 """
 
 from __future__ import annotations

@@ -46,5 +46,5 @@ def _digest(block: Block) -> str:
     for t in block.tensors():
         flat = t.detach().contiguous().reshape(-1)
         if flat.numel():
-            found.update(memoryview(flat.view(torch.uint8).numpy()))
+            found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
