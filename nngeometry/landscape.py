@@ -85,7 +85,7 @@ def landscape(
         model: At w.
         loader: As in :func:`~nngeometry.FIM`; it is read once for each point, and once more for BatchNorm.
         directions: One PVector or two, on all or some of the layers. They are taken as long as they are.
-        distance: The largest |t|, for each direction or for both.
+        distance: The largest absolute value of t, for each direction or for both.
         points: On each direction, an odd number, so that w is among them.
         test_loader: Other data, for loss and accuracy there.
         loss: As in :func:`~nngeometry.Hessian`, by default ``nn.CrossEntropyLoss()``.
