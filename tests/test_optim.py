@@ -1089,3 +1089,23 @@ def test_what_was_loaded_does_not_go_on_with_the_last_minibatch_of_before():
     assert opt.matrix is None
     with pytest.raises(ValueError, match="nothing was observed yet"):
         one(model, opt, batch, observe=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_default_a_training_from_random_weights_does_not_diverge(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(100, 3)
+    y = torch.stack([x.sum(1).sin(), x[:, 0]], 1)
+    opt = SecondOrderOptimizer(model, PMatKFAC, GGN, loss=nn.MSELoss(), lr=0.03, damping=1e-2)
+    refreshed = []
+    for _ in range(60):
+        opt.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        opt.observe((x, y))
+        before = opt.matrix
+        opt.step()
+        refreshed.append(opt.matrix is not before)
+    assert loss.item() < 0.15
+    assert [k for k, yes in enumerate(refreshed) if yes] == [*range(10), 10, 20, 30, 40, 50]

@@ -520,7 +520,8 @@ class Block(ABC):
         if self.matrix_free:
             raise NotImplementedError(
                 f"{operation}: a matrix known by its products alone would take {self.numel} of them. Use an estimator "
-                "of nngeometry.linalg or nngeometry.spectrum, a representation that holds its entries, or to_torch()"
+                "of nngeometry.linalg (hutchpp for a trace, hutchinson for a diagonal) or nngeometry.spectrum, a "
+                "representation that holds its entries, or to_torch()"
             )
         from_ = type(self).__name__
         require(

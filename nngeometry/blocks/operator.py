@@ -88,7 +88,9 @@ class Operator(Functions, Block):
         return super().diag() if self.diag_of is None else self.diag_of()
 
     def trace(self) -> Tensor:
-        return super().trace() if self.trace_of is None else self.trace_of()
+        if self.trace_of is not None:
+            return self.trace_of()
+        return super().trace() if self.diag_of is not None else self._as_dense("trace").trace()
 
     def weight(self) -> float:
         """What the data that it is of count, after a product with it.

@@ -49,15 +49,19 @@ class Every(Refresh):
 
     Args:
         interval: In steps.
+        first: In so many of the first steps there is one in each, by default in none but the first of all. Curvature
+            changes fastest there, and with what it was ten steps ago a training from random weights can diverge.
     """
 
     interval: int
+    first: int = 0
 
     def __post_init__(self) -> None:
         arguments.integer("refresh", self.interval, least=1)
+        arguments.integer("Every: first", self.first, least=0)
 
     def due(self, step: int, memory: Memory) -> bool:
-        return step % self.interval == 0
+        return step < self.first or step % self.interval == 0
 
 
 @dataclass(frozen=True)

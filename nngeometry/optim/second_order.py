@@ -21,9 +21,11 @@ from .damping import LevenbergMarquardt
 from .last import Last
 from .layered import LayeredOptimizer, options_for, parameters_of
 from .quadratic import QuadraticModel
-from .refresh import policy
+from .refresh import Every, policy
 from .running import Running
 
+#: By default: in each of the first steps, while curvature changes fast, and in every tenth then.
+_REFRESH = Every(10, first=10)
 _NUMBERS = ("lr", "damping", "momentum", "weight_decay", "l2")
 
 
@@ -60,9 +62,9 @@ class SecondOrderOptimizer(LayeredOptimizer):
         l2: The penalty ``l2/2 |w|^2``, which is part of the loss and of its curvature.
         decay: The weight of the running average when a minibatch is observed, 0.95 by default; 0 takes the last alone.
         observe_every: Minibatches are observed in every so many steps, by default in each.
-        refresh: When the blocks in use are replaced by those of the running average, by default every 10 steps: a
-            number of steps, a function of the number of steps so far, :class:`Stale`, :class:`Rotated` or
-            :class:`Turned`.
+        refresh: When the blocks in use are replaced by those of the running average, by default in each of the first
+            ten steps and every ten steps then, ``Every(10, first=10)``: a number of steps, a function of the number of
+            steps so far, :class:`Every`, :class:`Stale`, :class:`Rotated` or :class:`Turned`.
         clip: The bound on ``lr^2 g.d``, which is about twice the Kullback-Leibler divergence of a step.
         absolute: Whether to take the absolute values of the eigenvalues, for a Hessian, which is indefinite
             ("saddle-free Newton"); by default not.
@@ -111,7 +113,7 @@ class SecondOrderOptimizer(LayeredOptimizer):
         l2: float = 0.0,
         decay: float = 0.95,
         observe_every: int = 1,
-        refresh: Any = 10,
+        refresh: Any = _REFRESH,
         clip: float | None = None,
         absolute: bool = False,
         factored: bool = False,

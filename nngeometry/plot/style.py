@@ -22,7 +22,7 @@ def require_matplotlib(name: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{name} needs matplotlib: pip install nngeometry[plot]") from error
+        raise ImportError(f"{name} needs matplotlib: pip install matplotlib") from error
 
 
 def new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
