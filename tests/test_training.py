@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nngeometry import at
+from nngeometry import GGN, PMatEKFAC, PMatKFAC, at
+from nngeometry.optim import LevenbergMarquardt, SecondOrderOptimizer, Stale, VIOptimizer
 from nngeometry.training import (
     SWA,
     SWAG,
@@ -98,6 +99,33 @@ def test_resumed_is_the_same_to_the_bit(kind, tmp_path):
     assert whole.training
     assert history.names[:2] == ["epoch", "lr"]
     assert {"test_loss", "test_accuracy", "test_top5", "grad_norm", "weight_norm"} <= set(history.names)
+
+
+def with_curvature(kind, folder, epochs, workers):
+    torch.manual_seed(0)
+    norm = nn.Identity() if kind == "vi" else nn.BatchNorm1d(8)
+    model = nn.Sequential(nn.Linear(4, 8), norm, nn.ReLU(), nn.Linear(8, 7))
+    data = problem()[1].dataset
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(data, batch_size=16, shuffle=True, num_workers=workers, generator=generator)
+    optimizer = {
+        "kfac": lambda: SecondOrderOptimizer(model, PMatKFAC, lr=0.05, damping=1e-2, refresh=3),
+        "stale": lambda: SecondOrderOptimizer(model, PMatEKFAC, lr=0.05, damping=1e-2, refresh=Stale(0.3)),
+        "marquardt": lambda: SecondOrderOptimizer(model, PMatKFAC, GGN, lr=0.5, damping=LevenbergMarquardt(1.0)),
+        "vi": lambda: VIOptimizer(model, PMatKFAC, lr=0.05, num_data=70, damping=1e-2),
+    }[kind]()
+    options = {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), "average": SWAG(start=2, rank=3)}
+    history = train(model, loader, optimizer, epochs=epochs, checkpoints=folder, save_every=2, verbose=False, **options)
+    return model.state_dict(), history.rows, load_checkpoint(checkpoints(folder)[epochs])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "workers"), [("kfac", 0), ("stale", 0), ("marquardt", 0), ("vi", 0), ("kfac", 2)])
+def test_resumed_with_curvature_is_the_same_to_the_bit(kind, workers, tmp_path):
+    whole = with_curvature(kind, tmp_path / "whole", 5, workers)
+    with_curvature(kind, tmp_path / "parts", 2, workers)
+    torch.manual_seed(99)
+    assert same(whole, with_curvature(kind, tmp_path / "parts", 5, workers))
 
 
 SCRIPT = """
