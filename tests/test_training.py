@@ -348,6 +348,8 @@ def test_bad_input_in_one_sentence(tmp_path):
     refused(ValueError, "has some already", model, loader, optimizer, checkpoints=tmp_path, resume=False)
     refused(ValueError, "written without one", model, loader, optimizer, checkpoints=tmp_path, average=SWA(start=1))
     other = zoo.mlp(4, (3,), 7)
+    before = [p.detach().clone() for p in other.parameters()]
     refused(ValueError, "another model", other, loader, torch.optim.SGD(other.parameters(), 0.1), checkpoints=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
     (tmp_path / "epoch-00001.pt").write_bytes(b"nothing")
     refused(ValueError, "no checkpoint, or it is damaged", model, loader, optimizer, checkpoints=tmp_path)

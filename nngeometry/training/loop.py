@@ -305,10 +305,12 @@ def _resumed(path: Path, objects: dict[str, Any], loader: Any, device: torch.dev
                 "with the same arguments, or into another folder"
             )
     model = objects["model"]
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     try:
         model.load_state_dict(state["model"])
         objects["optimizer"].load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
+        model.load_state_dict(before, strict=False)  # torch has copied what fits
         lines = str(error).strip().splitlines()
         raise ValueError(
             f"checkpoints: {path} is of another model or optimiser ({lines[min(1, len(lines) - 1)].strip()}): train "
