@@ -287,7 +287,7 @@ def fingerprint(task: Task, result: Any) -> float:
         flat = result.to_torch()
         return float((flat * task.vectors(*flat.shape[:-1])).sum(-1).mean())
     if isinstance(result, Posterior):
-        return float(result.variance(task.batches[0][0][:2]).sum())
+        return -float(result.covariance.logdet())
     if isinstance(result, FMatDense):
         return task.quadratic_form(result.to_torch())
     if isinstance(result, Density):
