@@ -224,6 +224,9 @@ def _consolidate(task: Task) -> Callable[[], int]:
 def _penalty(task: Task) -> Callable[[], float]:
     ewc = EWC(task.model, PMatDiag, EmpiricalFisher, strength=1.0, layer_collection=_collection(task))
     ewc.consolidate(task.batches)
+    with torch.no_grad():
+        for p in task.parameters:
+            p += 0.01
 
     def step() -> float:
         penalty = ewc.penalty()
