@@ -33,7 +33,7 @@ PICTURE = Path(__file__).parent / "output" / "continual.png"
 METHODS = {
     "none": (PMatDiag, 0.0),
     "L2": (PMatEye, 1.0),
-    "Diag": (PMatDiag, 30.0),
+    "Diag": (PMatDiag, 10.0),
     "KFAC": (PMatKFAC, 30.0),
 }
 
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 # %%
 # ``ewc.penalty()`` is added to the loss. It is zero until the first task has been consolidated.
 def learn(model: nn.Module, ewc: EWC, x: Tensor, y: Tensor, epochs: int) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=5e-3, momentum=0.9)
     for _ in range(epochs):
         for index in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()

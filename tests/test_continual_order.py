@@ -23,11 +23,12 @@ def test_the_more_of_the_curvature_a_penalty_has_the_more_it_keeps():
     spec = importlib.util.spec_from_file_location("continual_example", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    # With less training (300 images, 3 tasks, 10 epochs) little is forgotten, and Diag and L2 keep no more than none.
     data = example.tasks(600, 4)
     kept = [
         [float(example.run(method, data, 12, seed)[-1].mean()) for method in ("none", "L2", "Diag", "KFAC")]
         for seed in range(2)
     ]
     for none, l2, diag, kfac in kept:
-        assert none < l2 < diag < kfac, kept
+        # L2 and no penalty differ by less than two seeds do: .580 and .580 here, .560 and .555.
+        assert max(none, l2) + 0.03 < diag, kept
+        assert diag + 0.08 < kfac, kept

@@ -15,6 +15,7 @@ from nngeometry import (
     PMatEKFAC,
     PMatKFAC,
     PMatLowRank,
+    PMatMixed,
     Posterior,
     memory_budget,
 )
@@ -40,7 +41,12 @@ def rows(model, x, parameters):
 @pytest.mark.parametrize("whole", [False, True], ids=["last", "whole"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 @pytest.mark.parametrize(
-    "representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC, PMatEKFAC, PMatLowRank], ids=lambda r: r.__name__
+    "representation",
+    [
+        *(PMatDense, PMatBlockDiag, PMatDiag, PMatKFAC, PMatEKFAC, PMatLowRank),
+        PMatMixed.of(PMatKFAC, {"2": PMatBlockDiag}),
+    ],
+    ids=lambda r: getattr(r, "__name__", "PMatMixed"),
 )
 def test_variances_are_those_of_dense_jacobians(representation, bias, whole):
     model, x = net(5, bias)

@@ -39,6 +39,9 @@ def _consolidate(task: Task) -> Callable[[], float]:
 
 def _penalty(task: Task) -> Callable[[], float]:
     importances, before = _importances(task), [p.detach().clone() for p in task.parameters]
+    with torch.no_grad():
+        for p in task.parameters:
+            p += 0.01
 
     def step() -> float:
         every = zip(importances, task.parameters, before, strict=True)
