@@ -23,6 +23,7 @@ NAMES = [
     "eigenthings",
     "laplace",
     "plain",
+    "kronfluence",
 ]
 #: Of these one that does something else: the floor of what steps of training cost.
 FLOOR = "adam"

@@ -45,6 +45,8 @@ JOBS = {
     "ten_steps_seldom": "ten steps of training with KFAC, statistics in the first alone, decomposed there",
     "ten_steps_seldom_factored": "the same with factors that are damped one by one and inverted by Cholesky",
     "ten_steps_seldom_turned": "the same with eigenvectors that are turned once by QR instead of decomposed",
+    "influence_factors": "EKFAC of the empirical Fisher matrix, for influence functions",
+    "influence_scores": "scores of all examples for two queries, with these factors",
     "jacobian": "of all outputs of all examples, as a tensor",
     "gram": "the tangent kernel between all outputs of all examples, in minibatches",
     "gram_one_batch": "the same with all examples in one minibatch",
@@ -69,6 +71,11 @@ DECAY = 0.95
 
 #: Of training: added to the running matrix, and in how many steps it is decomposed once.
 DAMPING, CYCLE = 1e-3, 10
+
+INFLUENCE = ("influence_factors", "influence_scores")
+
+#: Of influence functions.
+QUERIES = 2
 
 #: Of Lanczos. The cost of such a job is that of all of them.
 STEPS = 20
@@ -314,7 +321,7 @@ def _sequences(vocabulary: int, positions: int) -> Callable[[int], Batch]:
 
 
 def _without(*left_out: str) -> tuple[str, ...]:
-    return tuple(job for job in JOBS if job not in (*left_out, *USES))
+    return tuple(job for job in JOBS if job not in (*left_out, *USES, *INFLUENCE))
 
 
 _EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
@@ -400,7 +407,7 @@ SETTINGS = {
         32,
         8,
         small=4,
-        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS),
+        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS, *INFLUENCE),
         trial=Setting(
             partial(_Transformer, vocabulary=20, positions=6, width=16, depth=2, heads=2),
             _sequences(20, 6),

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from settings import CYCLE, DAMPING, DECAY, PROBES, REGUL, STEPS, TOP, TRACE_PROBES, Task
+from settings import CYCLE, DAMPING, DECAY, PROBES, QUERIES, REGUL, STEPS, TOP, TRACE_PROBES, Task
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ from nngeometry import (
     FMatDense,
     GramMatrix,
     Hessian,
+    Influence,
     Jacobian,
     LayerCollection,
     PFMapDense,
@@ -175,6 +176,16 @@ def _ten_steps(observe_every: int, refresh: Any = CYCLE, factored: bool = False)
     return prepare
 
 
+def _factors(task: Task) -> Callable[[], PMat]:
+    return partial(_maker(task, EmpiricalFisher), PMatEKFAC)
+
+
+def _scores(task: Task) -> Callable[[], Tensor]:
+    influence = Influence(task.model, _factors(task)(), regul=REGUL)
+    queries = tuple(column[:QUERIES] for column in task.batches[0])
+    return lambda: influence.scores(queries, task.batches)
+
+
 def _first_solve(task: Task) -> Callable[[], PVector]:
     matrix = _maker(task)(PMatKFAC)
     b = PVector(matrix.layer_collection, task.vectors())
@@ -265,6 +276,8 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "ten_steps_seldom": _ten_steps(CYCLE),
     "ten_steps_seldom_factored": _ten_steps(CYCLE, factored=True),
     "ten_steps_seldom_turned": _ten_steps(CYCLE, Turned(CYCLE)),
+    "influence_factors": _factors,
+    "influence_scores": _scores,
     "kfac_first_solve": _first_solve,
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
@@ -295,4 +308,4 @@ def fingerprint(task: Task, result: Any) -> float:
         return task.quadratic_form(result.to_torch())
     if isinstance(result, Density):
         return float((result.grid * result.value).sum() / result.value.sum())
-    return float(result)
+    return float(result.sum() if isinstance(result, Tensor) else result)
