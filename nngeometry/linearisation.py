@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 
 from .changes import Borrowed, Change, Changed, differentiable_attention, entered, no_grad
 from .derivatives.cheap import CheapDerivatives, Pulled, SecondPull, Value
-from .derivatives.pulling import BatchedVJP, accumulate, nodes, operations_named
+from .derivatives.pulling import BatchedVJP, accumulate, check_twice, nodes, operations_named
 from .memory import budget, chunk_length
 from .model import data
 from .model.evaluator import MIXES, Evaluator, State, check_same, counted
@@ -365,7 +365,12 @@ def hessian(evaluator: Evaluator, examples: Any, total: Total, mean: bool) -> Pr
         if products.customs(value):
             products.replay()
         with derivatives.without_values():
-            curved = _differentiable(_gradient(value, products, None, "the loss"))
+            # With a cotangent that is differentiated too, functions that are once differentiable show.
+            one = torch.ones_like(value, requires_grad=True) if any(map(custom, nodes([value]))) else None
+            gradient = _gradient(value, products, one, "the loss")
+            if one is not None:
+                check_twice(gradient)
+            curved = _differentiable(gradient)
 
         def product(V: Tensor, into: Tensor) -> None:
             if curved:

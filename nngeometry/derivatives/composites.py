@@ -94,12 +94,103 @@ def embedding_bag(
     return total if mode == "sum" else total / there.sum(1, keepdim=True).clamp(min=1)
 
 
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Of torch's own the backward has no derivative. Where two points are the same the derivative is zero, as there."""
+    if not (x1.requires_grad or x2.requires_grad):
+        return torch.cdist(x1, x2, p)
+    return _length(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """Of torch's own the backward has no derivative."""
+    i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _length(input[i] - input[j], p)
+
+
+def _length(d: Tensor, p: float) -> Tensor:
+    """The p-norms along the last axis, with derivative zero at zero."""
+    size = d.abs()
+    if p == 0:
+        return (d != 0).to(d.dtype).sum(-1)
+    if p == torch.inf:
+        return size.amax(-1)
+    if p == 1:
+        return size.sum(-1)
+    there = d != 0
+    powers = torch.where(there, size, 1.0).pow(p).mul(there).sum(-1)
+    some = there.any(-1)
+    return torch.where(some, powers, 1.0).pow(1 / p).mul(some)
+
+
+#: Stands for the logarithm of zero, such that differences are numbers.
+_LOG_OF_NOTHING = -1e30
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Of torch's own the backward has no derivative: the recursion over time over the positions in a target with a
+    blank around each of its entries, as operations that have one.
+
+    Source: Graves et al. (2006), ICML.
+    """
+    lengths, sizes = (
+        torch.as_tensor(given, dtype=torch.long, device=log_probs.device).reshape(-1)
+        for given in (input_lengths, target_lengths)
+    )
+    if not log_probs.requires_grad or bool((lengths < 1).any()):
+        return F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity)
+    alone = log_probs.ndim == 2
+    scores = log_probs.unsqueeze(1) if alone else log_probs
+    labels = targets.to(log_probs.device, torch.long)
+    if alone:
+        labels = labels.reshape(1, -1)
+    elif labels.ndim == 1:  # of all examples, one after the other
+        labels = nn.utils.rnn.pad_sequence(labels[: int(sizes.sum())].split(sizes.tolist()), batch_first=True)
+    n, most = labels.shape
+    at = torch.full((n, 2 * most + 1), blank, device=log_probs.device)
+    at[:, 1::2] = labels.clamp(0, log_probs.shape[-1] - 1)
+    place = torch.arange(at.shape[1], device=log_probs.device)
+    jump = F.pad(at[:, 2:] != at[:, :-2], (2, 0)) & (at != blank)
+    nothing = scores.new_full((n, at.shape[1]), _LOG_OF_NOTHING)
+    each = scores.gather(2, at.expand(len(scores), -1, -1))
+    alpha = torch.where(place < 2, each[0], nothing)
+    for t in range(1, len(scores)):
+        one, two = (F.pad(alpha, (k, 0), value=_LOG_OF_NOTHING)[:, : at.shape[1]] for k in (1, 2))
+        ways = torch.stack([alpha, one, torch.where(jump, two, nothing)])
+        alpha = torch.where(t < lengths.unsqueeze(1), ways.logsumexp(0) + each[t], alpha)
+    last = 2 * sizes.unsqueeze(1)
+    loss = -torch.where((place == last) | (place == last - 1), alpha, nothing).logsumexp(1)
+    impossible = loss > -_LOG_OF_NOTHING / 10
+    loss = torch.where(impossible, 0.0 if zero_infinity else torch.inf, loss)
+    if reduction == "mean":
+        return (loss / sizes.clamp(min=1)).mean()
+    return loss.sum() if reduction == "sum" else loss[0] if alone else loss
+
+
 #: From a function of torch to what is used in its place where derivatives of derivatives are wanted.
 COMPOSITES: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: hardsigmoid,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
+    F.ctc_loss: ctc_loss,
+    torch.cdist: cdist,
+    F.pdist: pdist,
+    torch.pdist: pdist,
 }
+
+
+class DifferentiableTwice(TorchFunctionMode):
+    """Inside of it, operations whose backward has no derivative in torch are put together of others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return COMPOSITES.get(func, func)(*args, **(kwargs or {}))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:

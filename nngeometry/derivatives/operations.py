@@ -439,6 +439,58 @@ class Softmax(Symmetric):
         return cotangent * (d - mean) - slope * d
 
 
+# Sums of exponentials, one after the other
+
+
+def _logcumsumexp(input: Tensor, dim: Any) -> tuple[Any, ...] | None:
+    return (LogCumSumExp(dim), input) if isinstance(dim, int) and input.ndim else None
+
+
+@dataclass(frozen=True)
+class LogCumSumExp(Operation):
+    """``y_i = log sum_{j <= i} exp(x_j)`` along an axis, with derivative ``W_ij = exp(x_j - y_i)`` for ``j <= i``.
+
+    Of torch's own the backward has no derivative at a cotangent of zero.
+    """
+
+    dim: int
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.logcumsumexp(x, self.dim)
+
+    def saved(self, inputs: Sequence[Any], output: Tensor) -> Sequence[Any]:
+        return inputs[0], output
+
+    def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
+        (d,), (x, y) = tangents, saved
+        assert d is not None
+        return self._of_signs(d, lambda log: torch.logcumsumexp(log + x, self.dim) - y)
+
+    def pull(self, cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Maybe]:
+        x, y = saved
+        return (
+            self._of_signs(
+                cotangent, lambda log: torch.logcumsumexp((log - y).flip(self.dim), self.dim).flip(self.dim) + x
+            ),
+        )
+
+    def second_pull(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Maybe]:
+        (d,) = tangents
+        assert d is not None
+        along = self.push(tangents, saved, cotangent.shape)
+        (of_all,), (less,) = (self.pull(u, saved, wanted) for u in (cotangent, cotangent * along))
+        assert of_all is not None
+        assert less is not None
+        return (d * of_all - less,)
+
+    @staticmethod
+    def _of_signs(d: Tensor, log_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is linear and positive, from the logarithm of what it is of to that of what it is."""
+        return log_of(d.clamp(min=0).log()).exp() - log_of((-d).clamp(min=0).log()).exp()
+
+
 #: From a function of torch to what makes of its arguments an operation and its inputs, or None if it is not one.
 OPERATIONS: dict[Any, Callable[..., tuple[Any, ...] | None]] = {
     **{function: _convolution(*kind) for function, kind in _KINDS.items()},
@@ -451,5 +503,6 @@ OPERATIONS: dict[Any, Callable[..., tuple[Any, ...] | None]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((torch.logcumsumexp, Tensor.logcumsumexp), _logcumsumexp),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), _matmul),
 }

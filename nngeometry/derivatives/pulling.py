@@ -148,9 +148,16 @@ _NO_SECOND = re.compile(
 )
 
 
+_ONCE = "custom autograd function of the model (once_differentiable)"
+_OF_A_MODEL = (
+    "use a representation that is made of Jacobians instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and "
+    "GGN or products=FiniteDifference() instead of Hessian"
+)
+
+
 @contextmanager
-def operations_named() -> Iterator[None]:
-    """Say which operation torch cannot differentiate, or not twice, and what can be done."""
+def operations_named(where: str = "", remedy: str = _OF_A_MODEL) -> Iterator[None]:
+    """Say which operation torch cannot differentiate, or not twice, where, and what can be done."""
     try:
         yield
     except RuntimeError as error:
@@ -162,9 +169,15 @@ def operations_named() -> Iterator[None]:
         found = _NO_SECOND.search(str(error))
         if found is None:
             raise
-        what = f"operation {found[1]}" if found[1] else "custom autograd function of the model (once_differentiable)"
+        what = f"operation {found[1]}" if found[1] else _ONCE
         raise NotImplementedError(
-            f"the {what} has a backward that cannot be differentiated: use a representation that is made of Jacobians "
-            "instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and GGN or products=FiniteDifference() "
-            "instead of Hessian"
+            f"{where}the {what} has a backward that cannot be differentiated: {remedy}"
         ) from error
+
+
+def check_twice(gradient: Sequence[Tensor], where: str = "", remedy: str = _OF_A_MODEL) -> None:
+    """Raise if a function that is once differentiable is in a gradient that was made with a cotangent that requires
+    one. It ends the graph there, so that what comes before would count as constant without a word.
+    """
+    if any(node.name().endswith("::Error") for node in nodes(gradient)):
+        raise NotImplementedError(f"{where}the {_ONCE} has a backward that cannot be differentiated: {remedy}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from ..changes import Changed, recording
-from ..derivatives.pulling import BatchedVJP
+from ..changes import Changed, entered, recording
+from ..derivatives.composites import DifferentiableTwice
+from ..derivatives.pulling import BatchedVJP, check_twice, operations_named
 from ..memory import chunk_length, slices
 
+_REMEDY = "use other operations in it, or Hessian with products=FiniteDifference() instead of GGN"
 #: How many products the sign of the eigenvalues is looked at with.
 _LOOKS = 8
 
@@ -23,8 +26,12 @@ class OutputHessian:
 
     def __init__(self, total: Callable[[Tensor], Tensor], f: Tensor) -> None:
         self.leaf = f.detach().requires_grad_()
-        with Changed(recording(True)):
-            (self.gradient,) = torch.autograd.grad(total(self.leaf), self.leaf, create_graph=True)
+        with Changed(recording(True), entered(DifferentiableTwice())), _named():
+            loss = total(self.leaf)
+            # A cotangent that is differentiated too: functions that are once differentiable show only then.
+            one = torch.ones_like(loss, requires_grad=True)
+            (self.gradient,) = torch.autograd.grad(loss, self.leaf, one, create_graph=True)
+        check_twice([self.gradient], "loss: ", _REMEDY)
         if bool(self.gradient.detach().isnan().any()):
             raise ValueError("loss: its gradient has NaN entries: check the targets of this minibatch")
         self._pull = BatchedVJP()
@@ -35,7 +42,10 @@ class OutputHessian:
 
     def mm(self, U: Tensor) -> Tensor:
         """Times several vectors for each example, ``(k, n, *out)``."""
-        found = self._pull([self.gradient], [self.leaf], [U])[0] if self.gradient.requires_grad else None
+        found = None
+        if self.gradient.requires_grad:
+            with _named():
+                (found,) = self._pull([self.gradient], [self.leaf], [U])
         return torch.zeros_like(U) if found is None else found
 
     def root(self, examples: slice) -> Tensor:
@@ -79,6 +89,10 @@ class OutputHessian:
         l = torch.linalg.eigvalsh(_symmetric(Q @ HQ.mT))
         # Rounding is that of numbers of the size of probabilities, also where what is left of them is small.
         _check_sign(l, 10 * k * torch.finfo(f.dtype).eps * max(1.0, float(l.abs().amax())))
+
+
+def _named() -> AbstractContextManager[None]:
+    return operations_named("loss: ", _REMEDY)
 
 
 def root(h: Tensor, largest: Tensor) -> Tensor:
