@@ -117,6 +117,7 @@ def rst_table(
                 leanest,
             ]
         )
+    lines = [[r"\-" if cell == "-" else cell for cell in line] for line in lines]  # which alone would be a list
     head, *body = _aligned(lines).splitlines()
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rule = "  ".join("=" * width for width in widths)
