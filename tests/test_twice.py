@@ -175,8 +175,52 @@ def test_hessians_of_functions_that_are_once_differentiable_are_refused(represen
         Hessian(model, batch, representation, loss).to_torch()
 
 
+class Detached(torch.autograd.Function):
+    """One that hides from autograd what its backward depends on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.at = x.detach()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.at
+
+
+class Right(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
 @pytest.mark.parametrize("representation", [PMatDense, PMatImplicit])
-def test_a_loss_without_a_second_derivative_is_named(representation):
+@pytest.mark.parametrize("factor", [lambda f: 1.0, torch.exp])
+@pytest.mark.parametrize("function", [Once, Detached])
+def test_a_loss_without_a_second_derivative_is_named(function, factor, representation):
+    torch.manual_seed(0)
     model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2))
-    with pytest.raises(NotImplementedError, match=r"the custom autograd function .* cannot be differentiated"):
-        GGN(model, batch, representation, lambda f, y: Once.apply(f - y).sum(1)).to_torch()
+    with pytest.raises(NotImplementedError, match=r"^loss: the custom autograd function .* cannot be differentiated"):
+        GGN(model, batch, representation, lambda f, y: (factor(f) * function.apply(f - y)).sum(1)).to_torch()
+
+
+def _huber(f, y):
+    d = f - y
+    return torch.where(d.abs() < 1, Right.apply(d) / 2, d.abs() - 0.5).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [(_huber, nn.HuberLoss()), (lambda f, y: Right.apply(f - y).mean(1), nn.MSELoss())]
+)
+def test_a_loss_with_a_backward_that_can_be_differentiated(mine, theirs, dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 40).to(dtype)
+    batch = torch.randn(50, 3, dtype=dtype), torch.randn(50, 40, dtype=dtype)  # with kinks among the outputs
+    found, expected = (GGN(model, batch, PMatDense, loss).to_torch() for loss in (mine, theirs))
+    torch.testing.assert_close(found, expected)

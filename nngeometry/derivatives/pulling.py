@@ -148,6 +148,7 @@ _NO_SECOND = re.compile(
 )
 
 
+_CANNOT = "has a backward that cannot be differentiated"
 _ONCE = "custom autograd function of the model (once_differentiable)"
 _OF_A_MODEL = (
     "use a representation that is made of Jacobians instead of products (PMatDense, PMatKFAC, PMatLowRank, ...), and "
@@ -167,12 +168,10 @@ def operations_named(where: str = "", remedy: str = _OF_A_MODEL) -> Iterator[Non
                 "use_reentrant=False to torch.utils.checkpoint"
             ) from error
         found = _NO_SECOND.search(str(error))
-        if found is None:
+        if found is None or _CANNOT in str(error):  # it was named further inside
             raise
         what = f"operation {found[1]}" if found[1] else _ONCE
-        raise NotImplementedError(
-            f"{where}the {what} has a backward that cannot be differentiated: {remedy}"
-        ) from error
+        raise NotImplementedError(f"{where}the {what} {_CANNOT}: {remedy}") from error
 
 
 def check_twice(gradient: Sequence[Tensor], where: str = "", remedy: str = _OF_A_MODEL) -> None:
@@ -180,4 +179,4 @@ def check_twice(gradient: Sequence[Tensor], where: str = "", remedy: str = _OF_A
     one. It ends the graph there, so that what comes before would count as constant without a word.
     """
     if any(node.name().endswith("::Error") for node in nodes(gradient)):
-        raise NotImplementedError(f"{where}the {_ONCE} has a backward that cannot be differentiated: {remedy}")
+        raise NotImplementedError(f"{where}the {_ONCE} {_CANNOT}: {remedy}")

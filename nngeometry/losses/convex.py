@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ..changes import Changed, entered, recording
 from ..derivatives.composites import DifferentiableTwice
-from ..derivatives.pulling import BatchedVJP, check_twice, operations_named
+from ..derivatives.pulling import BatchedVJP, check_twice, nodes, operations_named
 from ..memory import chunk_length, slices
 
 _REMEDY = "use other operations in it, or Hessian with products=FiniteDifference() instead of GGN"
+#: At most what share of the entries of a gradient has a kink between two outputs that are near each other.
+_KINKS = 0.05
 #: How many products the sign of the eigenvalues is looked at with.
 _LOOKS = 8
 
@@ -35,6 +38,27 @@ class OutputHessian:
         if bool(self.gradient.detach().isnan().any()):
             raise ValueError("loss: its gradient has NaN entries: check the targets of this minibatch")
         self._pull = BatchedVJP()
+        if any(isinstance(node, BackwardCFunction) for node in nodes([loss])):
+            self._check_against_differences(total)
+
+    def _check_against_differences(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Raise unless a product is a difference of gradients, but for a few entries with a kink in between: not so if
+        a backward of the user's hides what it depends on from autograd, which then takes it for constant.
+        """
+        f = self.leaf.detach()
+        v = torch.cos(torch.arange(1, f.numel() + 1, dtype=f.dtype, device=f.device)).view(f.shape)
+        step = torch.finfo(f.dtype).eps ** 0.5 * (1.0 + float(f.abs().mean()))
+        found: list[Tensor] = []
+        with Changed(recording(True)):
+            for sign in (1, -1):
+                leaf = (f + sign * step * v).requires_grad_()
+                found += torch.autograd.grad(total(leaf), leaf)
+        expected = (found[0] - found[1]) / (2 * step)
+        wrong = (self.mv(v) - expected).abs() > 1e-2 * (expected.abs() + expected.abs().mean())
+        if float(wrong.to(f.dtype).mean()) > _KINKS:
+            raise NotImplementedError(
+                f"loss: the custom autograd function in it has a backward that cannot be differentiated: {_REMEDY}"
+            )
 
     def mv(self, u: Tensor) -> Tensor:
         """Times one vector for each example, ``(n, *out)``: one differentiation of the gradient."""
