@@ -224,3 +224,21 @@ def test_a_loss_with_a_backward_that_can_be_differentiated(mine, theirs, dtype):
     batch = torch.randn(50, 3, dtype=dtype), torch.randn(50, 40, dtype=dtype)  # with kinks among the outputs
     found, expected = (GGN(model, batch, PMatDense, loss).to_torch() for loss in (mine, theirs))
     torch.testing.assert_close(found, expected)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_is_linear_has_no_curvature(dtype):
+    torch.manual_seed(0)
+    model, batch = nn.Linear(3, 2).to(dtype), (torch.randn(9, 3, dtype=dtype), 1e4 * torch.randn(9, 2, dtype=dtype))
+    found = GGN(model, batch, PMatDense, lambda f, y: (Double.apply(f) * y).sum(1)).to_torch()
+    assert not found.any()
