@@ -28,7 +28,7 @@ from .object import PMat
 from .object.finite_difference import Differences
 from .reading import together
 from .spelling import positions
-from .team import common
+from .team import drawn_seed
 from .undivided import Undivided, UndividedLoss
 
 
@@ -240,7 +240,6 @@ def GGN_MonteCarlo(
     loss = nn.CrossEntropyLoss() if loss is None else loss
     known, given = output_loss(loss), selected(targets)
     weight = arguments.explaining(loss, known.weight)
-    drawn = torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device)
 
     def cotangents(f: Tensor, batch: data.Batch, position: int) -> Cotangents:
         draws = torch.Generator(f.device).manual_seed(position)
@@ -257,7 +256,7 @@ def GGN_MonteCarlo(
         batch_statistics=batch_statistics,
         weigh=lambda f, batch: weight(f, *given(batch)),
         mean=known.mean,
-        seed=common(int(drawn), process_group),
+        seed=drawn_seed(generator, process_group),
     )
     return representation(layer_collection=lc, generator=source, examples=loader, **options)
 

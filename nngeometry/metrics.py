@@ -20,7 +20,7 @@ from .model import data
 from .object.pmat import PMat
 from .reading import together
 from .spelling import ORDER, positions
-from .team import common
+from .team import drawn_seed
 from .undivided import Undivided, UndividedLoss, all_rows, curvature_of_rows, each_row, of_rows
 
 #: A PMat class, a functools.partial of one, or PMatMixed.of(...).
@@ -194,8 +194,7 @@ def FIM_MonteCarlo(
     arguments.variant(variant, Likelihood, list(VARIANTS))
     arguments.generator(generator)
     likelihood = likelihood_of(variant)
-    drawn = torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device)
-    seed = common(int(drawn), process_group)
+    seed = drawn_seed(generator, process_group)
 
     def cotangents(f: Tensor, batches: Sequence[data.Batch], position: int) -> Cotangents:
         draws = [torch.Generator(f.device).manual_seed(position + k) for k in data.offsets(batches)]

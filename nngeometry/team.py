@@ -189,6 +189,12 @@ def common(value: int, process_group: Any) -> int:
     return int(Team(process_group).exchange(value)[0])
 
 
+def drawn_seed(generator: torch.Generator | None, process_group: Any) -> int:
+    """A seed that a generator, by default torch's global one, has drawn, on rank 0 for all ranks."""
+    drawn = torch.randint(2**62, (), generator=generator, device=None if generator is None else generator.device)
+    return common(int(drawn), process_group)
+
+
 @contextmanager
 def in_common(team: Team | None) -> Iterator[None]:
     """Inside, random vectors of :mod:`nngeometry.linalg` are those of rank 0."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from settings import CYCLE, Task
-from torch.nn import functional as F
+from settings import Task
+
+from contenders._training import ten_steps
 
 VERSION = torch.__version__
 NOTES: dict[str, str] = {}
@@ -15,18 +16,8 @@ LACKS: dict[str, set[str]] = {}
 
 
 def _ten_steps(task: Task) -> Callable[[], Any]:
-    x, y = task.batches[0]
     optimiser = torch.optim.Adam(task.parameters, lr=0.0)
-
-    def steps() -> Any:
-        for _ in range(CYCLE):
-            optimiser.zero_grad()
-            loss = F.cross_entropy(task.model(x), y)
-            loss.backward()
-            optimiser.step()
-        return loss.detach()
-
-    return steps
+    return ten_steps(task.model, task.batches[0], optimiser)
 
 
 JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from settings import CYCLE, DAMPING, DECAY, PROBES, QUERIES, REGUL, STEPS, TOP, TRACE_PROBES, Task
 from torch import Tensor
-from torch.nn import functional as F
 
 import nngeometry
 from contenders._accuracy import cheapest
+from contenders._training import ten_steps
 from nngeometry import (
     FIM,
     GGN,
@@ -148,7 +148,6 @@ def _ten_steps(observe_every: int, refresh: Any = CYCLE, factored: bool = False)
     """Their length is zero, so that they are the same each time."""
 
     def prepare(task: Task) -> Callable[[], Any]:
-        x, y = task.batches[0]
         optimiser = SecondOrderOptimizer(
             task.model,
             lr=0.0,
@@ -160,15 +159,7 @@ def _ten_steps(observe_every: int, refresh: Any = CYCLE, factored: bool = False)
             layer_collection=_collection(task),
         )
 
-        def steps() -> Tensor:
-            for _ in range(CYCLE):
-                optimiser.zero_grad()
-                loss = F.cross_entropy(task.model(x), y)
-                loss.backward()
-                optimiser.observe((x, y))
-                optimiser.step()
-            return loss.detach()
-
+        steps = ten_steps(task.model, task.batches[0], optimiser, optimiser.observe)
         if isinstance(refresh, Turned):  # the first time there is nothing to turn
             steps()
         return steps

@@ -13,6 +13,8 @@ from settings import CYCLE, DAMPING, DECAY, Task
 from singd.optim.optimizer import SINGD
 from torch.nn import functional as F
 
+from contenders._training import ten_steps
+
 VERSION = metadata.version("singd")
 NOTES = {"accumulator_update": "the empirical Fisher matrix, on the way of the gradient; it and a step are in the cost"}
 LACKS: dict[str, set[str]] = {}
@@ -38,7 +40,6 @@ def _ten_steps(interval: int) -> Callable[[Task], Callable[[], Any]]:
     """interval: in how many steps there are statistics, and inverses with them."""
 
     def prepare(task: Task) -> Callable[[], Any]:
-        x, y = task.batches[0]
         model = deepcopy(task.model)
         optimiser = SINGD(
             model,
@@ -50,15 +51,7 @@ def _ten_steps(interval: int) -> Callable[[Task], Callable[[], Any]]:
             warn_unsupported=False,
         )
 
-        def steps() -> Any:
-            for _ in range(CYCLE):
-                optimiser.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                optimiser.step()
-            return loss.detach()
-
-        return steps
+        return ten_steps(model, task.batches[0], optimiser)
 
     return prepare
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..memory import panel_length, slices, tuning
+from ..memory import chunk_length, panel_length, slices, tuning
 
 
 def second_moment(x: Tensor) -> Tensor:
@@ -48,6 +48,14 @@ def moment_of_columns(x: Tensor) -> Tensor:
     for some in slices(len(x), panel_length(groups * d * d * x.dtype.itemsize, len(x), x.device)):
         total += (x[some] @ x[some].mT).sum(0)
     return total
+
+
+def few_examples(size: int, examples: int, cols: int, count: int, device: torch.device) -> int:
+    """Of how many examples at a time a moment of ``cols`` columns is made: as few as stay in the cache, but not so few
+    that the moment is larger than what it is of. size: bytes of one. count: how many vectors there are of all.
+    """
+    least = -(-cols * examples // max(1, count))
+    return max(panel_length(size, examples, device), min(chunk_length(size, examples, device), least))
 
 
 def panels(d: int, device: torch.device) -> Iterator[slice]:

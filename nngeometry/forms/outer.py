@@ -11,7 +11,7 @@ from torch import Tensor
 from ..memory import chunk_length, nbytes_of, panel_bytes, panel_length, slices, tuning
 from .base import LayerJacobian, Map, Places
 from .inner import add_inner, add_traced, examples_together, matmul
-from .moments import moment_of_columns, outer_sum, second_moment, sum_of_squares, total_of
+from .moments import few_examples, moment_of_columns, outer_sum, second_moment, sum_of_squares, total_of
 
 
 class Outer(LayerJacobian):
@@ -279,11 +279,7 @@ class Outer(LayerJacobian):
             return self.moment(self.inputs), count
         groups, _, cols = self.shape
         size = self.positions * groups * cols * self.dtype.itemsize
-        # As few as stay in the cache, but not so few that the moment is larger than what it is of.
-        few = max(
-            panel_length(size, self.examples, self.device),
-            min(chunk_length(size, self.examples, self.device), -(-cols * self.examples // max(1, count))),
-        )
+        few = few_examples(size, self.examples, cols, count, self.device)
 
         def of(b: slice) -> Tensor:
             a = self.narrow(b.start, b.stop).a  # what it expands goes with it

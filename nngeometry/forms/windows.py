@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor
 
-from ..memory import chunk_length, panel_length, slices
-from .moments import mirror, moment_with_one, second_moment, total_of
+from ..memory import slices
+from .moments import few_examples, mirror, moment_with_one, second_moment, total_of
 
 
 def window_moment(
@@ -26,10 +26,7 @@ def window_moment(
     n, channels, pixels = len(kernel), x.shape[1], prod(kernel)
     cols = channels * pixels
     size = positions * cols * x.element_size()
-    # As few as stay in the cache, but not so few that the moment is larger than what it is of.
-    few = max(
-        panel_length(size, len(x), x.device), min(chunk_length(size, len(x), x.device), -(-cols // max(1, positions)))
-    )
+    few = few_examples(size, len(x), cols, len(x) * positions, x.device)
 
     def of(b: slice) -> Tensor:
         a = x[b].permute(0, *range(2, 2 + n), 1).contiguous()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-
-import torch
 
 from .. import arguments, checkpoint
 from ..blocks import Block, DirectSum, Part
 from ..changes import no_grad
+from ..identity import checksum
 
 
 def offloaded(root: Block, folder: str | Path) -> DirectSum:
@@ -32,19 +30,9 @@ def offloaded(root: Block, folder: str | Path) -> DirectSum:
 
 def _on_disk(part: Part, path: Path) -> Part:
     """The same part, its block decomposed and in a file; decomposed already if the file is of this block."""
-    identity = {"block": part.block.describe(), "values": _digest(part.block)}
+    identity = {"block": part.block.describe(), "values": " ".join(str(checksum([t])) for t in part.block.tensors())}
     if checkpoint.read(path, identity) is None:
         fresh = part.block.map(lambda t: t)  # what it keeps of its decomposition goes with it
         with no_grad():
             checkpoint.write(path, identity, fresh.decomposed().state())
     return part.with_block(Block.from_state(checkpoint.mapped(path)))
-
-
-def _digest(block: Block) -> str:
-    """Of all values."""
-    found = hashlib.blake2b(digest_size=16)
-    for t in block.tensors():
-        flat = t.detach().contiguous().reshape(-1)
-        if flat.numel():
-            found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
