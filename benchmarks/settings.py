@@ -91,10 +91,14 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its minibatches, and the layers whose parameters count: those that all contenders know."""
+    """A model, its minibatches, and the layers whose parameters count: those that all contenders know.
+
+    training: the minibatches that it may be trained with, by default these.
+    """
 
     model: nn.Module
     batches: list[Batch]
+    training: list[Batch] | None = None
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
@@ -129,17 +133,17 @@ class Task:
         return float(u @ (kernel.reshape(size, size) @ u))
 
     def few(self) -> Task:
-        """The same with two examples in each of two minibatches."""
-        return Task(self.model, [(x[:2], y[:2]) for x, y in self.batches[:2]])
+        """The same with two examples in each of two minibatches, which training would learn by heart."""
+        return Task(self.model, [(x[:2], y[:2]) for x, y in self.batches[:2]], self.training or self.batches)
 
     def trained(self, steps: int = 24) -> Task:
         """The same after some steps of gradient descent: at random weights a Hessian has eigenvalues of both signs and
         the same size, among which power iteration does not converge.
         """
-        model = deepcopy(self.model)
+        model, batches = deepcopy(self.model), self.training or self.batches
         optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         for k in range(steps):
-            x, y = self.batches[k % len(self.batches)]
+            x, y = batches[k % len(batches)]
             optimiser.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimiser.step()

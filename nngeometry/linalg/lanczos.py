@@ -39,8 +39,8 @@ class Eigenpairs(NamedTuple):
     Attributes:
         values: The eigenvalues ``(k,)``.
         vectors: Orthonormal rows ``(k, p)``.
-        residuals: ``|A v - l v|`` ``(k,)``, computed from the matrix at the end; within this distance of each value
-            there is an eigenvalue.
+        residuals: ``|A v - l v|`` ``(k,)``, computed from the matrix at the end, or a bound of it that takes what
+            rounding did to every product into account; within this distance of each value there is an eigenvalue.
         products: How many vectors were multiplied with the matrix.
     """
 
@@ -63,6 +63,7 @@ class _Space:
         self.link = torch.zeros(0, 0, dtype=torch.float64)
         self.count = self.products = 0
         self.near = 0  # the first row of the basis to which the images of the next block are not orthogonal
+        self.missing = 0.0  # a bound of what is not in the equation above: rounding, and what seeds leave out
         self.scale = 0.0
 
     @property
@@ -76,6 +77,7 @@ class _Space:
     def seed(self, rows: Tensor) -> None:
         """Go on with these rows, whatever they add to the basis."""
         self.near = 0
+        self.missing = math.inf if self.count else 0.0
         self.next = orthonormal_rows(rows, self.basis)
         self.link = torch.zeros(len(self.next), self.count, dtype=torch.float64)
 
@@ -93,15 +95,18 @@ class _Space:
         old, new = self.count, self.count + len(self.next)
         self.rows[old:new] = self.next
         self.count = new
-        y = self.matvec(self.next)
-        self.products += len(y)
-        size = float(norms(y).max())
+        images = self.matvec(self.next)
+        self.products += len(images)
+        size = float(norms(images).max())
         if not math.isfinite(size):
             raise RuntimeError("Lanczos: a product is not finite")
         self.scale = max(self.scale, size)
-        y, taken = orthogonalise(y, self.basis, self.near)
-        allowed = max(slack, noise(y) ** 0.5) * self.scale
-        if bool(((taken[:, :old] - self.link).abs() > allowed).any()) or _asymmetry(taken[:, old:]) > allowed:
+        y, taken = orthogonalise(images, self.basis, self.near)
+        across, within = taken[:, :old] - self.link, taken[:, old:] - taken[:, old:].mT
+        off = max(_largest(across), _largest(within))
+        self.missing = math.hypot(self.missing, float(across.norm()), float(within.norm()))
+        if off > max(slack, noise(y) ** 0.5) * self.scale:
+            _require_precise(self.matvec, self.next, images, off, self.scale)
             raise ValueError("Lanczos: the matrix is not symmetric")
         self.full[old:new, :new] = taken
         self.full[:new, old:new] = taken.mT
@@ -212,7 +217,7 @@ def eigsh(
         The pairs, with their residuals.
 
     Raises:
-        RuntimeError: Unless all pairs asked for have converged.
+        RuntimeError: Unless all pairs asked for have converged, or if rounding of the products keeps them from it.
         ValueError: For a matrix that is seen not to be symmetric, or a tolerance that the dtype does not allow.
 
     Example:
@@ -249,6 +254,7 @@ def eigsh(
     settled: Tensor | None = None  # the wanted values when the space last began anew at random rows
     shifts = torch.zeros(0, dtype=torch.float64)  # the Ritz values dropped since then
     check, anew = wanted, True  # the size of the space at which to look again
+    least = math.inf  # the residuals, computed from the matrix, that were left so far
     while True:
         if anew or not len(space.next):
             space.seed(gaussian(block, size, like=like, generator=generator))
@@ -277,9 +283,16 @@ def eigsh(
                 or _missed(values, bounds, order, wanted, which, tol, shifts, block, size) < MISSED
             ):
                 space.compress(values[lead], columns[:, lead])
-                pairs, rest = _true_pairs(space, which)
+                pairs = _pairs(space, bounds[lead], which)
                 if bool((pairs.residuals <= tol * scale).all()):
                     return pairs
+                pairs, images, rest = _true_pairs(space, which)
+                if bool((pairs.residuals <= tol * scale).all()):
+                    return pairs
+                worst = pairs.residuals.argmax()
+                if (residual := float(pairs.residuals[worst])) > 0.5 * least:  # going on does not help
+                    _require_precise(matvec, pairs.vectors[worst, None], images[worst, None], residual, scale)
+                least = min(least, residual)
                 space.replace(pairs.values, pairs.vectors, rest)
             elif full:
                 shifts = torch.cat([shifts, _restart(space, values, columns, order, wanted, which)])
@@ -356,8 +369,16 @@ def _missed(
     return max(at_the_top, 0.0 if which == "largest" else chance(-1.0, -lower.max()))
 
 
-def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
-    """The eigenpairs of the matrix in the whole basis, and the rows of their residuals."""
+def _pairs(space: _Space, bounds: Tensor, which: Which) -> Eigenpairs:
+    """The pairs that a space is compressed to, with bounds of their residuals."""
+    values = space.matrix.diagonal()
+    order = _sorted(values, which)
+    residuals = (bounds + space.missing)[order].to(space.rows)
+    return Eigenpairs(values[order].to(space.rows), space.basis[order.to(space.rows.device)], residuals, space.products)
+
+
+def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor, Tensor]:
+    """The eigenpairs of the matrix in the whole basis, the images of their vectors, and the rows of their residuals."""
     rows = space.basis
     products = space.matvec(rows)
     space.products += len(rows)
@@ -366,8 +387,9 @@ def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor]:
     order = _sorted(values, which)
     values, turn = values[order].to(rows), columns[:, order].mT.to(rows)
     vectors = turn @ rows
-    rest = turn @ products - values.unsqueeze(1) * vectors
-    return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), rest
+    images = turn @ products
+    rest = images - values.unsqueeze(1) * vectors
+    return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), images, rest
 
 
 def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, products: int = 0) -> Eigenpairs:
@@ -385,7 +407,27 @@ def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Ten
 
 
 def _asymmetry(matrix: Tensor) -> float:
-    return float((matrix - matrix.mT).abs().max())
+    return _largest(matrix - matrix.mT)
+
+
+def _largest(entries: Tensor) -> float:
+    return float(entries.abs().max()) if entries.numel() else 0.0
+
+
+def _require_precise(matvec: Matvec, rows: Tensor, images: Tensor, off: float, scale: float) -> None:
+    """Raise if rounding of the products explains a good part of what is off.
+
+    The products of multiples of the rows show it: they would be multiples of the images. So may it be with the Hessian
+    of a net that is certain of nearly every label, whose entries are differences of numbers that are much larger.
+    """
+    multiple = 1.7  # no power of two, by which everything would be rounded alike
+    rounding = float(norms(matvec(multiple * rows) / multiple - images).max())
+    if rounding > 0.1 * off:
+        raise RuntimeError(
+            f"Lanczos: rounding in {rows.dtype} leaves products with the matrix with errors of "
+            f"{max(rounding, off) / scale:.1g} of the largest, and no eigenpair can be had more precisely than that: "
+            "use float64 (model.double()), or a tol above it"
+        )
 
 
 def _failure(space: _Space, wanted: int, which: Which, tol: float, again: bool) -> str:
@@ -423,13 +465,16 @@ def tridiagonals(matvec: Matvec, b: Tensor, steps: int) -> Iterator[tuple[Tensor
         y = torch.zeros_like(v)
         if bool(live.any()):
             y[live] = matvec(v[live])
-        length = norms(y)
+        length, images = norms(y), y
         if not bool(length.isfinite().all()):
             raise RuntimeError("Lanczos: a product is not finite")
         scale = torch.maximum(scale, length)
         left, taken = orthogonalise(y.unsqueeze(1), rows[:, :m], max(m - 2, 0))
         y, taken = left.squeeze(1), taken.squeeze(1)
-        if bool((taken[:, : max(m - 2, 0)].abs() > (noise(y) ** 0.5 * scale).unsqueeze(1)).any()):
+        off = taken[:, : max(m - 2, 0)].abs().amax(1) if m > 2 else torch.zeros_like(scale)
+        if bool((wrong := off > noise(y) ** 0.5 * scale).any()):
+            k = wrong.nonzero()[:1, 0]
+            _require_precise(matvec, v[k], images[k], float(off[k]), float(scale[k]))
             raise ValueError("Lanczos: the matrix is not symmetric")
         full[:, m - 1, m - 1] = torch.where(live, taken[:, m - 1], full[:, 0, 0])
         beta = norms(y)
