@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, forms
+from . import arguments
 from .blocks import Operator
 from .changes import Borrowed, no_grad
 from .derivatives.pulling import BatchedVJP, operations_named
@@ -376,7 +376,7 @@ class Generator(Probed):
         if not within:
             return found
         there = partial(Borrowed, *within)
-        return {k: form.within(there) if isinstance(form, forms.Lazy) else form for k, form in found.items()}
+        return {k: form.within(there) for k, form in found.items()}
 
 
 def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> float:

@@ -193,21 +193,21 @@ class LayerCollection:
             warn("from_model(model, ignore_unsupported_layers)", "from_model(model): every layer is supported")
         require_whole_parameters(model)
         owner: dict[int, tuple[str, str]] = {}
-        uses: dict[int, int] = {}
-        for name, _, _, params in _modules(model):
+        uses: dict[int, list[Packing | None]] = {}
+        for name, module, kind, params in _modules(model):
             for pname, p in params.items():
                 if isinstance(p, UninitializedParameter):
                     raise ValueError("the model has lazy parameters that have no shape yet: run it once on a minibatch")
                 owner.setdefault(id(p), (name, pname))
-                uses[id(p)] = uses.get(id(p), 0) + 1
+                uses.setdefault(id(p), []).append(_as_matrix(module, kind, params, pname))
         layers = {}
         registered = False
         for name, module, kind, params in _modules(model):
             registered = registered or not is_ours(kind)
             own = {k: p for k, p in params.items() if owner[id(p)] == (name, k) and (frozen or p.requires_grad)}
             if own:
-                shared = any(uses[id(p)] > 1 for p in own.values())
-                layers[name] = _layer(name, module, kind, params, own, shared)
+                of_others = [_together(uses[id(p)]) for p in own.values() if len(uses[id(p)]) > 1]
+                layers[name] = _layer(name, module, kind, params, own, of_others)
         collection = cls(layers, ignore_uncalled)
         if selectors:
             collection = collection.select(*selectors)
@@ -569,20 +569,44 @@ def _check_applies(site: Site) -> None:
         )
 
 
+def _as_matrix(module: nn.Module, kind: Kind, params: dict[str, nn.Parameter], name: str) -> Packing | None:
+    """How a module packs one of its parameters, if that is the weight of a linear map or a table."""
+    if not kind.kronecker or kind.packing is None or name != next(iter(kind.known(params)), None):
+        return None
+    packing = kind.packing_of(module, kind.known(params))
+    return None if packing.crossed is None else packing
+
+
+def _together(uses: list[Packing | None]) -> Packing | None:
+    """The packing in which the Jacobians of modules that share a weight add: that of the first, or of a table if there
+    is one; None unless they use it as one matrix or as its transpose, without a bias if as both.
+    """
+    known = [use for use in uses if use is not None]
+    first = next((use for use in known if use.crossed), None) or next(iter(known), None)
+    if first is None or len(known) < len(uses):
+        return None
+    both = any(use.crossed != first.crossed for use in known)
+    return None if both and known[0].bias else first
+
+
 def _layer(
     name: str,
     module: nn.Module,
     kind: Kind,
     params: dict[str, nn.Parameter],
     own: dict[str, nn.Parameter],
-    shared: bool,
+    of_others: list[Packing | None],
 ) -> Layer:
+    """of_others: for each parameter that other modules use too how it is packed for all of them, None if it is not."""
     shapes = tuple((k, tuple(p.shape)) for k, p in own.items())
     numel = sum(p.numel() for p in own.values())
     packing, kronecker = Packing.flat(numel), False
-    if kind.packing is not None and not shared:
+    if kind.packing is not None and None not in of_others:
         known = kind.known(params)
-        if [*own] == [*known]:
+        table = next((use for use in of_others if use is not None and use.crossed), None)
+        if table is not None:
+            packing, kronecker = table, True
+        elif [*own] == [*known]:
             packing, kronecker = kind.packing_of(module, known), kind.kronecker
         elif kind.kronecker and [*own] == [*known][:-1]:  # all but the bias
             full = kind.packing_of(module, known)

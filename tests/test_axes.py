@@ -42,26 +42,9 @@ class Bare(nn.Module):
         return self.head(h.mean(1) + torch.tanh(h).mean((1, 2))[:, None] * self.mixing.sum((1, 2)).flatten())
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
-        self.head.weight = self.embedding.weight
-        self.hidden = nn.Linear(3, 3)
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.hidden(self.embedding(ids)))).mean(1)
-
-
 def bare():
     torch.manual_seed(0)
     return Bare(), [(torch.randn(4, 3, 6), torch.randint(3, (4,))), (torch.randn(2, 3, 6), torch.randint(3, (2,)))]
-
-
-def tied():
-    torch.manual_seed(0)
-    ids = torch.randint(7, (5, 4))
-    return Tied(), [(ids[:2], ids[:2, 0]), (ids[2:], ids[2:, 0])]
 
 
 def written_out(model, loader, name, shape, dense_rows, dense_columns):
@@ -89,7 +72,6 @@ def written_out(model, loader, name, shape, dense_rows, dense_columns):
         (bare, "", "positions", slice(6, 24), (1, 3, 6), (True, False)),
         (bare, "", "experts", slice(24, 72), (2, 6, 4), (False, False)),
         (bare, "", "mixing", slice(72, 96), (4, 3, 2), (False, True)),
-        (tied, "embedding", "embedding.weight", slice(0, 21), (1, 7, 3), (False, True)),
     ],
 )
 @pytest.mark.parametrize("representation", [PMatKFAC, PMatEKFAC])

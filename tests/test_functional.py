@@ -155,12 +155,6 @@ def test_kfac_of_parts():
     assert oracle.relative(found[W:, W:], expected[:, D, :, D]) < 1e-10
 
 
-def test_of_a_head_that_is_tied_there_is_no_kfac():
-    model, batch = net("tied head")
-    with pytest.raises(ValueError, match=r"layer '1.child': .*no Kronecker factors.*another order"):
-        FIM(model, batch, PMatKFAC)
-
-
 def test_what_is_computed_from_a_weight_is_refused():
     model, batch = net("linear")
     model[1].use = lambda m, x: F.linear(x, 2 * m.weight, m.bias)

@@ -35,7 +35,7 @@ def test_tied_parameters_belong_to_the_first():
         "mix": ["weight", "bias"],
         "head": ["bias"],
     }
-    assert not lc["embed"].kronecker
+    assert lc["embed"].kronecker
 
 
 def test_selections():

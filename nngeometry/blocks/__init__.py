@@ -4,7 +4,7 @@ from .base import Block
 from .composite import Compression, Product, Sum, add, matmul
 from .dense import Dense
 from .direct import DirectSum, Part
-from .kron import AxisKron, Kron
+from .kron import AxisKron, Kron, NearestKron, nearest_product
 from .lowrank import LowRank
 from .operator import Operator, Rectangular
 from .quasidiag import QuasiDiag
@@ -22,6 +22,7 @@ __all__ = [
     "Eye",
     "Kron",
     "LowRank",
+    "NearestKron",
     "Operator",
     "Part",
     "Product",
@@ -35,4 +36,5 @@ __all__ = [
     "Varying",
     "add",
     "matmul",
+    "nearest_product",
 ]

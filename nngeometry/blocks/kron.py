@@ -181,3 +181,52 @@ class AxisKron(Kron):
 
     def describe(self) -> str:
         return f"{super().describe()}, approximate: axes"
+
+
+@dataclass(frozen=True, eq=False)
+class NearestKron(Kron):
+    """A Kronecker product that stands for a sum of several, to which it is the nearest one, and says so.
+
+    Args:
+        left: As of :class:`Kron`.
+        right: As of :class:`Kron`.
+        count: Of how many.
+    """
+
+    count: int = 2
+
+    def describe(self) -> str:
+        return f"{super().describe()}, approximate: nearest to the sum of {self.count}"
+
+
+def nearest_product(products: Sequence[Kron]) -> NearestKron:
+    """The Kronecker product that is nearest, in the Frobenius norm, to the sum of some with positive semidefinite
+    factors, each of one group, the right ones all diagonal or all dense.
+
+    Its factors are sums of theirs with weights x and y: to the leading singular vectors of ``sum_u vec(L_u)
+    vec(R_u)^T``. As all inner products of the factors are positive, so are the weights, and the factors are
+    semidefinite.
+
+    Args:
+        products: Those.
+
+    Source:
+        Van Loan and Pitsianis (1993), Approximation with Kronecker products.
+    """
+    lefts = [p.left.to_dense() for p in products]
+    rights = [p.right.diag() if isinstance(p.right, Diag) else p.right.to_dense() for p in products]
+    of_left, of_right = _inner(lefts), _inner(rights)
+    values, vectors = torch.linalg.eig(of_right @ of_left)
+    x = vectors[:, values.real.argmax()].real.abs()
+    y = of_left @ x
+    norm = x @ y  # the squared norm of the left factor
+    y = torch.where(norm > 0, y / norm, 1.0)
+    left = torch.stack([float(c) * factor for c, factor in zip(x, lefts, strict=True)]).sum(0)
+    right = torch.stack([float(c) * factor for c, factor in zip(y, rights, strict=True)]).sum(0)
+    diagonal = isinstance(products[0].right, Diag)
+    return NearestKron(Dense(left.unsqueeze(0)), Diag(right) if diagonal else Dense(right.unsqueeze(0)), len(products))
+
+
+def _inner(tensors: Sequence[Tensor]) -> Tensor:
+    """Their inner products, in float64."""
+    return torch.stack([torch.stack([(a.double() * b.double()).sum() for b in tensors]) for a in tensors])

@@ -14,6 +14,7 @@ from .gather import Gather
 from .lazy import Lazy
 from .moments import add_gram, copy_transposed, mirror, moment_with_one, second_moment, total_of
 from .outer import Outer
+from .uses import Sum, Transposed
 
 __all__ = [
     "Beside",
@@ -27,6 +28,8 @@ __all__ = [
     "Map",
     "Outer",
     "Places",
+    "Sum",
+    "Transposed",
     "add",
     "add_gram",
     "copy_transposed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 
 import torch
@@ -124,6 +125,15 @@ class LayerJacobian(ABC):
     def map_cotangents(self, fn: Map) -> LayerJacobian:
         """The same form with ``fn``, linear, applied to each entry of what it has for each cotangent."""
         return Dense(fn(self.dense()))
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> LayerJacobian:
+        """The same, whatever of it is computed later inside of a context."""
+        return self
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether something of it is computed later, by the module, from the parameters as they are then."""
+        return False
 
     def nbytes(self) -> int:
         """Bytes held."""

@@ -11,26 +11,35 @@ from torch import Tensor
 from ..memory import panel_length, slices
 from .base import ColumnViews, Dense, LayerJacobian, tiling
 from .gather import Gather
-from .lazy import Lazy
-from .moments import add_gram, total_of
+from .moments import add_gram
 from .outer import Outer
+from .uses import Sum, Transposed
 
 
 def add(forms: Sequence[LayerJacobian]) -> LayerJacobian:
-    """The sum of Jacobians of the same parameters, e.g. of a module that is called several times."""
-    first = forms[0]
-    if len(forms) == 1:
-        return first
-    if all(isinstance(f, Outer) and f.filled is None for f in forms):
-        return Outer(torch.cat([f.a for f in forms], 1), torch.cat([f.g for f in forms], 2))  # type: ignore[attr-defined]
-    if all(isinstance(f, Gather) for f in forms):
-        ids = torch.cat([f.ids for f in forms], 1)  # type: ignore[attr-defined]
-        return Gather(ids, torch.cat([f.g for f in forms], 2), first.size)  # type: ignore[attr-defined]
+    """The sum of Jacobians of the same parameters, e.g. of a module that is called several times: those of one form
+    are one form of more positions.
+    """
+    parts = [part for f in forms for part in (f.parts if isinstance(f, Sum) else (f,))]
+    of_form: dict[type, list[LayerJacobian]] = {}
+    for part in parts:
+        of_form.setdefault(type(part), []).append(part)
+    joined = [form for alike in of_form.values() for form in _joined(alike)]
+    return joined[0] if len(joined) == 1 else Sum(joined)
 
-    def compute(start: int, stop: int, first: int, last: int) -> Tensor:
-        return total_of(f.narrow(start, stop, first, last).dense() for f in forms)
 
-    return Lazy(compute, first.cotangents, first.examples, first.shape, first.dtype, first.device)
+def _joined(alike: Sequence[LayerJacobian]) -> Sequence[LayerJacobian]:
+    """Forms of one type as one of more positions, where there is such."""
+    if len(alike) == 1:
+        return alike
+    if all(isinstance(f, Outer) and f.filled is None for f in alike):
+        return [Outer(torch.cat([f.a for f in alike], 1), torch.cat([f.g for f in alike], 2))]  # type: ignore[attr-defined]
+    if all(isinstance(f, Gather) for f in alike):
+        ids = torch.cat([f.ids for f in alike], 1)  # type: ignore[attr-defined]
+        return [Gather(ids, torch.cat([f.g for f in alike], 2), alike[0].size)]  # type: ignore[attr-defined]
+    if all(isinstance(f, Transposed) for f in alike):
+        return [Transposed(form) for form in _joined([f.of for f in alike])]  # type: ignore[attr-defined]
+    return alike
 
 
 def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
@@ -44,6 +53,10 @@ def stack(forms: Sequence[LayerJacobian]) -> LayerJacobian:
         return Outer(first.inputs, g, first.expand, first.shape[2], filled=first.filled)  # type: ignore[attr-defined]
     if all(isinstance(f, Gather) for f in forms):
         return Gather(first.ids, torch.cat([f.g for f in forms]), first.size)  # type: ignore[attr-defined]
+    if all(isinstance(f, Transposed) for f in forms):
+        return Transposed(stack([f.of for f in forms]))  # type: ignore[attr-defined]
+    if all(isinstance(f, Sum) and [*map(type, f.parts)] == [*map(type, first.parts)] for f in forms):  # type: ignore[attr-defined]
+        return Sum([stack(parts) for parts in zip(*(f.parts for f in forms), strict=True)])  # type: ignore[attr-defined]
     return Dense(torch.cat([f.dense() for f in forms]))
 
 

@@ -54,13 +54,15 @@ class Lazy(LayerJacobian):
         return Lazy(self.compute, last - first, stop - start, self.shape, self.dtype, self.device, origin)
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Lazy:
-        """The same, computed inside of a context."""
-
         def compute(start: int, stop: int, first: int, last: int) -> Tensor:
             with context():
                 return self.compute(start, stop, first, last)
 
         return Lazy(compute, self.cotangents, self.examples, self.shape, self.dtype, self.device, self.origin)
+
+    @property
+    def on_demand(self) -> bool:
+        return True
 
     def map_cotangents(self, fn: Map) -> Lazy:
         def compute(start: int, stop: int, first: int, last: int) -> Tensor:

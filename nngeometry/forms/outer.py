@@ -251,6 +251,14 @@ class Outer(LayerJacobian):
         """The same layer with its bias left out."""
         return Outer(self.a[..., :-1], self.g, filled=self.filled)
 
+    def with_column_of_zeros(self) -> Outer:
+        """The same layer with a bias of which nothing comes here."""
+        return Outer(torch.nn.functional.pad(self.a, (0, 1)), self.g, filled=self.filled)
+
+    def last_column(self) -> Tensor:
+        """The derivatives in the bias alone, ``(C, B, G, rows)``."""
+        return torch.einsum("cbtgo,btg->cbgo", self.g, self.a[..., -1])
+
     def left_factor(self, reduce: bool) -> Tensor:
         """Sum of g g^T over cotangents and examples (and positions, or of their sum): the lower triangles of
         ``(G, rows, rows)``.

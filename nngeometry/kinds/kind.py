@@ -87,6 +87,17 @@ class Packing:
         return Packing((*self.shape[:-1], self.shape[-1] - 1), self.view, self.perm)
 
     @property
+    def crossed(self) -> bool | None:
+        """Whether the tensor is the transpose of the weight, seen as a matrix of its first axis and all others, and not
+        that matrix itself; None if it is neither.
+        """
+        if self.view is None or self.runs or self.shape[0] != 1 or len(self.view) != 3:
+            return None
+        if self.perm == (0, 1, 2) and self.view[0] == 1:
+            return False
+        return True if self.perm == (1, 2, 0) and self.view[1] == 1 else None
+
+    @property
     def _in_order(self) -> bool:
         """Whether the axes of the weight are packed in their own order."""
         return list(self.perm) == sorted(self.perm)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..changes import Change, entered, forward_hook
-from ..forms import Gather, LayerJacobian, Lazy, Outer
+from ..forms import Gather, LayerJacobian, Lazy, Outer, Transposed
 from ..kinds import Kind, Packing
 from ..kinds.affine import conv, embedding
 from ..layercollection import Layer, Site
@@ -78,14 +78,12 @@ class Matrix:
         return None
 
     @property
-    def aligned(self) -> bool:
-        """Whether it lies in the packing of its layer as it is used: the outputs along the rows."""
-        packing = self.home.layer.packing
-        if self.home.position or packing.view is None or packing.shape[0] != 1:
-            return False
-        if self.crossed:
-            return packing.perm == (1, 2, 0) and len(packing.view) == 3
-        return packing.perm == (0, 1, 2) and len(packing.view) == 3
+    def turned(self) -> bool | None:
+        """Whether the outputs are along the columns of the packing of its layer, instead of its rows; None if it is no
+        part of that matrix.
+        """
+        crossed = self.home.layer.packing.crossed
+        return None if self.home.position or crossed is None else crossed != self.crossed
 
     def form(self, gy: Tensor, x: Tensor, bias: bool) -> LayerJacobian:
         """From cotangents ``(C, B, ..., out)`` and inputs ``(B, ..., in)``. bias: whether one is added, in the same
@@ -93,15 +91,16 @@ class Matrix:
         """
         inputs = x.reshape(x.shape[0], -1, x.shape[-1])
         g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
-        if not self.aligned:
+        if self.turned is None:
             return _late(lambda g, x: self._entries(g, x), g, inputs, self.home.layer)
         (_, rows, cols), packing = self.home.layer.packing.shape, self.home.layer.packing
-        row, col = reversed(self.start) if self.crossed else self.start
-        before, after = col, cols - packing.bias - col - x.shape[-1]
-        inputs = F.pad(inputs, (before, after)) if before or after else inputs
+        row, col = reversed(self.start) if packing.crossed else self.start
+        if self.turned:
+            return Transposed(Outer(_among(inputs, row, rows).unsqueeze(2), _among(g, col, cols).unsqueeze(3)))
+        inputs = _among(inputs, col, cols - packing.bias)
         if packing.bias:
             inputs = F.pad(inputs, (0, 1), value=float(bias))
-        return Outer(inputs.unsqueeze(2), _in_rows(g, row, rows).unsqueeze(3))
+        return Outer(inputs.unsqueeze(2), _among(g, row, rows).unsqueeze(3))
 
     def _entries(self, g: Tensor, x: Tensor) -> Tensor:
         return self._placed(torch.einsum("cbto,bti->cbio" if self.crossed else "cbto,bti->cboi", g, x))
@@ -142,12 +141,17 @@ class Vector:
             return _late(lambda g, _: self.home.flat(g.sum(2), self.start), g, g[0], self.home.layer)
         _, rows, cols = self.home.layer.packing.shape
         one = F.pad(g.new_zeros(cols - 1), (0, 1), value=1.0)
-        return Outer(one.expand(g.shape[1], g.shape[2], 1, cols), _in_rows(g, self.start, rows).unsqueeze(3))
+        return Outer(one.expand(g.shape[1], g.shape[2], 1, cols), _among(g, self.start, rows).unsqueeze(3))
 
     def belongs_to(self, matrix: Matrix) -> bool:
         """Whether it is the bias of the rows that a matrix is in."""
         row = matrix.start[1 if matrix.crossed else 0]
-        return self.home.layer is matrix.home.layer and self.in_last_column and matrix.aligned and self.start == row
+        return (
+            self.home.layer is matrix.home.layer
+            and self.in_last_column
+            and matrix.turned is False
+            and self.start == row
+        )
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,10 @@ def _offset(t: Tensor, base: Tensor) -> int:
     return int(t.storage_offset()) - int(base.storage_offset())
 
 
-def _in_rows(g: Tensor, first: int, rows: int) -> Tensor:
-    """Cotangents of some outputs as those of all."""
-    after = rows - first - g.shape[-1]
-    return F.pad(g, (first, after)) if first or after else g
+def _among(t: Tensor, first: int, size: int) -> Tensor:
+    """Some entries along the last axis as all of them, of which the others are zero."""
+    after = size - first - t.shape[-1]
+    return F.pad(t, (first, after)) if first or after else t
 
 
 def _late(entries: Callable[[Tensor, Tensor], Tensor], g: Tensor, x: Tensor, layer: Layer) -> Lazy:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
 from ..derivatives.composites import OneExample
-from ..forms import Gather, LayerJacobian, Outer
+from ..forms import Gather, LayerJacobian, Outer, Transposed
 from ..kinds import Packing, is_ours
 from ..kinds.generic import generic
 from ..layercollection import Layer, LayerCollection, Site
@@ -292,12 +292,20 @@ def _examples_first(x: Tensor, axis: int | None, examples: int) -> Tensor:
 def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]) -> LayerJacobian:
     """The part of a module's Jacobian that belongs to one layer, in that layer's packing."""
     positions = list(names.values())
+    packing = site.packing
     if (
         list(names) == list(site.params)
         and positions == list(range(len(layer.params)))
+        and (site.kind.packing is None or packing.crossed == layer.packing.crossed)
         and form.shape == layer.packing.shape
     ):
         return form
+    weight = [*names] == [*site.params][:1] and positions == [0]
+    if layer.kronecker and weight and packing.crossed is not None and layer.packing.crossed is not None:
+        form = form.without_last_column() if isinstance(form, Outer) and packing.bias else form
+        if packing.crossed != layer.packing.crossed:
+            return Transposed(form)
+        return form.with_column_of_zeros() if isinstance(form, Outer) and layer.packing.bias else form
     if isinstance(form, Outer) and layer.kronecker:
         return form.without_last_column()
     if layer.kronecker:
@@ -307,9 +315,13 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         )
     numel = [p.numel() for p in site.params.values()]
     sizes = [prod(shape) for _, shape in layer.params]
+    bias_alone = isinstance(form, Outer) and packing.bias and [*names] == [*site.params][1:] and positions == [0]
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
-        flat = site.packing.unpack(form.narrow(start, stop, first, last).dense())
+        piece = form.narrow(start, stop, first, last)
+        if bias_alone:  # the weight, of which it is the last column, is never made
+            return layer.packing.pack(piece.last_column().flatten(2))  # type: ignore[attr-defined]
+        flat = packing.unpack(piece.dense())
         whole = dict(zip(site.params, flat.split(numel, -1), strict=True))
         mine: dict[int, Tensor] = {}
         for name, k in names.items():  # a parameter may have several names

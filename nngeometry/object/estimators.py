@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import forms
-from ..blocks import AxisKron, Block, Dense, Diag, DirectSum, Eye, Kron, LowRank, Part, QuasiDiag, Spectral
+from ..blocks import (
+    AxisKron,
+    Block,
+    Dense,
+    Diag,
+    DirectSum,
+    Eye,
+    Kron,
+    LowRank,
+    Part,
+    QuasiDiag,
+    Spectral,
+    nearest_product,
+)
 from ..estimation import Estimator, Refinement
 from ..forms import Beside, LayerJacobian
 from ..kinds import Packing
@@ -307,40 +320,56 @@ def _factor(moment: Tensor) -> Block:
 def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
     """KFAC of one layer, ``G (x) A``: the second moments of output gradients and of inputs.
 
+    A weight that is used in several ways (looked up as a table, and multiplied with as the head of the model) has such
+    a product for each, and the product that is nearest to the sum of them, in the Frobenius norm. The factor over the
+    rows of a table is diagonal.
+
     Args:
         layer: A layer with ``layer.kronecker``.
         reduce: Whether positions that share the weight are reduced first; by default each counts.
         thin: Whether A is held by the inputs themselves, where they are few; by default it is.
     """
+    table = layer.packing.crossed is True
 
-    def observe(js: Sequence[LayerJacobian], n: int) -> State:
-        (j,) = js
+    def of_use(j: LayerJacobian, n: int) -> State:
+        if isinstance(j, forms.Transposed) and isinstance(j.of, forms.Outer):  # the inputs are on the left
+            left, count = j.of.right_factor(reduce) if n else (0, 0)
+            return left, j.columns_factor(reduce) if table else j.of.left_factor(reduce), count
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
                 "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, nor those of a "
-                "weight that is used in another order than the layer's own (a table of embeddings as output head by "
-                'F.linear), so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a '
-                "function of the output); otherwise the layer collection is of another model, so build it with "
-                "LayerCollection.from_model(model)"
+                "weight that is used in another order than the layer's own, so use PMatDiag, PMatBlockDiag, "
+                'PMatLowRank, ... (or unit="example", or the loss as a function of the output); otherwise the layer '
+                "collection is of another model, so build it with LayerCollection.from_model(model)"
             )
-        left = j.left_factor(reduce)
+        right, count = j.right_factor(reduce) if n else (0, 0)
+        return j.left_factor(reduce), right, count
+
+    def observe(js: Sequence[LayerJacobian], n: int) -> State:
+        (j,) = js
+        if isinstance(j, forms.Sum):
+            return tuple(statistic for part in j.parts for statistic in of_use(part, n))
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
         if samples is not None:
-            return left, Samples(samples), len(samples)
-        right, count = j.right_factor(reduce) if n else (0, 0)
-        return left, right, count
+            return j.left_factor(reduce), Samples(samples), len(samples)  # type: ignore[attr-defined]
+        return of_use(j, n)
 
     def finish(state: State, n: float) -> Block:
-        left, right, count = state
-        g = Dense(forms.mirror(left.div_(n)))
-        if isinstance(right, Samples):
-            rows = right.rows / count**0.5
-            return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
-        a = right.div_(count or 1)  # what is left of a decayed count may be less than one
-        return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
+        uses = [_product(state[k], state[k + 1], state[k + 2], n) for k in range(0, len(state), 3)]
+        return uses[0] if len(uses) == 1 else nearest_product(uses)
 
     return Estimator((layer,), layer.packing, observe, finish)
+
+
+def _product(left: Tensor, right: Tensor | Samples, count: float, n: float) -> Kron:
+    """Of sums, of which one is over so many inputs and the other one over n examples."""
+    g = Dense(forms.mirror(left.div_(n)))
+    if isinstance(right, Samples):
+        rows = right.rows / count**0.5
+        return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
+    a = right.div_(count or 1)  # what is left of a decayed count may be less than one
+    return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
 
 
 def ekfac(layer: Layer, reduce: bool = False) -> Estimator:

@@ -417,7 +417,7 @@ class PFMapFactored(PFMap):
         """
         own = (data.map_tensors(Tensor.clone, batch) for batch in data.minibatches(examples, generator.device))
         pieces = list(batch_jacobians(generator, own))  # inputs are held: not those of the user
-        if any(isinstance(form, forms.Lazy) for piece in pieces for form in piece.forms.values()):
+        if any(form.on_demand for piece in pieces for form in piece.forms.values()):
             model, lc = generator.model, generator.layer_collection
             weights = Weights([model], lc.parameters(model))  # which are looked at whenever rows are made
             pieces = [_at(weights, piece) for piece in pieces]
@@ -524,10 +524,8 @@ class PFMapFactored(PFMap):
 def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
     """A slab whose rows are those of the model at these weights, whenever they are made."""
 
-    def held(form: forms.LayerJacobian) -> forms.LayerJacobian:
-        return form.within(lambda: Borrowed(weights.in_place)) if isinstance(form, forms.Lazy) else form
-
-    return BatchJacobian(slab.examples, slab.outputs, {name: held(form) for name, form in slab.forms.items()})
+    held = {name: form.within(lambda: Borrowed(weights.in_place)) for name, form in slab.forms.items()}
+    return BatchJacobian(slab.examples, slab.outputs, held)
 
 
 class PFMapImplicit(PFMap):

@@ -117,6 +117,9 @@ class PMatKFAC(PMat):
     """A Kronecker product ``G (x) A`` for each layer, weight and bias together.
 
     The groups of a convolution have a product each. A of few inputs, fewer than half of its columns, is held by these.
+    A weight that is looked up and multiplied with, as the embedding of a language model is that is its head too, has
+    the product that is nearest to the sum of those of its uses, whose factor over the vocabulary is diagonal; ``repr``
+    says so. What the uses have in common is in the exact representations, and in the diagonal of :class:`PMatEKFAC`.
     A layer without Kronecker form (normalisation, attention, bare parameters, ...) has its exact dense block, if it
     fits the memory budget, and otherwise a Kronecker product over the axes of each parameter, of the moments of its
     exact Jacobian along them; ``repr`` shows which, the latter as "approximate: axes".

@@ -1,0 +1,290 @@
+"""Weights that several modules or calls share, as they are and as their transpose: each use has its Kronecker product,
+and the layer the nearest one to their sum.
+"""
+
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nngeometry import (
+    FIM,
+    GGN,
+    Accumulator,
+    EmpiricalFisher,
+    LayerCollection,
+    PMatBlockDiag,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatKFAC,
+    PMatQuasiDiag,
+    PVector,
+)
+from nngeometry.blocks import Dense, Diag, Kron, nearest_product
+
+V, D, T = 7, 3, 2
+LOSS = nn.CrossEntropyLoss()
+
+
+class Net(nn.Module):
+    """It notes what goes into each use of the shared weight and what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+        self.build()
+
+    def note(self, a, y):
+        if self.noted is not None and y.requires_grad:
+            self.noted.append((a, y))
+        return y
+
+
+class ModuleHead(Net):
+    """Of a language model."""
+
+    bias = False
+
+    def build(self):
+        self.table, self.hidden = nn.Embedding(V, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, V, bias=self.bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(self.note(ids, self.table(ids))))
+        return self.note(h, self.head(h)).sum(1)
+
+
+class HeadWithBias(ModuleHead):
+    bias = True
+
+
+class FunctionalHead(ModuleHead):
+    def build(self):
+        self.table, self.hidden = nn.Embedding(V, D), nn.Linear(D, D)
+
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(self.note(ids, self.table(ids))))
+        return self.note(h, F.linear(h, self.table.weight)).sum(1)
+
+
+class MatmulHead(FunctionalHead):
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(self.note(ids, self.table(ids))))
+        return self.note(h, h @ self.table.weight.T).sum(1)
+
+
+class SomeRows(FunctionalHead):
+    """The head knows a part of the words."""
+
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(self.note(ids, self.table(ids))))
+        return F.pad(self.note(h, F.linear(h, self.table.weight[2:6])), (2, 1)).sum(1)
+
+
+class HeadAlone(FunctionalHead):
+    """The table is never looked up."""
+
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(F.one_hot(ids % D, D).to(self.hidden.weight.dtype)))
+        return self.note(h, F.linear(h, self.table.weight)).sum(1)
+
+
+class HeadFirst(ModuleHead):
+    """The head is registered first, and owns the weight."""
+
+    def build(self):
+        self.head, self.table, self.hidden = nn.Linear(D, V, bias=False), nn.Embedding(V, D), nn.Linear(D, D)
+        self.table.weight = self.head.weight
+
+
+class TwoTables(ModuleHead):
+    """Words of two languages, and a head."""
+
+    def build(self):
+        super().build()
+        self.other = nn.Embedding(V, D)
+        self.other.weight = self.table.weight
+
+    def forward(self, ids):
+        e = self.note(ids, self.table(ids)) - self.note(V - 1 - ids, self.other(V - 1 - ids)).flip(1)
+        h = torch.tanh(self.hidden(e))
+        return self.note(h, self.head(h)).sum(1)
+
+
+class Square(ModuleHead):
+    """As many words as features: only the packings tell the table from the head."""
+
+    def build(self):
+        self.table, self.hidden, self.head = nn.Embedding(V, V), nn.Linear(V, V), nn.Linear(V, V, bias=False)
+        self.head.weight = self.table.weight
+
+
+class Autoencoder(Net):
+    def build(self):
+        self.encoder = nn.Linear(D, 2)
+
+    def forward(self, ids):
+        x = F.one_hot(ids % D, D).to(self.encoder.weight.dtype) + 0.3
+        h = torch.tanh(self.note(x, self.encoder(x)))
+        return self.note(h, F.linear(h, self.encoder.weight.t())).sum(1)
+
+
+class TwoLinears(Net):
+    """With biases of their own."""
+
+    def build(self):
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+        self.second.weight = self.first.weight
+
+    def forward(self, ids):
+        x = F.one_hot(ids % D, D).to(self.first.weight.dtype) + 0.3
+        return self.second(torch.tanh(self.first(x))).sum(1)
+
+
+NETS = [ModuleHead, HeadWithBias, FunctionalHead, MatmulHead, SomeRows, HeadAlone, HeadFirst, TwoTables, Square]
+OTHERS = [Autoencoder, TwoLinears]
+
+
+def net(make):
+    torch.manual_seed(0)
+    model = make().double()
+    oracle.randomise(model)
+    ids = torch.randint(V, (6, T))
+    return model, [(ids[:4], ids[:4, 0] % D), (ids[4:], ids[4:, 0] % D)]
+
+
+def uses_written_out(model, loader):
+    """``[L, R]`` of the look-ups and of the head, of the empirical Fisher matrix, features on the left: sums over
+    examples and positions, that over inputs divided by how many they are. The right ones are diagonal.
+    """
+    sums, counts, n = {}, {True: 0, False: 0}, 0
+    for batch in loader:
+        for x, label in zip(*batch, strict=True):
+            n += 1
+            model.noted = []
+            loss = F.cross_entropy(model(x.unsqueeze(0)), label.unsqueeze(0))
+            for a, y in model.noted:
+                (g,) = torch.autograd.grad(loss, y, retain_graph=True)
+                look_up = not a.is_floating_point()
+                g = g[0] if look_up or g.shape[-1] == V else F.pad(g[0], (2, 1))
+                left, right = (g, F.one_hot(a[0], V).to(g)) if look_up else (a[0].detach(), g)
+                before = sums.get(look_up, (0, 0))
+                sums[look_up] = before[0] + left.T @ left, before[1] + right.square().sum(0)
+                counts[look_up] += T
+    found = []
+    for look_up, (left, right) in sums.items():
+        found.append((left / n, right / counts[True]) if look_up else (left / counts[False], right / n))
+    return found
+
+
+def nearest_written_out(uses):
+    """By a singular value decomposition of the rearranged sum; diagonal right factors."""
+    rearranged = sum(torch.outer(left.flatten(), right) for left, right in uses)
+    u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+    side = round(u.shape[0] ** 0.5)
+    return torch.kron(s[0] * u[:, 0].view(side, side), torch.diag(v[0]))
+
+
+@pytest.mark.parametrize("make", NETS)
+def test_kfac_is_the_nearest_product_to_the_sum_of_the_uses(make):
+    model, loader = net(make)
+    F_ = EmpiricalFisher(model, loader, PMatKFAC)
+    layer = next(iter(F_.layer_collection))
+    block = F_.block(layer).to_torch()
+    expected = nearest_written_out(uses_written_out(model, loader))
+    d, v = model.hidden.weight.shape[0], V
+    features_last = expected.view(d, v, d, v).permute(1, 0, 3, 2).reshape(v * d, v * d)
+    assert oracle.relative(block, features_last) < 1e-10
+    assert ("approximate: nearest to the sum of 2" in repr(F_)) == (make is not HeadAlone)
+    b = PVector(F_.layer_collection, torch.randn(F_.size(0), dtype=torch.float64))
+    x = F_.solve(b, 1e-2)
+    assert oracle.relative(F_.mv(x).to_torch() + 1e-2 * x.to_torch(), b.to_torch()) < 1e-10
+
+
+@pytest.mark.parametrize("make", NETS + OTHERS)
+@pytest.mark.parametrize("representation", [PMatDiag, PMatBlockDiag, PMatDense, PMatQuasiDiag])
+def test_exact_representations_keep_the_terms_between_the_uses(make, representation):
+    model, loader = net(make)
+    exact = oracle.fim(model, loader, "classif_logits")
+    found = FIM(model, loader, representation, "classif_logits").to_torch()
+    if representation is PMatBlockDiag:
+        exact = oracle.blockdiag(exact, LayerCollection.from_model(model))
+    elif representation is not PMatDense:
+        exact = exact * (found != 0)  # the diagonal, and bias entries
+        assert oracle.relative(found.diagonal(), exact.diagonal()) < 1e-10
+    assert oracle.relative(found, exact) < 1e-10
+
+
+@pytest.mark.parametrize("make", NETS + OTHERS)
+def test_ekfac_has_the_exact_moments_in_its_basis(make):
+    model, loader = net(make)
+    F_ = FIM(model, loader, PMatEKFAC, "classif_logits")
+    exact = FIM(model, loader, PMatBlockDiag, "classif_logits")
+    for name in F_.layer_collection:
+        one, other = F_.block(name).to_torch(), exact.block(name).to_torch()
+        assert oracle.relative(one.trace(), other.trace()) < 1e-10
+        values, vectors = torch.linalg.eigh(one)
+        if values.diff().min() > 1e-8 * values.max():  # in its own eigenvectors
+            assert oracle.relative(values, (vectors.T @ other @ vectors).diagonal()) < 1e-7
+
+
+@pytest.mark.parametrize("make", NETS + OTHERS)
+@pytest.mark.parametrize("representation", [PMatKFAC, PMatEKFAC])
+def test_accumulated_is_whole(make, representation):
+    model, loader = net(make)
+    whole = GGN(model, loader, representation, LOSS).to_torch()
+    if representation is PMatKFAC:
+        running = Accumulator(GGN, model, representation, loss=LOSS)
+        for batch in loader:
+            running.update(batch)
+        assert oracle.relative(running.matrix().to_torch(), whole) < 1e-12
+    assert oracle.relative(whole, whole.T) < 1e-12
+    assert torch.linalg.eigvalsh(whole).min() > -1e-10
+
+
+@pytest.mark.parametrize("make", [Autoencoder, TwoLinears])
+def test_linear_layers_that_share_a_weight_have_kronecker_factors(make):
+    model, loader = net(make)
+    F_ = EmpiricalFisher(model, loader, PMatKFAC)
+    assert "Dense, Dense" in repr(F_).splitlines()[2]
+    for _, layer in F_.layer_collection.layers.items():
+        assert layer.kronecker or layer.params[0][0] == "bias"
+
+
+def test_the_bias_of_a_tied_head_is_exact():
+    model, loader = net(HeadWithBias)
+    found = FIM(model, loader, PMatKFAC, "classif_logits").block("head").to_torch()
+    exact = FIM(model, loader, PMatBlockDiag, "classif_logits").block("head").to_torch()
+    assert oracle.relative(found, exact) < 1e-10
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("count", [2, 3])
+def test_nearest_product(diagonal, count):
+    g = torch.Generator().manual_seed(count)
+
+    def factor(size):
+        x = torch.randn(size, size + 1, generator=g, dtype=torch.float64)
+        return x @ x.T
+
+    lefts, rights = [factor(3) for _ in range(count)], [factor(4) for _ in range(count)]
+    if diagonal:
+        rights = [r.diagonal() for r in rights]
+    products = [
+        Kron(Dense(l.unsqueeze(0)), (Diag if diagonal else Dense)(r.unsqueeze(0)))
+        for l, r in zip(lefts, rights, strict=True)
+    ]
+    found = nearest_product(products).to_dense()
+    rearranged = sum(torch.outer(l.flatten(), r.flatten()) for l, r in zip(lefts, rights, strict=True))
+    u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
+    right = torch.diag(v[0]) if diagonal else v[0].view(4, 4)
+    assert oracle.relative(found, torch.kron(s[0] * u[:, 0].view(3, 3), right)) < 1e-10
+    assert torch.linalg.eigvalsh(found).min() > -1e-12
+
+
+def test_nearest_product_of_nothing_is_zero():
+    zero = Kron(Dense(torch.zeros(1, 2, 2)), Diag(torch.zeros(1, 3)))
+    assert nearest_product([zero, zero]).to_dense().equal(torch.zeros(6, 6))
