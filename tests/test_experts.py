@@ -20,6 +20,8 @@ from nngeometry import (
 )
 from nngeometry.forms import Beside
 from nngeometry.generator import Generator, rowwise
+from nngeometry.kinds.experts import gated_experts
+from nngeometry.kinds.kind import kind_of
 from nngeometry.likelihood import Gaussian
 from nngeometry.memory import memory_budget
 
@@ -86,18 +88,64 @@ def test_form(x):
     assert isinstance(j, Beside)
 
 
-def test_a_product_for_each_expert_where_the_block_does_not_fit(x):
+def written_out(model, x, y):
+    """KFAC of the empirical Fisher matrix, from a loop over examples and experts: for each map of each expert the mean
+    over examples of the sum of g g^T over the tokens that are routed to it, and the mean of a a^T over these tokens.
+    """
+    e, act = model.experts, model.experts.act_fn
+    sums = [[[0, 0, 0] for _ in range(E)] for _ in range(2)]
+    for one, label in zip(x, y, strict=True):
+        weights, index = model.router(one).softmax(-1).topk(2)
+        seen, mixed = [], torch.zeros_like(one)
+        for k in range(E):
+            tokens, slot = torch.where(index == k)
+            pre = (one[tokens] @ e.gate_up_proj[k].T).requires_grad_()
+            gate, up = pre.chunk(2, -1)
+            inner = act(gate) * up
+            out = inner @ e.down_proj[k].T
+            mixed = mixed.index_add(0, tokens, out * weights[tokens, slot, None])
+            seen += [(0, k, one[tokens], pre), (1, k, inner, out)]
+        f = model.head(torch.tanh(one + mixed)).mean(0)
+        loss = nn.functional.cross_entropy(f, label)
+        for which, k, a, z in seen:
+            (g,) = torch.autograd.grad(loss, z, retain_graph=True)
+            total = sums[which][k]
+            total[0] = total[0] + g.T @ g
+            total[1] = total[1] + (a.T @ a).detach()
+            total[2] += len(a)
+    blocks = [torch.kron(left / len(x), right / max(count, 1)) for of in sums for left, right, count in of]
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("nobody", [False, True])
+def test_a_product_for_each_expert_where_the_block_does_not_fit(x, nobody):
+    model, y = Net(), torch.randint(2, (len(x),))
+    if nobody:  # goes to the second one
+        with torch.no_grad():
+            model.router.bias[1] = -100
+    expected = written_out(model, x, y)
+    for batches in ([(x, y)], [(x[:1], y[:1]), (x[1:], y[1:])]):
+        with memory_budget(20000):
+            F = EmpiricalFisher(model, batches, PMatKFAC)
+        assert oracle.relative(F.block(NAME).to_torch(), expected) < 1e-10
+    assert "3 x Kron(Dense, Dense)" in repr(F)
+
+
+def test_experts_that_compute_as_those_of_mixtral_have_their_form(x):
+    olmoe = pytest.importorskip("transformers.models.olmoe.modeling_olmoe")
+    jamba = pytest.importorskip("transformers.models.jamba.modeling_jamba")
+    oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    config = transformers.MixtralConfig(hidden_size=D, intermediate_size=2, num_local_experts=E, num_experts=E)
     model = Net()
+    for of, same in ((olmoe.OlmoeExperts, True), (jamba.JambaExperts, True), (oss.GptOssExperts, False)):
+        experts = of.__new__(of)
+        nn.Module.__init__(experts)
+        assert (kind_of(experts).function is gated_experts) == same
+    model.experts = olmoe.OlmoeExperts(config).requires_grad_()
+    nn.init.normal_(model.experts.gate_up_proj)
+    nn.init.normal_(model.experts.down_proj)
     M = oracle.fim(model, [(x,)], "classif_logits")
-    with memory_budget(20000):
-        F = FIM(model, (x,), PMatKFAC)
-    at = F.layer_collection.slices()[NAME]
-    found = F.block(NAME).to_torch()
-    p = E * 2 * 2 * D
-    for k in range(E):  # nothing between experts, and the trace of each is exact
-        one = slice(k * p // E, (k + 1) * p // E)
-        assert found[one, :p].abs().sum() == found[one, one].abs().sum()
-        assert oracle.relative(found[one, one].trace(), M[at, at][one, one].trace()) < 1e-10
+    assert oracle.relative(FIM(model, (x,), PMatDiag).get_diag(), M.diagonal()) < 1e-10
 
 
 @pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj"])

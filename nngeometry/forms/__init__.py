@@ -7,7 +7,7 @@ its structure makes cheaper.
 """
 
 from .base import ColumnViews, Dense, LayerJacobian, Map, Places
-from .beside import Beside, LinearMap
+from .beside import Beside, LinearMap, Routed, RoutedMap
 from .combine import add, dense_rows, gram, rows, stack, write_rows
 from .contraction import Contraction
 from .gather import Gather
@@ -28,6 +28,8 @@ __all__ = [
     "Map",
     "Outer",
     "Places",
+    "Routed",
+    "RoutedMap",
     "Sum",
     "Transposed",
     "add",

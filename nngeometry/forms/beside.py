@@ -111,3 +111,62 @@ class Beside(LayerJacobian):
         for one, two in zip(self.maps, other.maps, strict=True):
             one.form.add_traced(two.form, out)
         return None
+
+
+@dataclass(frozen=True)
+class RoutedMap:
+    """A linear map of several experts, each with the tokens that are routed to it.
+
+    tokens: for each expert which ones, ascending. a: their inputs ``(n, cols)``. g: their cotangents ``(C, n, rows)``.
+    weight: where the weights of the experts, one after the other, start in the flat parameters.
+    """
+
+    tokens: Sequence[Tensor]
+    a: Sequence[Tensor]
+    g: Sequence[Tensor]
+    weight: int
+
+    def maps(self, examples: int, ratio: int) -> list[LinearMap]:
+        """One for each expert, of examples that are ``ratio`` consecutive tokens: its positions are those of the
+        example that has most tokens there.
+        """
+        found, start = [], self.weight
+        for tokens, a, g in zip(self.tokens, self.a, self.g, strict=True):
+            example = tokens // ratio
+            counts = torch.bincount(example, minlength=examples)
+            position = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[example]
+            most = max(1, int(counts.max()))
+            inputs = a.new_zeros(examples, most, 1, a.shape[-1])
+            inputs[example, position, 0] = a
+            outputs = g.new_zeros(len(g), examples, most, 1, g.shape[-1])
+            outputs[:, example, position, 0] = g
+            share = len(tokens) / (examples * most) or 1.0
+            found.append(LinearMap(Outer(inputs, outputs, filled=(share,)), start, None))
+            start += a.shape[-1] * g.shape[-1]
+        return found
+
+
+class Routed(LayerJacobian):
+    """The Jacobian of experts whose examples are tokens, until it is known which of these are of one example: then it
+    is that of linear maps :class:`Beside` each other.
+
+    Args:
+        maps: The linear maps.
+        tokens: How many tokens there are.
+        numel: How many parameters the layer has.
+    """
+
+    def __init__(self, maps: Sequence[RoutedMap], tokens: int, numel: int) -> None:
+        one = maps[0].g[0]
+        super().__init__(len(one), tokens, (numel,), one.dtype, one.device)
+        self.maps = tuple(maps)
+
+    def fold(self, ratio: int) -> Beside:
+        examples = self.examples // ratio
+        return Beside([m for one in self.maps for m in one.maps(examples, ratio)], self.shape[0])
+
+    def dense(self) -> Tensor:
+        return self.fold(1).dense()
+
+    def narrow(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Beside:
+        return self.fold(1).narrow(start, stop, first, last)

@@ -294,6 +294,8 @@ class Outer(LayerJacobian):
             return second_moment((a.mean(1, keepdim=True) if reduce else a).flatten(0, 1))
 
         total = total_of(map(of, slices(self.examples, few)))
+        if self.filled is not None and groups == 1 and not reduce:
+            return total, round(count * self.filled[0])
         if self.filled is not None:  # of the mean over positions, twice
             total = total / total.new_tensor(self.filled).pow(2 if reduce else 1).view(-1, 1, 1)
         return total, count

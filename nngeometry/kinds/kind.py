@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -403,6 +404,24 @@ def _nothing() -> None:
     """For a package whose kinds are registered already."""
 
 
+#: From a type of modules that is not in the table to one that computes the same and is, if there is such.
+_ALIKE: list[Callable[[type[nn.Module]], type[nn.Module] | None]] = []
+
+
+def computing_alike(
+    function: Callable[[type[nn.Module]], type[nn.Module] | None],
+) -> Callable[[type[nn.Module]], type[nn.Module] | None]:
+    """Have types of modules served by the kind of another type, where a function says that both compute the same."""
+    _ALIKE.append(function)
+    return function
+
+
+@cache
+def _alike(t: type[nn.Module]) -> type[nn.Module] | None:
+    """The type whose kind serves one that has none of its own."""
+    return next((found for function in _ALIKE if (found := function(t)) is not None), None)
+
+
 def is_ours(found: Kind) -> bool:
     """Whether a kind is one of the library's own, and not the user's."""
     return found.ours
@@ -418,7 +437,11 @@ def kind_of(module: nn.Module) -> Kind:
     _register_imported()
     if parametrize.is_parametrized(module):
         return _WHOLE
-    return _TABLE.get(type(module), GENERIC)
+    found = _TABLE.get(type(module))
+    if found is None and (alike := _alike(type(module))) is not None:  # type: ignore[arg-type]
+        _register_imported()
+        found = _TABLE.get(alike)
+    return GENERIC if found is None else found
 
 
 def serving(found: Kind, params: dict[str, nn.Parameter]) -> Kind:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
 from ..derivatives.composites import OneExample
-from ..forms import Gather, LayerJacobian, Outer, Transposed
+from ..forms import Gather, LayerJacobian, Outer, Routed, Transposed
 from ..kinds import Packing, is_ours
 from ..kinds.generic import generic
 from ..layercollection import Layer, LayerCollection, Site
@@ -225,7 +225,7 @@ class Recorded(Evaluator):
             of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
             flat = generic(site.module, site.params, call.inputs, layout.inputs, of_leaves, site.name, self.dtype)
             form = flat if site.kind.function is None else _packed(flat, site.packing)
-        return form if length == examples else form.fold(length // examples)
+        return form if length == examples and not isinstance(form, Routed) else form.fold(length // examples)
 
     def _known(
         self, call: Call, layout: Layout, gys: Sequence[Tensor], axes: Sequence[int], length: int

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,31 +223,42 @@ def block_or_axes(layer: Layer) -> Estimator:
 
 
 def maps(layer: Layer) -> Estimator:
-    """A Kronecker product for each linear map of a layer that consists of several, as recurrent layers do: KFAC of
-    each, a bias as a column of its weight. Different maps are independent.
+    """A Kronecker product for each linear map of a layer that consists of several, as recurrent layers and experts do:
+    KFAC of each, a bias as a column of its weight. Different maps are independent.
 
     Args:
-        layer: The layer, whose parameters are named ``weight...`` and ``bias...`` with the same endings.
+        layer: The layer, whose weights are ``(rows, cols)`` or, of several maps, ``(maps, rows, cols)``; a bias is
+            named as its weight is, ``bias`` in the place of ``weight``.
     """
     names = {name: k for k, (name, _) in enumerate(layer.params)}
-    starts = [0, *accumulate(prod(shape) for _, shape in layer.params)]
-    pairs = [(k, names.get(name.replace("weight", "bias"))) for name, k in names.items() if "weight" in name]
+    shapes = [_rows_and_columns(shape) for _, shape in layer.params]
+    starts = [0, *accumulate(map(prod, shapes))]
+    pairs = [
+        (k, names.get(name.replace("weight", "bias")) if "weight" in name else None)
+        for name, k in names.items()
+        if len(layer.params[k][1]) > 1
+    ]
     each = kron(layer, thin=False)
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         (j,) = js
         assert isinstance(j, Beside)
         found = {m.weight: m.form for m in j.maps}
-        state = tuple(s for k, _ in pairs for s in each.observe([found[starts[k]]], n))
-        return state if len(state) % 2 else (*state, 0)  # of an odd length, unlike that of axes
+        state: list[Any] = []
+        for k, _ in pairs:
+            size = prod(shapes[k][1:])
+            of_maps = (each.observe([found[starts[k] + m * size]], n) for m in range(shapes[k][0]))
+            left, right, counts = zip(*of_maps, strict=True)
+            state += [torch.cat(left), torch.cat(right) if n else 0, left[0].new_tensor(counts).view(-1, 1, 1)]
+        return tuple(state) if len(state) % 2 else (*state, 0)  # of an odd length, unlike that of axes
 
     def finish(state: State, n: float) -> Block:
         parts = []
         for i, (k, b) in enumerate(pairs):
-            rows, cols = layer.params[k][1]
+            packing = Packing.matrix(shapes[k], (0, 1, 2), shapes[k][:2], b is not None)
             slices = [(starts[k], starts[k + 1]), *([] if b is None else [(starts[b], starts[b + 1])])]
-            packing = Packing.matrix((1, rows, cols), (0, 1, 2), (1, rows), b is not None)
-            parts.append(Part(tuple(slices), packing, each.finish(state[3 * i : 3 * i + 3], n)))
+            left, right, count = state[3 * i : 3 * i + 3]
+            parts.append(Part(tuple(slices), packing, _product(left, right, torch.where(count > 0, count, 1), n)))
         return DirectSum(tuple(parts))
 
     return Estimator((layer,), _flat([layer]), observe, finish)
@@ -356,19 +368,20 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
         return of_use(j, n)
 
     def finish(state: State, n: float) -> Block:
-        uses = [_product(state[k], state[k + 1], state[k + 2], n) for k in range(0, len(state), 3)]
+        # What is left of a decayed count may be less than one.
+        uses = [_product(state[k], state[k + 1], state[k + 2] or 1, n) for k in range(0, len(state), 3)]
         return uses[0] if len(uses) == 1 else nearest_product(uses)
 
     return Estimator((layer,), layer.packing, observe, finish)
 
 
-def _product(left: Tensor, right: Tensor | Samples, count: float, n: float) -> Kron:
-    """Of sums, of which one is over so many inputs and the other one over n examples."""
+def _product(left: Tensor, right: Tensor | Samples, count: float | Tensor, n: float) -> Kron:
+    """Of sums, of which one is over so many inputs (of each group) and the other one over n examples."""
     g = Dense(forms.mirror(left.div_(n)))
     if isinstance(right, Samples):
         rows = right.rows / count**0.5
         return Kron(g, LowRank(rows, rows.new_ones(len(rows))))
-    a = right.div_(count or 1)  # what is left of a decayed count may be less than one
+    a = right.div_(count)
     return Kron(g, Diag(a) if a.ndim == 2 else Dense(forms.mirror(a)))
 
 
