@@ -13,6 +13,8 @@ from nngeometry import (
     GGN,
     Accumulator,
     EmpiricalFisher,
+    GramMatrix,
+    Influence,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
@@ -243,6 +245,21 @@ def test_accumulated_is_whole(make, representation):
         assert oracle.relative(running.matrix().to_torch(), whole) < 1e-12
     assert oracle.relative(whole, whole.T) < 1e-12
     assert torch.linalg.eigvalsh(whole).min() > -1e-10
+
+
+@pytest.mark.parametrize("make", [*NETS, *OTHERS])
+@pytest.mark.parametrize("representation", [PMatKFAC, PMatEKFAC, PMatDiag])
+def test_kernels_and_influence(make, representation):
+    model, loader = net(make)
+    J = oracle.loss_gradients(model, loader, nn.CrossEntropyLoss(reduction="none"))
+    F_ = EmpiricalFisher(model, loader, representation)
+    M = F_.to_torch() + 0.1 * torch.eye(F_.size(0), dtype=torch.float64)
+    scores = Influence(model, F_, LOSS, regul=0.1).scores(loader[0], loader)
+    assert oracle.relative(scores, J[: len(loader[0][0])] @ torch.linalg.solve(M, J.T)) < 1e-9
+    (x, _), *_ = loader
+    jacobian = oracle.jacobian(model, (x,))
+    kernel = GramMatrix(model, (x,)).to_torch()
+    assert oracle.relative(kernel, torch.einsum("cnp,dmp->cndm", jacobian, jacobian)) < 1e-10
 
 
 @pytest.mark.parametrize("make", [Autoencoder, TwoLinears])

@@ -106,6 +106,11 @@ class LayerJacobian(ABC):
             for c, b, piece in self.tiles()
         )
 
+    @property
+    def rotates(self) -> bool:
+        """Whether :meth:`rotate` leaves what it is made of, instead of the Jacobian itself."""
+        return False
+
     def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
         """J in another pair of bases: ``left`` acts on the rows axis, ``right`` on the columns (None: identity)."""
         raise NotImplementedError(f"{type(self).__name__} has no rows and columns to rotate")
@@ -227,10 +232,12 @@ class Dense(LayerJacobian):
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Dense):
-            return super().add_inner(other, out)
+            for d, e, two in other.tiles():  # each is made once
+                out[:, :, e, d] += torch.einsum("cbp,dep->bced", self.j.flatten(2), two.dense().flatten(2))
+            return
         x, y = (j.transpose(0, 1).flatten(2) for j in (self.j, other.j))
         out.view(len(x) * x.shape[1], -1).addmm_(x.flatten(0, 1), y.flatten(0, 1).T)
-        return None
+        return
 
     def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Dense):

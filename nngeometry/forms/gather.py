@@ -61,6 +61,10 @@ class Gather(LayerJacobian):
         out = j.new_zeros(self.cotangents, self.examples)
         return out.index_add_(1, examples, j.square().sum(2))
 
+    @property
+    def rotates(self) -> bool:
+        return True
+
     def rotate(self, left: Map | None, right: Map | None) -> LayerJacobian:
         if right is not None:
             return Dense(self.dense()).rotate(left, right)

@@ -174,6 +174,10 @@ class Outer(LayerJacobian):
             out.append((gg * aa).sum((2, 3, 4)))
         return torch.cat(out, 1)
 
+    @property
+    def rotates(self) -> bool:
+        return True
+
     def rotate(self, left: Map | None, right: Map | None) -> Outer:
         a, g = self.a, self.g if left is None else self._mapped(left)
         if right is not None:

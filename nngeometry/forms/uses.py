@@ -50,6 +50,10 @@ class Transposed(LayerJacobian):
     def pull(self, u: Tensor) -> Tensor:
         return self.of.pull(u).mT
 
+    @property
+    def rotates(self) -> bool:
+        return self.of.rotates
+
     def rotate(self, left: Map | None, right: Map | None) -> Transposed:
         return Transposed(self.of.rotate(right, left))
 
@@ -126,6 +130,10 @@ class Sum(LayerJacobian):
 
     def pull(self, u: Tensor) -> Tensor:
         return total_of(part.pull(u) for part in self.parts)
+
+    @property
+    def rotates(self) -> bool:
+        return all(part.rotates for part in self.parts)
 
     def rotate(self, left: Map | None, right: Map | None) -> Sum:
         return self._each(lambda part: part.rotate(left, right))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import forms
 from ..blocks import Block, Diag, DirectSum, Eye, Kron, Part, Spectral
 from ..changes import no_grad, unrecorded
-from ..forms import Gather, LayerJacobian, Outer
+from ..forms import LayerJacobian, Outer
 from ..generator import Generator, Plan
 from ..kinds import Packing
 from ..layercollection import Layer, LayerCollection
@@ -220,7 +220,7 @@ def _parts(metric: Block, layer_collection: LayerCollection) -> Iterator[tuple[P
 def _basis(part: Part, layer: Layer, form: LayerJacobian) -> Kron | None:
     """The Kronecker eigenbasis in which a part is diagonal and a form stays one."""
     block = part.block
-    if not isinstance(form, Outer | Gather) or part.packing != layer.packing or not isinstance(block, Spectral):
+    if not form.rotates or part.packing != layer.packing or not isinstance(block, Spectral):
         return None
     return block.basis if isinstance(block.basis, Kron) and block.l.shape == block.shape else None
 
@@ -252,7 +252,7 @@ def _right_of(part: Part, layer: Layer, form: LayerJacobian, left: LayerJacobian
         return form.scale(float(block.c))
     if isinstance(block, Diag) and part.packing.view is None:
         return form.weighted(layer.packing.pack(block.d))
-    if isinstance(block, Kron) and isinstance(form, Outer | Gather) and part.packing == layer.packing:
+    if isinstance(block, Kron) and form.rotates and part.packing == layer.packing:
         return _rotated(form, block)
     return _mapped(part, {layer.name: layer}, {layer.name: form})[layer.name]
 
