@@ -23,11 +23,21 @@ def main() -> None:
         "--results", type=Path, nargs="+", help="JSON of run.py, for the table; later ones replace rows"
     )
     parser.add_argument("--accelerator", type=Path, nargs="+", help="JSON of run.py --device, for another table")
+    parser.add_argument("--steps", type=Path, nargs="+", help="JSON of run.py --jobs ten_steps ..., the same")
+    parser.add_argument("--spectra", type=Path, nargs="+", help="JSON of run.py --jobs hessian_trace ..., the same")
+    parser.add_argument("--uses", type=Path, nargs="+", help="JSON of run.py --jobs posterior_fit_kron ..., the same")
     parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
     parser.add_argument("--budgets", type=Path, nargs="+", help="JSON of run.py --budget, for cost against memory")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
-    for name, paths in (("table", args.results), ("accelerator", args.accelerator)):
+    tables = {
+        "table": args.results,
+        "accelerator": args.accelerator,
+        "steps": args.steps,
+        "spectra": args.spectra,
+        "uses": args.uses,
+    }
+    for name, paths in tables.items():
         if paths:
             report = merged([json.loads(path.read_text()) for path in paths])
             table = rst_table(report["summary"], list(report["contenders"]), count, marks_of(report))

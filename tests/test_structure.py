@@ -31,6 +31,7 @@ FLOORS = [
     ["layercollection"],
     ["model.evaluator", "model.recording", "model.remedies"],
     ["linearisation"],
+    ["model.parts"],
     ["model.mixing", "model.functional"],
     ["model.layer_jacobians"],
     ["model.probing"],
