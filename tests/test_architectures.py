@@ -103,7 +103,7 @@ def test_gpt2_layers():
     lc = LayerCollection.from_model(model)
     assert lc["transformer.h.0.attn.c_attn"].kronecker  # Conv1D
     assert lc["transformer.wpe"].kronecker
-    assert not lc["transformer.wte"].kronecker  # tied to the head
+    assert lc["transformer.wte"].kronecker  # tied to the head, which is its transpose
     assert "lm_head" not in lc
 
 
