@@ -116,9 +116,11 @@ class Influence:
         self.refine = refine
         self.rtol = rtol
         self._train = generator(loss, targets)
-        self._query = generator(
-            loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
-        )
+        self._query = self._train  # one of its own would look at the model for itself
+        if query_loss is not None or query_targets is not None:
+            self._query = generator(
+                loss if query_loss is None else query_loss, targets if query_targets is None else query_targets
+            )
         if matrix.dtype != self._train.dtype or matrix.device.type != self._train.device.type:
             raise ValueError(
                 f"matrix: it is {matrix.dtype} on {matrix.device}, the gradients {self._train.dtype} on "

@@ -140,6 +140,10 @@ class LayerJacobian(ABC):
         """Whether something of it is computed later, by the module, from the parameters as they are then."""
         return False
 
+    def columns(self, ids: Tensor) -> Tensor:
+        """Some columns of J, of one group: ``(C, B, rows, n)`` for ids ``(n,)``."""
+        return self.dense()[:, :, 0][..., ids]
+
     def nbytes(self) -> int:
         """Bytes held."""
         return 0

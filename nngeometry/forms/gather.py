@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..memory import nbytes_of, require
+from ..memory import chunk_length, nbytes_of, require, slices
 from .base import Dense, LayerJacobian, Map
 from .inner import add_inner, add_traced
 from .moments import second_moment
@@ -107,10 +107,15 @@ class Gather(LayerJacobian):
         return False
 
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
-        if not isinstance(other, Gather):
-            return super().add_inner(other, out)
+        if not isinstance(other, Gather):  # of which only the columns that are looked up are needed
+            size = self.ids.shape[1] * other.cotangents * other.examples * self.shape[1] * self.dtype.itemsize
+            for b in slices(self.examples, chunk_length(size, self.examples, self.device)):
+                ids = self.ids[b]
+                columns = other.columns(ids.flatten().clamp(min=0)).unflatten(-1, ids.shape)
+                out[b] += torch.einsum("cbto,deobt->bced", self.g[:, b], columns)
+            return
         add_inner(lambda k: self._same(other, k), self.g, other.g, out)
-        return None
+        return
 
     def add_traced(self, other: LayerJacobian, out: Tensor) -> None:
         if not isinstance(other, Gather):

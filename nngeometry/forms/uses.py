@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from .base import LayerJacobian, Map
+from .base import Dense, LayerJacobian, Map
+from .gather import Gather
 from .moments import total_of
 from .outer import Outer
 
@@ -72,6 +73,13 @@ class Transposed(LayerJacobian):
     @property
     def on_demand(self) -> bool:
         return self.of.on_demand
+
+    def columns(self, ids: Tensor) -> Tensor:
+        if isinstance(self.of, Outer):
+            return torch.einsum("btr,cbtn->cbrn", self.of.a[:, :, 0], self.of.g[:, :, :, 0][..., ids])
+        if isinstance(self.of, Dense):
+            return self.of.j[:, :, 0, ids].mT
+        return super().columns(ids)
 
     def nbytes(self) -> int:
         return self.of.nbytes()
@@ -163,4 +171,9 @@ class Sum(LayerJacobian):
     def add_inner(self, other: LayerJacobian, out: Tensor) -> None:
         for part in self.parts:
             for another in other.parts if isinstance(other, Sum) else (other,):
-                part.add_inner(another, out)
+                if isinstance(another, Gather) and not isinstance(part, Gather):  # which knows what it looks up
+                    turned = torch.zeros_like(out.permute(2, 3, 0, 1))
+                    another.add_inner(part, turned)
+                    out += turned.permute(2, 3, 0, 1)
+                else:
+                    part.add_inner(another, out)

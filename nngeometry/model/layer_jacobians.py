@@ -289,6 +289,20 @@ def _examples_first(x: Tensor, axis: int | None, examples: int) -> Tensor:
     return in_first(x, examples) if x.ndim > 0 and x.shape[0] == 1 else in_front(x, examples)
 
 
+def _of_weight(form: LayerJacobian, packing: Packing, into: Packing) -> LayerJacobian | None:
+    """The Jacobian of a weight without that of its bias, in the packing of a layer that other modules share; None if it
+    has no such form.
+    """
+    if packing.bias and not isinstance(form, Outer):
+        return None
+    weight = form.without_last_column() if isinstance(form, Outer) and packing.bias else form
+    if packing.crossed != into.crossed:
+        return None if into.bias else Transposed(weight)
+    if into.bias:
+        return weight.with_column_of_zeros() if isinstance(weight, Outer) else None
+    return weight
+
+
 def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]) -> LayerJacobian:
     """The part of a module's Jacobian that belongs to one layer, in that layer's packing."""
     positions = list(names.values())
@@ -300,14 +314,10 @@ def _routed(form: LayerJacobian, site: Site, layer: Layer, names: dict[str, int]
         and form.shape == layer.packing.shape
     ):
         return form
-    weight = [*names] == [*site.params][:1] and positions == [0]
-    if layer.kronecker and weight and packing.crossed is not None and layer.packing.crossed is not None:
-        form = form.without_last_column() if isinstance(form, Outer) and packing.bias else form
-        if packing.crossed != layer.packing.crossed:
-            return Transposed(form)
-        return form.with_column_of_zeros() if isinstance(form, Outer) and layer.packing.bias else form
-    if isinstance(form, Outer) and layer.kronecker:
-        return form.without_last_column()
+    if layer.kronecker and [*names] == [*site.params][:1] and positions == [0]:
+        found = _of_weight(form, packing, layer.packing)
+        if found is not None:
+            return found
     if layer.kronecker:
         raise NotImplementedError(
             f"layer {layer.name!r} ({layer.kind_name}): the factors of a {type(form).__name__} cannot be cut to "

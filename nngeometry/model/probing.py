@@ -351,11 +351,12 @@ class Probed(Recorded):
         norm = torch.linalg.vector_norm
         layers = self.layer_collection.layers
         remaining = iter(truth)
-        every = [torch.cat([g.flatten() for g in islice(remaining, len(one.params))]) for one in layers.values()]
-        sizes = [float(norm(expected, dtype=self.dtype)) for expected in every]
+        every = [list(islice(remaining, len(one.params))) for one in layers.values()]
+        sizes = [hypot(*(float(norm(g, dtype=self.dtype)) for g in of_layer)) for of_layer in every]
         floor = 1e-3 * hypot(*sizes)
-        for (name, layer), expected, size in zip(layers.items(), every, sizes, strict=True):
-            with no_grad():
+        for (name, layer), of_layer, size in zip(layers.items(), every, sizes, strict=True):
+            with no_grad():  # one layer at a time, for all may be most of the memory
+                expected = torch.cat([g.flatten() for g in of_layer]) if len(of_layer) > 1 else of_layer[0].flatten()
                 wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
             if wrong > most * max(floor, size):
                 what = f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient"
