@@ -18,7 +18,7 @@ from .losses.targets import Targets
 from .metrics import gradient_source
 from .model import data
 from .object import PFMapFactored, PMat, Relative
-from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, left_of, through, tile
+from .object.kernel import BatchJacobian, batch_jacobians, dense_forms, images, through, tile
 from .object.kernel_layouts import Traced
 from .reading import Placing, Reading, positions_of
 from .registry import name_in_files
@@ -241,13 +241,11 @@ class Influence:
         if self._inverse is None:
             asked = [self._solved(found)]
         else:
-            asked = [BatchJacobian(s.examples, s.outputs, through(self._inverse, s.forms)[1]) for s in found]
+            asked = [BatchJacobian(s.examples, s.outputs, images(self._inverse, s.forms)) for s in found]
         layout = Traced((1, 1), (0, 0))
         start = 0
         for slab in batch_jacobians(self._train, train):
-            seen = slab.forms if self._inverse is None else left_of(self._inverse, slab.forms)
-            one = BatchJacobian(slab.examples, slab.outputs, seen)
-            yield start, {name: torch.cat([tile(q, one, layout, [name])[0] for q in asked]) for name in lc}
+            yield start, {name: torch.cat([tile(q, slab, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples
 
     def _begun(self, train: Any) -> Any:

@@ -66,10 +66,8 @@ def _as_in_mixtral(t: type[nn.Module]) -> type[nn.Module] | None:
     """Most experts of Hugging Face are copies of those of Mixtral: their forward has the same instructions."""
     if not t.__module__.startswith("transformers.models.") or not t.__name__.endswith("Experts"):
         return None
-    mixtral: Any = getattr(importlib.import_module(_MIXTRAL), "MixtralExperts", None)
-    if mixtral is None or _instructions(t) != _instructions(mixtral):
-        return None
-    return mixtral  # type: ignore[no-any-return]
+    mixtral: type[nn.Module] | None = getattr(importlib.import_module(_MIXTRAL), "MixtralExperts", None)
+    return None if mixtral is None or _instructions(t) != _instructions(mixtral) else mixtral
 
 
 def _instructions(t: type[nn.Module]) -> tuple[Any, ...]:

@@ -128,9 +128,17 @@ def through(matrix: Any, found: Forms) -> tuple[Forms, Forms]:
 
 
 @unrecorded
-def left_of(matrix: Any, found: Forms) -> Forms:
-    """The left side of :func:`through` alone, which costs little: J itself, or in an eigenbasis."""
-    return _left_of(matrix.root, found, matrix.layer_collection)
+def images(matrix: Any, found: Forms) -> Forms:
+    """M J through a PMat. What :func:`through` leaves in an eigenbasis is turned back, so that what it meets need not be
+    turned: for few examples on this side and many on the other.
+    """
+    _, right = _through(matrix.root, found, matrix.layer_collection)
+    for part, layers in _parts(matrix.root, matrix.layer_collection):
+        for name, layer in layers.items():
+            basis = _basis(part, layer, found[name])
+            if basis is not None:
+                right[name] = _rotated(right[name], basis)
+    return right
 
 
 def check_separate(matrix: Any) -> None:
