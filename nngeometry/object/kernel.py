@@ -129,8 +129,8 @@ def through(matrix: Any, found: Forms) -> tuple[Forms, Forms]:
 
 @unrecorded
 def images(matrix: Any, found: Forms) -> Forms:
-    """M J through a PMat. What :func:`through` leaves in an eigenbasis is turned back, so that what it meets need not be
-    turned: for few examples on this side and many on the other.
+    """M J through a PMat. What :func:`through` leaves in an eigenbasis is turned back, so that what it meets need not
+    be turned: for few examples on this side and many on the other.
     """
     _, right = _through(matrix.root, found, matrix.layer_collection)
     for part, layers in _parts(matrix.root, matrix.layer_collection):
