@@ -273,8 +273,8 @@ def _layers(looked: _Looked, page: _Page) -> None:
     page.add(
         "Layers",
         "For each layer its number of parameters; the trace of its block of the Hessian, with a standard error; the "
-        f"eigenvalue of largest magnitude of that block, by {steps} steps of power iteration, which is a lower bound of "
-        "the magnitude"
+        f"eigenvalue of largest magnitude of that block, by {steps} steps of power iteration, which is a lower bound "
+        "of the magnitude"
         f"{'' if len(chosen) == len(slices) else ' (- where the time did not allow it)'}; and the norm of its weights. "
         "Curvature per parameter says where a step is felt most.",
         as_html("", ["layer", "kind", "size", "trace", "top eigenvalue", "norm"], rows),
@@ -360,7 +360,7 @@ def _noise(looked: _Looked, page: _Page) -> None:
         if n < 4 or not data.aligned(only):
             raise ValueError("there is only one minibatch, which cannot be split")
         minibatches = [data.content(data.take(only, part)) for part in torch.arange(n).chunk(4) if len(part) > 0]
-    probes = max(6, min(15, int(0.6 * looked.products("noise", 10))))
+    probes = max(12, min(15, int(0.6 * looked.products("noise", 10))))
     found = loss_statistics(
         looked.model,
         data.Minibatches(minibatches),
