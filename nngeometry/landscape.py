@@ -118,6 +118,8 @@ def landscape(
         raise ValueError(f"directions: expected one PVector, for a line, or two, for a surface, got {len(given)}")
     for d in given:
         arguments.instance("directions", d, PVector, "make one with PVector(layer_collection, tensor)")
+        if not bool(d.to_torch().isfinite().all()):
+            raise ValueError("directions: one has NaN or infinite entries")
     if arguments.integer("points", points, least=3) % 2 == 0:
         raise ValueError(f"points={points}: an odd number, so that the weights of the model are among the points")
     one = arguments.scalar(distance)
@@ -130,8 +132,9 @@ def landscape(
     if isinstance(names, str) or len(called) != len(given):
         raise ValueError(f"names: expected one for each of {len(given)} directions, got {names!r}")
 
-    objective = Objective(model, loss, targets=targets, function=function, device=device)
     whole = LayerCollection.from_model(model, frozen=True)
+    shared: dict[str, Any] = {"targets": targets, "function": function, "device": device}
+    objective = Objective(model, loss, layer_collection=whole, **shared)
     w = PVector.from_model(model, whole).clone().detach()
     moves = [_whole(d, whole, w) for d in given]
     if filter_normalise:
@@ -146,10 +149,19 @@ def landscape(
             for t, d in zip(ts, moves, strict=True):
                 here = here + t * d
             with at(model, here):
-                if recompute_batch_norm:
-                    _recompute(model, loader, function)
-                train = objective.measure(loader)
-                found.append((train, None if test_loader is None else objective.measure(test_loader)))
+                try:
+                    if recompute_batch_norm:
+                        _recompute(model, loader, function)
+                    train = objective.measure(loader)
+                    found.append((train, None if test_loader is None else objective.measure(test_loader)))
+                except ValueError as error:
+                    if "NaN or infinite" not in str(error) or not any(ts):
+                        raise
+                    where = ", ".join(f"{t:.4g}" for t in ts)
+                    raise ValueError(
+                        f"landscape: {where} along the directions {error.args[0].partition(':')[0]}: take a smaller "
+                        "distance or shorter directions"
+                    ) from error
     shape = (points,) * len(given)
 
     def laid_out(values: Sequence[float | None]) -> Tensor | None:

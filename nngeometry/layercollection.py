@@ -212,7 +212,9 @@ class LayerCollection:
         if selectors:
             collection = collection.select(*selectors)
         if not collection.layers:
-            hint = "" if frozen else "; pass frozen=True to collect parameters with requires_grad=False"
+            hint = "" if frozen else (
+                ": none has requires_grad=True; LayerCollection.from_model(model, frozen=True) collects the others too"
+            )
             raise ValueError(f"no parameters to collect in {type(model).__name__}{hint}")
         if registered:
             collection.sites(model)  # raises where a kind cannot apply

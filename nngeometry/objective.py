@@ -214,9 +214,12 @@ def recompute_batch_norm(model: nn.Module, loader: Any, function: Callable[..., 
     the last steps of its training.
 
     Args:
-        model: Any module; its modes are as before afterwards.
+        model: Any module; its modes are as before afterwards, and so are its statistics after an exception.
         loader: As in :func:`~nngeometry.FIM`; labels are not looked at.
         function: As in :func:`~nngeometry.FIM`.
+
+    Raises:
+        ValueError: For a minibatch with a single value for each channel.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
@@ -250,8 +253,31 @@ def recompute_batch_norm(model: nn.Module, loader: Any, function: Callable[..., 
 
         return undo
 
-    with Borrowed(modes_kept, recording(False), change):
+    def kept() -> Callable[[], Any]:
+        held = [(b, b.clone()) for m in found for b in m.buffers()]
+
+        def undo() -> None:
+            if block.failed:  # statistics of a part of the data are those of nothing
+                for b, before in held:
+                    b.copy_(before)
+
+        return undo
+
+    block = Borrowed(modes_kept, recording(False), kept, change)
+    with block:
         for m in found:
             m.reset_running_stats()
         for batch in evaluator.minibatches(loader):
-            evaluator.outputs_unchecked(batch)
+            _let_pass(evaluator, batch)
+
+
+def _let_pass(evaluator: Evaluator, batch: data.Batch) -> None:
+    try:
+        evaluator.outputs_unchecked(batch)
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):  # torch's
+            raise
+        raise ValueError(
+            "loader: a minibatch has a single value for each channel of a BatchNorm, which has no variance: let the "
+            "loader drop it (drop_last=True), or leave the statistics as they are (recompute_batch_norm=False)"
+        ) from error

@@ -178,3 +178,42 @@ def test_numbers_of_numpy_and_a_single_rank():
     found = [landscape(model, batches, d, points=3, distance=r) for r in (0.5, np.float32(0.5), torch.tensor(0.5))]
     assert all(torch.equal(f.loss, found[0].loss) for f in found)
     assert list(along_eigenvectors(model, batches, ranks=0, points=3)) == [0]
+
+
+def test_statistics_are_put_back_where_data_end_early():
+    model, batches = problem(batch_norm=True)
+    before = state_of(model)
+
+    def broken():
+        yield batches[0]
+        raise Broken
+
+    class Loader:
+        def __iter__(self):
+            return broken()
+
+    with pytest.raises(Broken):
+        recompute_batch_norm(model, Loader())
+    assert unchanged(model, before)
+    x, y = batches[0]
+    with pytest.raises(ValueError, match=r"single value for each channel.*drop_last=True"):
+        recompute_batch_norm(model, [(x, y), (x[:1], y[:1])])
+    assert unchanged(model, before)
+
+
+def test_frozen_models_have_landscapes():
+    model, batches = problem()
+    d = PVector.from_model(model).clone().detach()
+    expected = landscape(model, batches, d, points=3).loss
+    model.requires_grad_(False)
+    assert torch.equal(landscape(model, batches, d, points=3).loss, expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_points_too_far_are_named():
+    model, batches = problem()
+    far = 1e308 * PVector.from_model(model).clone().detach()
+    with pytest.raises(ValueError, match=r"landscape: -\S+ along the directions.*take a smaller distance"):
+        landscape(model, batches, 0.5 * far, points=3, distance=1e10)
+    with pytest.raises(ValueError, match="directions: one has NaN"):
+        landscape(model, batches, float("nan") * far)

@@ -73,7 +73,7 @@ def plot_density(
         ax = figure.add_subplot(rows, columns, k + 1, sharey=axes[0] if axes else None)
         axes.append(ax)
         ax.set_title(title, fontsize=FONT + 2)
-        ax.tick_params(labelsize=FONT)
+        ax.tick_params(which="both", labelsize=FONT)
         used = width
         if used is None:
             used = LOG_WIDTH if log else spectrum.width()

@@ -59,7 +59,8 @@ def evaluate(
         (1.0, 20)
     """
     arguments.call(model, loader, function, None, LayerCollection, device)
-    objective = Objective(model, loss, targets=targets, function=function, device=device, verbose=verbose)
+    given: dict[str, Any] = {"layer_collection": LayerCollection.from_model(model, frozen=True), "verbose": verbose}
+    objective = Objective(model, loss, targets=targets, function=function, device=device, **given)
     with in_eval_mode(model):
         return objective.measure(loader)
 
