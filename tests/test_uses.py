@@ -15,6 +15,7 @@ from nngeometry import (
     EmpiricalFisher,
     FIM_MonteCarlo,
     GramMatrix,
+    Hessian,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
@@ -23,6 +24,7 @@ from nngeometry import (
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
+    PMatQuasiDiag,
     Posterior,
     PVector,
 )
@@ -186,6 +188,36 @@ def test_the_merged_weights_solve_the_sum(representation):
     assert oracle.relative(found.to_torch(), torch.linalg.solve(A, b)) < (
         1e-6 if representation is PMatImplicit else 1e-9
     )
+
+
+@pytest.mark.parametrize("representation", [*ALL, PMatImplicit, PMatQuasiDiag])
+def test_what_no_expert_has_curvature_of_is_the_mean(representation):
+    """A common input is always zero, and so is the curvature of what it is multiplied with."""
+    models, experts = [net(k) for k in range(3)], []
+    for k, model in enumerate(models):
+        x = task(k)[0]
+        x[:, 1] = 0
+        experts.append((model, FIM(model, (x,), representation, "regression")))
+    mean = torch.stack([m[0].weight.detach()[:, 1] for m in models]).mean(0)
+    found = merge(experts, regul=1e-6).to_dict()["0"][0]
+    assert float((found[:, 1] - mean).abs().max()) < 1e-8
+    with pytest.raises(ValueError, match=r"^regul: with 0 the sum .* no single point .* give a larger regul"):
+        merge(experts, regul=0.0)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatImplicit])
+def test_losses_with_a_saddle_have_no_least_sum(representation):
+    models = [net(k) for k in range(2)]
+    experts = [(m, Hessian(m, task(k), representation)) for k, m in enumerate(models)]
+    A = sum(H.to_torch() for _, H in experts)
+    least = float(torch.linalg.eigvalsh(A).min())
+    assert least < -1e-3
+    with pytest.raises(ValueError, match=r"^regul: with .* not positive definite"):
+        merge(experts, regul=-least / 2)
+    b = sum(H.mv(PVector.from_model(m)).to_torch() for m, H in experts).detach()
+    b = b - least * sum(PVector.from_model(m).to_torch().detach() for m in models)
+    found = merge(experts, regul=-2 * least).to_torch()
+    assert oracle.relative(found, torch.linalg.solve(A - 2 * least * torch.eye(len(A)), b)) < 1e-8
 
 
 def test_experts_that_do_not_fit_are_named():
