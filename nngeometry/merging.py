@@ -68,7 +68,7 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
     if type(total) is not type(matrices[0]) or total.matrix_free:
         return mean + PVector(b.layer_collection, _iterated(total, matrices, b.to_torch(), r))
     try:
-        total.root.check_positive(r)
+        total.check_positive(r)
         found: PVector = mean + total.solve(b, regul=r)
     except ValueError as error:
         raise ValueError(f"{_NO_MINIMUM.format(r)} ({error})") from error

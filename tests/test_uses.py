@@ -27,6 +27,7 @@ from nngeometry import (
     PMatQuasiDiag,
     Posterior,
     PVector,
+    Relative,
 )
 from nngeometry.continual import EWC
 from nngeometry.merging import merge
@@ -279,6 +280,101 @@ def test_pruning_many_is_the_constrained_minimum(representation):
     assert torch.equal(prune(F, w, keep(w, 1.0), 0.1).to_torch(), flat)
 
 
+@pytest.mark.parametrize("representation", [*ALL, PMatQuasiDiag])
+@pytest.mark.parametrize("regul", [0.1, Relative(1.0), {"0": 0.1, "2": 0.2}], ids=["number", "relative", "layers"])
+def test_one_weight_after_another(representation, regul):
+    """Each time the one of least saliency, those before staying removed: the rises add up, and the end is that of
+    removing all at once.
+    """
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model).detach()
+    lc, flat = w.layer_collection, w.to_torch()
+    mean = float(F.trace()) / len(flat)
+    d = {"0": 0.1, "2": 0.2} if isinstance(regul, dict) else dict.fromkeys(lc, 0.1 if regul == 0.1 else mean)
+    H = F.to_torch() + torch.diag(torch.cat([torch.full((lc[n].numel(),), d[n]) for n in lc]))
+    kept, now, rise = torch.ones(len(flat)), w, 0.0
+
+    def rises(kept):
+        """Deletion and refit of the quadratic around w."""
+        inside = kept == 1
+        delta = -flat.clone()
+        delta[inside] = torch.linalg.solve(H[inside][:, inside], H[inside][:, ~inside] @ flat[~inside])
+        return float(delta @ H @ delta / 2), flat + delta
+
+    for _ in range(6):
+        scores = saliency(F, now, regul, mask=PVector(lc, kept)).to_torch()
+        assert torch.equal(scores == 0, kept == 0)
+        trial = {q: rises(torch.where(torch.arange(len(flat)) == q, 0.0, kept))[0] for q in kept.nonzero()[::6, 0]}
+        for q, value in trial.items():
+            assert abs(rise + float(scores[q]) - value) < 1e-8 * value
+        q = int(torch.where(kept == 1, scores, torch.inf).argmin())
+        rise, kept[q] = rise + float(scores[q]), 0.0
+        now = prune(F, now, PVector(lc, kept), regul)
+    value, pruned = rises(kept)
+    assert abs(rise - value) < 1e-8 * value
+    assert oracle.relative(now.to_torch(), pruned) < 1e-8
+    assert oracle.relative(prune(F, w, PVector(lc, kept), regul).to_torch(), pruned) < 1e-8
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatLowRank, PMatImplicit])
+def test_of_many_minima_the_nearest(representation):
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model).detach()
+    flat, H, mask = w.to_torch(), F.to_torch(), keep(w**2, 0.6)
+    kept = mask.to_torch() == 1
+    inner = H[kept][:, kept]
+    assert int(torch.linalg.matrix_rank(inner, rtol=1e-10, hermitian=True)) < len(inner)
+    expected = torch.zeros_like(flat)
+    step = torch.linalg.pinv(inner, rtol=1e-10, hermitian=True) @ (H[kept][:, ~kept] @ flat[~kept])
+    expected[kept] = flat[kept] + step
+    assert oracle.relative(prune(F, w, mask, 0.0).to_torch(), expected) < 1e-6
+    if representation is not PMatImplicit:
+        with pytest.raises(ValueError, match=r"saliency: with regul=0.0 .*no single minimum.*singular"):
+            saliency(F, w, 0.0)
+        removed = PVector(w.layer_collection, (torch.arange(len(flat)) > 1).to(flat))
+        with pytest.raises(ValueError, match=r"saliency: with regul=0.0 .*no single minimum.*singular"):
+            saliency(F, w, 0.0, mask=removed)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatLowRank])
+def test_a_saddle_has_no_saliency(representation):
+    model = net()
+    H, w = Hessian(model, task(0), representation), PVector.from_model(model).detach()
+    least = float(H.eigenvalues().min())
+    assert least < -1e-3
+    for mask in (None, keep(w**2, 0.9)):
+        with pytest.raises(ValueError, match=r"^saliency: with regul=.* no single minimum"):
+            saliency(H, w, -least / 20, mask=mask)
+        assert bool((saliency(H, w, -2 * least, mask=mask).to_torch() >= 0).all())
+    if representation is not PMatDiag:  # of which nothing moves
+        with pytest.raises(ValueError, match=r"^prune: with regul=.* no single minimum"):
+            prune(H, w, keep(w**2, 0.9), -least / 20)
+    assert torch.equal(saliency(H, w, method="obd").to_torch(), H.get_diag() * w.to_torch() ** 2 / 2)
+
+
+def test_weights_that_are_zero_or_shared_or_frozen():
+    torch.manual_seed(0)
+    one = nn.Linear(4, 4)
+    model = oracle.randomise(nn.Sequential(one, nn.Tanh(), one, nn.Tanh(), nn.Linear(4, 3)))
+    model[4].bias.requires_grad_(False)
+    with torch.no_grad():
+        one.weight[0] = 0
+    F, w = FIM(model, task(0), PMatDense), PVector.from_model(model).detach()
+    assert F.size(0) == 20 + 12
+    flat, H = w.to_torch(), F.to_torch() + 0.1 * torch.eye(32)
+    scores = saliency(F, w, 0.1)
+    assert torch.allclose(scores.to_torch(), flat**2 / (2 * torch.linalg.inv(H).diagonal()))
+    assert int((keep(scores, 28 / 32).to_torch() == 0)[:4].sum()) == 4
+    before = model[4].bias.clone()
+    mask = keep(scores, 0.5)
+    prune(F, w, mask, 0.1).copy_to_model(model)
+    assert torch.equal(model[4].bias, before)
+    assert model[2].weight is model[0].weight
+    assert int((PVector.from_model(model).to_torch() == 0).sum()) == 16
+    part = FIM(model, task(0), PMatKFAC, layer_collection=LayerCollection.from_model(model, "4"))
+    assert saliency(part, PVector.from_model(model), 0.1).size(0) == 12
+
+
 def test_what_pruning_does_not_take():
     model = net()
     F, w = FIM(model, task(0), PMatDiag), PVector.from_model(model)
@@ -290,6 +386,11 @@ def test_what_pruning_does_not_take():
         saliency(F, w, method="magnitude")
     with pytest.raises(TypeError, match="w: expected a PVector"):
         saliency(F, model)
+    for ask in (lambda w: saliency(F, w), lambda w: prune(F, w, keep(F.solve(w) ** 2, 1.0))):
+        with pytest.raises(ValueError, match=r"w: the weights are not finite|scores: some are NaN"):
+            ask(w.detach() * float("nan"))
+    with pytest.raises(NotImplementedError, match=r'saliency: method="obs" .*"obd" or another'):
+        saliency(FIM(model, task(0), PMatImplicit), w)
 
 
 # Selection
