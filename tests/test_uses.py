@@ -433,6 +433,37 @@ def test_the_first_choices_of_bait_are_those_of_brute_force(seed):
     assert set(bait(V, 3, regul=0.5, oversample=4 / 3).tolist()) == set(left)
 
 
+@pytest.mark.parametrize("likelihood", ["classif_logits", "regression"])
+@pytest.mark.parametrize("regul", [1e-6, 1.0])
+@pytest.mark.parametrize(("k", "oversample", "labelled"), [(6, 2.0, [3, 7, 7]), (20, 2.0, []), (50, 2.0, [])])
+def test_bait_is_its_algorithm_done_by_hand(likelihood, regul, k, oversample, labelled):
+    """Among the examples one is there twice. In single precision the choice is the same."""
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 1)
+    x, _ = task(0, 50)
+    x[20] = x[10]
+    V = fisher_embeddings(model, (x,), likelihood, layer_collection=LayerCollection.from_model(model, "2"))
+    V = V.float().double()
+    each = torch.einsum("nrp,nrq->npq", V, V)
+
+    def risks(M, sign, among):
+        return torch.stack([torch.linalg.solve(M + sign * each[i], each.mean(0)).trace() for i in among])
+
+    M = regul * torch.eye(V.shape[2]) + each[list(set(labelled))].sum(0)
+    free, chosen = [i for i in range(50) if i not in labelled], []
+    for _ in range(min(len(free), round(oversample * k))):
+        chosen.append(free.pop(int(risks(M, 1, free).argmin())))
+        M = M + each[chosen[-1]]
+    while len(chosen) > k:
+        M = M - each[chosen.pop(int(risks(M, -1, chosen).argmin()))]
+    options = {"labelled": torch.tensor(labelled) if labelled else None, "regul": regul, "oversample": oversample}
+    found = bait(V, k, **options).tolist()
+    assert len(set(found)) == k
+    M = [regul * torch.eye(V.shape[2]) + each[[*s, *set(labelled)]].sum(0) for s in (found, chosen)]
+    a, b = (float(torch.linalg.solve(m, each.mean(0)).trace()) for m in M)
+    assert abs(a - b) < 1e-6 * b  # of two that are alike either may stay
+    assert bait(V.float(), k, **options).tolist() == found
+
+
 @pytest.mark.parametrize("output", ["full", "trace"])
 def test_greedy_choices_are_those_of_the_determinant(output):
     model = net()
@@ -462,6 +493,19 @@ def test_what_selection_does_not_take():
         bait(V[0], 1)
     with pytest.raises(ValueError, match="expected \\(n, n\\)"):
         greedy(torch.randn(2, 5, 5), 1)
+    with pytest.raises(ValueError, match=r"^regul=1e-30: .* give at least"):
+        bait(V, 1, regul=1e-30)
+    with pytest.raises(TypeError, match="embeddings: expected real numbers"):
+        bait(V.long(), 1)
+    with pytest.raises(ValueError, match="K: it differs from its transpose"):
+        greedy(torch.randn(5, 5), 1)
+    with pytest.raises(ValueError, match="K: there are NaN"):
+        greedy(torch.full((5, 5), float("nan")), 1)
+    with pytest.raises(ValueError, match="loader: there was no minibatch"):
+        fisher_embeddings(net(), [])
+    twice = torch.tensor([1, 1])
+    assert len(bait(V, 0)) == len(greedy(torch.eye(5), 0)) == 0
+    assert len(greedy(torch.eye(5), 4, labelled=twice)) == len(bait(V, 4, labelled=twice)) == 4
 
 
 # Of a posterior
