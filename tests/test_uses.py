@@ -523,6 +523,33 @@ def test_effective_dimension(representation):
         effective_dimension(FIM(net(), task(0), PMatImplicit), 0.1)
 
 
+@pytest.mark.parametrize("representation", ALL)
+def test_effective_dimension_of_singular_matrices(representation):
+    """Five examples of three classes determine ten directions at most, however small regul is."""
+    model = net()
+    F = FIM(model, task(0, 5), representation)
+    l = torch.linalg.eigvalsh(F.to_torch())
+    l = torch.where(l > 1e-12, l, 0.0)
+    for regul in (1e-3, 1e-8, 1e-12):
+        assert abs(float(effective_dimension(F, regul) - (l / (l + regul)).sum())) < 1e-3
+    single = F.to(dtype=torch.float32)
+    assert abs(float(effective_dimension(single, 1e-3) - effective_dimension(F, 1e-3))) < 1e-3
+    with pytest.raises(ValueError, match=r"effective_dimension: regul=1e-09 is lost in rounding .* float64"):
+        effective_dimension(single, 1e-9)
+    assert float(effective_dimension(0 * F, 1e-3)) == 0
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatLowRank, PMatDiag])
+def test_effective_dimension_of_hessians(representation):
+    H = Hessian(net(), task(0), representation)
+    M, least = H.to_torch(), float(H.eigenvalues().min())
+    expected = torch.linalg.solve(M - 2 * least * torch.eye(len(M)), M).trace()
+    assert abs(float(effective_dimension(H, -2 * least) - expected)) < 1e-10 * abs(float(expected))
+    for regul in (-least, -least / 2, 1e-9):
+        with pytest.raises(ValueError, match=r"effective_dimension: the matrix has the eigenvalue -.* use GGN or FIM"):
+            effective_dimension(H, regul)
+
+
 @pytest.mark.parametrize("likelihood", ["classif_logits", "regression"])
 def test_information_is_what_an_observation_adds_to_the_precision(likelihood):
     model = net()
