@@ -59,8 +59,8 @@ def shift(model, by=0.1):
 
 
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("decay", [1.0, 0.5])
-@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag])
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatLowRank])
 def test_the_penalty_is_the_sum_over_tasks(representation, decay, online):
     model = net()
     ewc = EWC(model, representation, strength=3.0, decay=decay, online=online)
@@ -68,7 +68,7 @@ def test_the_penalty_is_the_sum_over_tasks(representation, decay, online):
     entries, anchors = [], []
     for k in range(3):
         shift(model)
-        x, y = task(k)
+        x, y = task(k, (12, 30, 7)[k])
         ewc.consolidate([(x[:5], y[:5]), (x[5:], y[5:])])
         entries.append(FIM(model, (x,), representation).to_torch())
         anchors.append(PVector.from_model(model).clone().detach().to_torch())
@@ -147,6 +147,28 @@ def test_tasks_with_other_heads_are_named():
             EWC(model, **wrong)
     with pytest.raises(TypeError, match="unknown option"):
         EWC(model, strength=1.0, sharring="expand").consolidate(task(0))
+
+
+@pytest.mark.parametrize("representation", [PMatDiag, PMatKFAC, PMatEKFAC])
+@pytest.mark.parametrize("online", [False, True])
+def test_a_task_that_fails_is_none(representation, online):
+    model = net()
+    ewc, other = (EWC(model, representation, strength=1.0, decay=0.5, online=online) for _ in range(2))
+    for one in (ewc, other):
+        one.consolidate(task(0))
+    for wrong in ([], [task(1), (torch.full((3, 4), float("nan")),)], [task(1), (torch.zeros(3, 5),)]):
+        with pytest.raises((ValueError, RuntimeError), match=r"no minibatch|NaN|fails for the minibatch"):
+            ewc.consolidate(wrong)
+    shift(model)
+    for one in (ewc, other):
+        one.consolidate(task(1))
+    shift(model)
+    assert ewc.tasks == 2
+    assert torch.equal(ewc.penalty(), other.penalty())
+    state = ewc.state_dict()
+    for wrong in ({}, {**state, "more": 1}, {k: v for k, v in state.items() if k != "online"}):
+        with pytest.raises(ValueError, match="load_state_dict: expected what"):
+            other.load_state_dict(wrong)
 
 
 # Merging
