@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -168,7 +169,8 @@ def _difference(run: Run, runs: list[Run]) -> float | None:
     key = ("round", "setting", "job")
     for other in runs:
         if other["contender"] == "ours" and "error" not in other and all(other[k] == run[k] for k in key):
-            return abs(run["fingerprint"] - other["fingerprint"]) / abs(other["fingerprint"])
+            apart = abs(run["fingerprint"] - other["fingerprint"])
+            return apart / abs(other["fingerprint"]) if other["fingerprint"] else apart and inf
     return None
 
 

@@ -285,7 +285,7 @@ class Block(ABC):
         """Raise ``ValueError`` if ``M + regul`` has an eigenvalue that is negative by more than rounding, as far as
         entries are known.
         """
-        if self.definite or self.matrix_free:
+        if self.matrix_free or (regul >= 0 and self.shows_semidefinite()):
             return
         l = self.eigenvalues()
         least, noise = float(l.min()), l.numel() * torch.finfo(l.dtype).eps * float(l.abs().max())
