@@ -7,7 +7,7 @@ recorded as those of a call of the layer are, so that the layer keeps its form, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +63,7 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen = _READ.get(func)
-        if seen is None or not any(self._base(t) is not None for t in (*args, *kwargs.values())):
+        if seen is None or not any(self._base(t) is not None for t in _operands(*args, *kwargs.values())):
             return func(*args, **kwargs)
         return seen(self, lambda: func(*args, **kwargs), *args, **kwargs)
 
@@ -73,6 +73,8 @@ class Uses(TorchFunctionMode):
             return None
         key = id(t) if id(t) in self._homes else id(t._base)
         if key not in self._homes or any(key in own for own in self._inside):
+            return None
+        if key != id(t) and t.grad_fn is None:  # a view made under torch.no_grad is a constant
             return None
         home, base = self._homes[key]
         return home, base
@@ -116,7 +118,13 @@ class Uses(TorchFunctionMode):
         return y
 
 
-#: From a function to what records a call of it, ``(uses, compute, *its arguments)``.
+def _operands(*given: Any) -> Iterator[Any]:
+    """What a function is called with, also in a list."""
+    for x in given:
+        yield from x if isinstance(x, list | tuple) else (x,)
+
+
+#: From a function to what records a call of it, ``(uses, compute, *its arguments)``, by the names that torch gives them.
 _READ: dict[Any, Callable[..., Any]] = {}
 _Compute = Callable[[], Tensor]
 
@@ -135,12 +143,14 @@ def _linear(uses: Uses, compute: _Compute, input: Tensor, weight: Tensor, bias: 
 
 
 @_reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor | None = None, **named: Tensor) -> Tensor:
-    b = next(iter(named.values())) if b is None else b
-    if uses.matrix(b) is not None and a.ndim > 0:
-        return uses.linear(a, b.mT, None, compute())
-    if uses.matrix(a) is not None and b.ndim > 1:  # the same from the left
-        return uses.linear(b.mT, a, None, compute().mT).mT
+def _matmul(
+    uses: Uses, compute: _Compute, input: Tensor, other: Any = None, *, mat2: Any = None, out: Any = None
+) -> Tensor:
+    other = mat2 if other is None else other
+    if out is None and uses.matrix(other) is not None and input.ndim > 0:
+        return uses.linear(input, other.mT, None, compute())
+    if out is None and uses.matrix(input) is not None and other.ndim > 1:  # the same from the left
+        return uses.linear(other.mT, input, None, compute().mT).mT
     return compute()
 
 
@@ -150,18 +160,18 @@ def _rmatmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor) -> Tensor:
 
 
 @_reads(torch.addmm, Tensor.addmm)
-def _addmm(uses: Uses, compute: _Compute, b: Tensor, x: Tensor, w: Tensor, **scales: Any) -> Tensor:
-    if scales or b.ndim != 1 or uses.matrix(w) is None:
+def _addmm(uses: Uses, compute: _Compute, input: Tensor, mat1: Tensor, mat2: Any, *old: Any, **scales: Any) -> Tensor:
+    if old or scales or input.ndim != 1 or uses.matrix(mat2) is None:
         return compute()
-    return uses.linear(x, w.mT, b, compute())
+    return uses.linear(mat1, mat2.mT, input, compute())
 
 
 @_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def _add(uses: Uses, compute: _Compute, a: Any, b: Any, **scales: Any) -> Tensor:
+def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **scales: Any) -> Tensor:
     y = compute()
-    if scales:
+    if old or scales:
         return y
-    for one, other in ((a, b), (b, a)):
+    for one, other in ((input, other), (other, input)):
         v = uses.vector(one)
         if v is not None and isinstance(other, Tensor) and other.shape == y.shape:
             return uses.add(v.home, v.form, other, y, True)
@@ -172,9 +182,11 @@ def _add(uses: Uses, compute: _Compute, a: Any, b: Any, **scales: Any) -> Tensor
 
 
 @_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
-def _mul(uses: Uses, compute: _Compute, a: Any, b: Any) -> Tensor:
+def _mul(uses: Uses, compute: _Compute, input: Any, other: Any, *, out: Any = None) -> Tensor:
     y = compute()
-    for one, other in ((a, b), (b, a)):
+    if out is not None:
+        return y
+    for one, other in ((input, other), (other, input)):
         part = uses.part(one)
         if part is not None and uses.part(other) is None and _of_examples(other, y) and _alike_for_all(part, y):
             return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), other, y, False)
@@ -203,6 +215,7 @@ def _alike_for_all(part: Part, y: Tensor) -> bool:
 @_reads(torch.einsum)
 def _einsum(uses: Uses, compute: _Compute, equation: Any, *operands: Any) -> Tensor:
     """Two operands of which one is a matrix: one of its axes is summed, the other is new."""
+    operands = tuple(_operands(*operands))
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return compute()
     inputs, output = equation.replace(" ", "").replace("...", ".").split("->")
