@@ -327,7 +327,6 @@ def _conv(
         y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
     if b is not None and not together:
 
-
         def form(gy: Tensor, x: Tensor) -> LayerJacobian:
             g = gy.movedim(2, -1)
             return b.form(g if slope is None else g * slope, x)
