@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..changes import Change, entered, forward_hook
+from ..derivatives.pulling import nodes
 from ..forms import Gather, LayerJacobian, Lazy, Outer
 from ..kinds import Kind, Packing
 from ..kinds.affine import conv, embedding
@@ -89,6 +90,31 @@ class Uses(TorchFunctionMode):
         found = self._base(t)
         return None if found is None else Vector.of(t, found[1], found[0])
 
+    def scaled(self, t: Any) -> tuple[Vector, Tensor | None] | None:
+        """Of which vector a tensor is made, and by what its derivative is that of it, entry by entry: a bias of which
+        some entries were set to zero (on a copy), or one times a number. None for another tensor.
+        """
+        v = self.vector(t)
+        if v is not None:
+            return v, None
+        if not isinstance(t, Tensor) or t.ndim != 1 or not t.requires_grad:
+            return None
+        leaves: set[int] = set()
+        for k, node in enumerate(nodes([t])):
+            if k == _MOST_NODES:
+                return None
+            if hasattr(node, "variable"):
+                leaves.add(id(node.variable))
+        found = self._homes.get(leaves.pop()) if len(leaves) == 1 else None
+        if found is None or found[1].shape != t.shape or self._base(found[1]) is None:
+            return None
+        slope, again = _pulled(t, found[1], 1.0), _pulled(t, found[1], 2.0)
+        entries = _generic(t, 1.0), _generic(t, 2.0)
+        slope = slope / entries[0]
+        if not torch.allclose(slope * entries[1], again, rtol=8 * torch.finfo(t.dtype).eps, atol=0.0):
+            return None  # entries depend on each other
+        return Vector(found[0], 0, len(t)), slope
+
     def part(self, t: Any) -> Part | None:
         """The entries of a parameter that a tensor has, None if it has none."""
         found = self._base(t)
@@ -109,12 +135,13 @@ class Uses(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor) -> Tensor:
         """Record ``y = F.linear(x, weight, bias)``."""
-        w, b = self.matrix(weight) if x.layout == torch.strided else None, self.vector(bias)
-        together = w is not None and b is not None and b.belongs_to(w)
+        w = self.matrix(weight) if x.layout == torch.strided else None
+        b, slope = self.scaled(bias) or (None, None)
+        together = w is not None and b is not None and slope is None and b.belongs_to(w)
         if w is not None:
             y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
         if b is not None and not together:
-            y = self.add(b.home, b.form, y, y, True)
+            y = self.add(b.home, lambda gy, x: b.form(gy if slope is None else gy * slope, x), y, y, True)
         return y
 
 
@@ -200,6 +227,20 @@ def _expand(uses: Uses, compute: _Compute, t: Tensor, *size: Any, **named: Any) 
     if part is None or not _alike_for_all(part, y):
         return y
     return uses.add(part.home, part.form, y, y, False)
+
+
+def _generic(t: Tensor, phase: float) -> Tensor:
+    """A vector like another one, without zeros, and another one for each phase."""
+    return torch.cos(torch.arange(len(t), dtype=t.dtype, device=t.device) + phase).add_(2)
+
+
+def _pulled(y: Tensor, t: Tensor, phase: float) -> Tensor:
+    """The derivative in t of a generic sum of what is made of it."""
+    return torch.autograd.grad(y, t, _generic(y, phase), retain_graph=True)[0].detach()
+
+
+#: Of how many operations what is made of a bias is looked through.
+_MOST_NODES = 32
 
 
 def _of_examples(x: Any, y: Tensor) -> bool:
@@ -291,14 +332,19 @@ def _conv(
     groups: int = 1,
 ) -> Tensor:
     y, d = compute(), weight.dim() - 2
-    found, b = uses._base(weight), uses.vector(bias)
+    found, (b, slope) = uses._base(weight), uses.scaled(bias) or (None, None)
     home = None if found is None or found[1] is not weight or input.ndim < d + 2 else found[0]
-    together = home is not None and b is not None and b.home.layer is home.layer and b.start == 0
+    together = home is not None and b is not None and slope is None and b.home.layer is home.layer and b.start == 0
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
         y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
     if b is not None and not together:
-        y = uses.add(b.home, lambda gy, x: b.form(gy.movedim(2, -1), x), y, y, False)
+
+        def form(gy: Tensor, x: Tensor) -> LayerJacobian:
+            g = gy.movedim(2, -1)
+            return b.form(g if slope is None else g * slope, x)
+
+        y = uses.add(b.home, form, y, y, False)
     return y
 
 

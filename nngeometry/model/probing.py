@@ -34,7 +34,7 @@ from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
 from .operations_apart import recorded_apart
 from .recording import Call, Layout
-from .refused import EXCLUDE, Refused, named
+from .refused import EXCLUDE, Refused, Unclear, named
 from .structure import Structure
 from .weights import Weights
 
@@ -46,6 +46,20 @@ class _Gradients(NamedTuple):
     truth_alone: Sequence[Tensor | None]
     of_all: Sequence[Tensor | None]
     truth: Sequence[Tensor | None]
+
+
+class _Some(NamedTuple):
+    """Which examples a model is run on, two and three, and where the two are among the three."""
+
+    two: tuple[int, int]
+    three: tuple[int, int, int]
+    among: tuple[int, int]
+
+
+#: As different as can be.
+_SOME = _Some((1, 0), (0, 1, 2), (1, 0))
+#: In their order and the same ones, of which the longest is first if sequences are packed as they come.
+_ALIKE = _Some((0, 1), (0, 0, 1), (1, 2))
 
 
 class Probed(Recorded):
@@ -116,6 +130,21 @@ class Probed(Recorded):
     def _probe(
         self, sites: Sequence[Site], batch: data.Batch, measure: bool, opened: frozenset[str] = frozenset()
     ) -> Plan:
+        try:
+            return self._probe_some(_SOME, sites, batch, measure, opened)
+        except RuntimeError as error:
+            if isinstance(error, Refused) and not isinstance(error, Unclear):
+                raise
+            if data.count(batch) == 1 or not any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+                raise
+            try:
+                return self._probe_some(_ALIKE, sites, batch, measure, opened)
+            except Exception as other:
+                raise (other if isinstance(other, Refused) else error) from None
+
+    def _probe_some(
+        self, some: _Some, sites: Sequence[Site], batch: data.Batch, measure: bool, opened: frozenset[str]
+    ) -> Plan:
         n = data.count(batch)
         for site in sites:
             require_derivative(site.module)
@@ -123,7 +152,7 @@ class Probed(Recorded):
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before = weights.marks()
         with self.running(weights.in_place, *self.within(batch), state):
-            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
+            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in (some.two, some.three)]
             with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None, opened)
             f3, three = self._forward(sites, few[1], None, opened)
@@ -132,7 +161,7 @@ class Probed(Recorded):
             weights.check(before)
             check_same(
                 f2,
-                f3[[1, 0]],
+                f3[list(some.among)],
                 f3,
                 "the output of the model for an example depends on the others, or is random",
                 MIXES,

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ..changes import Change, forward_hook
 from ..layercollection import Site
-from .refused import EXCLUDE, Refused, named
+from .packed import arguments_padded, has_packed, outputs_padded
+from .refused import EXCLUDE, Refused, Unclear, named
 
 
 class Output(NamedTuple):
@@ -119,6 +120,13 @@ class Recorder:
         """Record one call, and return the output that is passed on."""
         number = len(self.calls)
         expand = self._constant[number] if number < len(self._constant) else None
+        if type(output) is not Tensor and has_packed((args, kwargs, output)):
+            args, kwargs = arguments_padded((args, kwargs))
+            output, again = outputs_padded(output)
+            return again(self._added(site, args, kwargs, output, expand))
+        return self._added(site, args, kwargs, output, expand)
+
+    def _added(self, site: Site, args: Any, kwargs: Any, output: Any, expand: Expand | None) -> Any:
         found = self._passed_on(site, output, expand)
         one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
         if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
@@ -302,7 +310,7 @@ def _axis(call: Call, two: torch.Size, three: torch.Size) -> int | None:
     changed = [k for k, (m, n) in enumerate(zip(two, three, strict=False)) if m != n]
     if len(two) == len(three) and len(changed) == 1 and two[changed[0]] * 3 == three[changed[0]] * 2:
         return changed[0]
-    raise Refused(
+    raise Unclear(
         [call.site.name],
         f"{call.what}: a tensor of shape {tuple(two)} for two examples and {tuple(three)} for three has no axis that "
         "is that of examples",
