@@ -27,7 +27,7 @@ class Diagonal(NamedTuple):
 
 
 def _parameters(task: Task) -> Parameters:
-    return {f"{name}.{k}": p.detach() for name, layer in task.layers.items() for k, p in layer.named_parameters()}
+    return {name: p.detach() for name, p in task.named.items()}
 
 
 def _flat(task: Task, per_example: Parameters, axes: int) -> Tensor:
