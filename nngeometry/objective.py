@@ -84,8 +84,8 @@ class Objective(Evaluator):
         if self._own is not None:
             weight = self._own.weight(batch)
             return self.outputs_unchecked(batch) * weight, weight, None
-        f = self.outputs(batch)
         targets = self._targets(batch)
+        f = self.outputs(batch)
         hits = _hits(f.detach(), targets) if self._of_classes else None
         return self._total(f, *targets), self._weight(f.detach(), *targets), hits
 

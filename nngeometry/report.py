@@ -26,7 +26,7 @@ from .linalg.base import mean_of, rademacher
 from .losses import Loss
 from .losses.targets import Targets
 from .model import data
-from .object import PMat, PMatImplicit, PVector
+from .object import FMat, PMat, PMatImplicit, PVector
 from .objective import Measured, Objective, as_found, in_eval_mode
 from .plot import plot_density, plot_landscape
 from .plot.style import Figure, require_matplotlib
@@ -57,7 +57,8 @@ class _Page:
 class _Looked:
     """A model on the data that the time allows to look at.
 
-    seconds: of one product of the Hessian with a vector. given: what all constructors of matrices take.
+    seconds: of one product of the Hessian with a vector. given: what all constructors of matrices take. top: the
+    largest eigenvalues with their vectors, once they are known.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class _Looked:
     budget: float
     given: dict[str, Any]
     generator: torch.Generator
+    top: list[tuple[float, PVector]] = field(default_factory=list)
 
     def hessian(self) -> PMat:
         found: PMat = Hessian(self.model, data.Minibatches(self.minibatches), PMatImplicit, **self.given)
@@ -121,7 +123,7 @@ def report(
 
     Raises:
         ImportError: Without matplotlib.
-        ValueError: If the loader has no labels.
+        ValueError: If the loader has no labels, or there is no folder for the file.
 
     Example:
         >>> import tempfile
@@ -134,6 +136,10 @@ def report(
     require_matplotlib("report")
     arguments.call(model, loader, function, None, LayerCollection, device)
     arguments.path("path", path, "where to write the page")
+    target = Path(os.fsdecode(path))
+    if target.is_dir() or not target.parent.is_dir():
+        why = "is a folder" if target.is_dir() else f"cannot be written, since there is no folder {target.parent}"
+        raise ValueError(f"path: {target} {why}: pass the path of a file in a folder that exists")
     arguments.number("seconds", seconds, above=0.0)
     arguments.generator(generator)
     arguments.flag("verbose", verbose)
@@ -161,7 +167,6 @@ def report(
         title=escape(title if title is not None else f"{type(model).__name__}, {_parameters(model)} parameters"),
         body="\n".join(page.sections),
     )
-    target = Path(os.fsdecode(path))
     target.write_text(made, encoding="utf-8")
     return target
 
@@ -262,15 +267,17 @@ def _layers(looked: _Looked, page: _Page) -> None:
                 str(layer.numel()),
                 number(float(e.value), float(e.error)),
                 number(top[name]) if name in top else "-",
-                number(float(w.to_torch()[slices[name]].norm())),
+                number(float(w.to_torch()[slices[name]].double().norm())),
             ]
         )
     page.add(
         "Layers",
-        "For each layer the trace of its block of the Hessian, with a standard error; the eigenvalue of largest "
-        f"magnitude of that block, by {steps} steps of power iteration, which is a lower bound of the magnitude; and "
-        "the norm of its weights. Curvature per parameter says where a step is felt most.",
-        as_html("", ["layer", "kind", "parameters", "trace", "top eigenvalue", "norm"], rows),
+        "For each layer its number of parameters; the trace of its block of the Hessian, with a standard error; the "
+        f"eigenvalue of largest magnitude of that block, by {steps} steps of power iteration, which is a lower bound of "
+        "the magnitude"
+        f"{'' if len(chosen) == len(slices) else ' (- where the time did not allow it)'}; and the norm of its weights. "
+        "Curvature per parameter says where a step is felt most.",
+        as_html("", ["layer", "kind", "size", "trace", "top eigenvalue", "norm"], rows),
     )
 
 
@@ -317,6 +324,8 @@ def _spectrum(looked: _Looked, page: _Page) -> None:
             f"<pre>{escape(problem)}</pre>",
         )
         return
+    largest = zip(pairs.values[: len(pairs.values) // 2].tolist(), pairs.vectors, strict=False)
+    looked.top.extend(largest)
     header = ["", "eigenvalue", "residual"]
     lines = [
         [str(k + 1), number(float(value)), f"{float(residual):.1e}"]
@@ -361,11 +370,11 @@ def _noise(looked: _Looked, page: _Page) -> None:
         **looked.given,
     )
     rows = [[name, number(float(e.value), float(e.error))] for name, e in found.columns().items()]
-    ratio = float(found.gradient_variance.value / found.gradient_norm2.value.clamp(min=1e-300))
+    ratio = number(float(found.gradient_variance.value / found.gradient_norm2.value))
     page.add(
         "Noise of gradient and curvature",
         f"Over {found.minibatches} minibatches of {data.count(minibatches[0])} examples. "
-        f"The variance of the gradient is {ratio:.3g} times the square of its mean: above one, a step is mostly noise. "
+        f"The variance of the gradient is {ratio} times the square of its mean: above one, a step is mostly noise. "
         "The shrinkage is the share of the spread of eigenvalues that is not due to the minibatches.",
         as_html("", ["", "value"], rows),
     )
@@ -375,7 +384,11 @@ def _noise(looked: _Looked, page: _Page) -> None:
 def _landscape(looked: _Looked, page: _Page) -> None:
     """Landscape. Along the two largest eigenvectors, as well as the time allows."""
     H = looked.hessian()
-    directions, values, near = _top_two(H, min(looked.products("landscape", 1) // 2, 400), looked.generator)
+    near = ""
+    if len(looked.top) >= 2:
+        values, directions = (list(each) for each in zip(*looked.top[:2], strict=True))
+    else:
+        directions, values, near = _top_two(H, min(looked.products("landscape", 1) // 2, 400), looked.generator)
     called = [f"{near}eigenvalue {value:.4g}" for value in values]
     reach = [min(2.0, 2 / max(1e-6, abs(value)) ** 0.5) for value in values]
     began = time.perf_counter()
@@ -390,13 +403,15 @@ def _landscape(looked: _Looked, page: _Page) -> None:
         k: landscape(looked.model, loader, d, distance=r, points=2 * points - 1, names=[name], **shared)
         for k, (d, r, name) in enumerate(zip(directions, reach, called, strict=True))
     }
-    surface = landscape(looked.model, loader, directions, distance=reach, points=points, names=called, **shared)
+    pictures = [_image(plot_landscape(lines, ncols=1), "the loss along two eigenvectors")]
+    if len(directions) == 2:
+        surface = landscape(looked.model, loader, directions, distance=reach, points=points, names=called, **shared)
+        pictures.append(_image(plot_landscape(surface), "contours of the loss over their plane"))
     page.add(
         "Landscape",
         "The loss along the two directions in which it is curved most, which have length one, with BatchNorm as it is "
         "in the middle. The parabolas there have the eigenvalues as second derivatives.",
-        _image(plot_landscape(lines), "the loss along two eigenvectors"),
-        _image(plot_landscape(surface), "contours of the loss over their plane"),
+        *pictures,
     )
 
 
@@ -438,16 +453,23 @@ def _kernel(looked: _Looked, page: _Page) -> None:
     kernels = GramMatrix(looked.model, data.Minibatches(parts), output="trace", per_layer=True, **given)
     whole = sum(kernels.values())
     total = float(whole.trace())
-    rows = [["all", f"{float(whole.cka(y)):.3f}", "100 %"]]
+    rows = [["all", _alignment(whole, y), "100 %"]]
     for name, K in kernels.items():
-        rows.append([name or "(root)", f"{float(K.cka(y)):.3f}", _percent(float(K.trace()) / total)])
+        rows.append([name or "(root)", _alignment(K, y), _percent(float(K.trace()) / total if total else None)])
+    several = len(y.unique()) > 1
     page.add(
         "Tangent kernel",
         f"The kernel of {n} examples, which says how a step on one changes the output of another, and its centred "
-        "alignment (CKA) with the labels: one if examples of a class move together and no others. It is the sum of "
-        "those of the layers, each with its share of the trace.",
+        "alignment (CKA) with the labels: one if examples of a class move together and no others"
+        f"{'' if several else ', and unknown here, where all are of one class'}. It is the sum of those of the layers, "
+        "each with its share of the trace.",
         as_html("", ["layer", "alignment", "share of the trace"], rows),
     )
+
+
+def _alignment(K: FMat, y: Tensor) -> str:
+    found = float(K.cka(y))
+    return f"{found:.3f}" if math.isfinite(found) else "-"
 
 
 # Words and pictures
@@ -458,7 +480,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
 def _image(figure: Figure, alt: str) -> str:
@@ -481,8 +503,10 @@ def _pieces() -> Iterator[str]:
     yield "table{{display:block;overflow-x:auto;border-collapse:collapse}}"
     yield "table{{font-size:.9rem;font-variant-numeric:tabular-nums}}"
     yield "th,td{{padding:.2rem .8rem .2rem 0;white-space:nowrap}}th{{border-bottom:1px solid #999}}"
-    yield "td{{border-bottom:1px solid #eee}}pre{{white-space:pre-wrap;background:#f5f5f5;padding:.5rem}}"
-    yield "@media(max-width:40rem){{td:first-child{{white-space:normal;min-width:6rem}}th,td{{padding-right:.5rem}}}}"
+    yield "td{{border-bottom:1px solid #eee}}p{{overflow-wrap:anywhere}}"
+    yield "pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f5f5;padding:.5rem}}"
+    yield "@media(max-width:40rem){{body{{padding:.7rem}}table{{font-size:.8rem}}th{{font-size:.72rem}}"
+    yield "th,td{{padding-right:.3rem;white-space:normal}}td:first-child{{overflow-wrap:anywhere;min-width:2.5rem}}}}"
     yield "</style></head><body><h1>{title}</h1>"
     yield "{body}"
     yield "</body></html>"

@@ -341,6 +341,7 @@ class at_checkpoints:
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], name: str = "checkpoint") -> None:
     """Load a state dict. Raises ``ValueError`` if it is of another model."""
+    arguments.instance(name, state, Mapping, "pass a state dict of the model")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -26,11 +26,14 @@ def as_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 def number(value: float, error: float = 0.0) -> str:
     """Four digits, with the standard error if there is one; what is not a number is said to be unknown.
 
-    >>> number(3.14159), number(3.14159, 0.02), number(314.159, 23.0), number(float("nan"))
-    ('3.142', '3.142 ± 0.02', '314.2 ± 20', 'unknown')
+    >>> number(3.14159), number(3.14159, 0.02), number(314.159, 23.0), number(314159.0, 23.0), number(float("nan"))
+    ('3.142', '3.142 ± 0.02', '314.2 ± 20', '3.142e+05 ± 2e+01', 'unknown')
     """
     if value != value:
         return "unknown"
     if error != error:
         return f"{value:.4g} ± unknown"
-    return f"{value:.4g}" + (f" ± {float(f'{error:.1g}'):g}" if error else "")
+    shown, of = f"{value:.4g}", f"{error:.1g}"
+    if "e" not in shown:
+        of = f"{float(of):g}"
+    return f"{shown} ± {of}" if error else shown

@@ -137,8 +137,26 @@ def test_it_opens_in_a_browser(tmp_path, width):
     assert shot.stat().st_size > 10_000
 
 
+def test_labels_of_one_class_and_no_curvature(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(40, 4)
+    page = written(tmp_path / "page.html", model, (x, torch.zeros(40).long()), seconds=0.5)
+    text = " ".join(page.text)
+    assert "all are of one class" in text
+    assert "nan" not in text.split()
+    single = nn.Linear(4, 1)
+    page = written(tmp_path / "page.html", single, (x, torch.zeros(40).long()), seconds=0.5)
+    assert "The variance of the gradient is unknown times" in " ".join(page.text)
+
+
 def test_bad_input_in_one_sentence(tmp_path):
     model = nn.Linear(4, 3)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    for path, match in ((tmp_path, "is a folder"), (tmp_path / "nowhere" / "p.html", "there is no folder")):
+        with pytest.raises(ValueError, match=match):
+            report(model, (torch.randn(5, 4), torch.zeros(5).long()), path=path, verbose=False)
+    assert seen == []
     with pytest.raises(ValueError, match="no labels"):
         report(model, (torch.randn(5, 4),), path=tmp_path / "p.html", verbose=False)
     with pytest.raises(TypeError, match="path: expected a path"):

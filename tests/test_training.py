@@ -1,12 +1,16 @@
 """Training goes on after a stop as if there had been none; averages and nets are what they are published as."""
 
+import copy
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -353,3 +357,138 @@ def test_bad_input_in_one_sentence(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
     (tmp_path / "epoch-00001.pt").write_bytes(b"nothing")
     refused(ValueError, "no checkpoint, or it is damaged", model, loader, optimizer, checkpoints=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of three epochs with Adam, a scheduler and SWAG."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, loader, _ = problem()
+    given = parts(model, "adam")
+    train(model, loader, given.pop("optimizer"), epochs=3, save_every=2, checkpoints=folder, verbose=False, **given)
+    return folder
+
+
+def in_the_middle(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - b for b in data[middle : middle + 99]) + data[middle + 99 :]
+
+
+def saved(obj):
+    def change(_):
+        held = io.BytesIO()
+        torch.save(obj, held)
+        return held.getvalue()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda data: data[:-1], "move it away"),
+        (lambda data: data[: len(data) // 2], "move it away"),
+        (in_the_middle, r"is damaged \(its entry"),
+        (saved(nn.Linear(2, 2)), "move it away"),
+        (saved(nn.Linear(2, 2).state_dict()), r"no checkpoint of train\(checkpoints=\): it holds an OrderedDict"),
+        (saved({"format": 1, "model": {}}), "it holds a dict"),
+        (saved({"format": "a", "model": {}}), "it holds a dict"),
+    ],
+    ids=["one byte short", "half", "other bytes", "a model", "a state dict", "a part", "another format"],
+)
+def test_damaged_and_foreign_checkpoints(trained, tmp_path, change, match):
+    shutil.copytree(trained, tmp_path / "runs")
+    last = tmp_path / "runs" / "epoch-00003.pt"
+    last.write_bytes(change(last.read_bytes()))
+    model, loader, _ = problem()
+    given, before = parts(model, "adam"), copy.deepcopy(model.state_dict())
+    options = {"epochs": 5, "checkpoints": tmp_path / "runs", "verbose": False}
+    with pytest.raises(ValueError, match=match):
+        train(model, loader, given["optimizer"], **options, scheduler=given["scheduler"], average=given["average"])
+    assert same(model.state_dict(), before)
+    last.unlink()
+    assert len(train(model, loader, given.pop("optimizer"), **options, **given)) == 5
+
+
+def sgd(model):
+    return {**parts(model, "adam"), "optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+
+
+def plateau(model):
+    of = parts(model, "adam")
+    return {**of, "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(of["optimizer"])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        (sgd, {}, "is of AdamW, not of SGD"),
+        (plateau, {}, "is of MultiStepLR, not of ReduceLROnPlateau"),
+        (lambda model: {**parts(model, "adam"), "average": SWAG(start=2, rank=4)}, {}, r"rank=3\), not SWAG"),
+        (lambda model: {**parts(model, "adam"), "average": SWA(start=2)}, {}, r"rank=3\), not SWA\("),
+        (lambda model: parts(model, "adam"), {"loader": []}, "one with 1 generators"),
+        (lambda model: parts(model, "adam"), {"epochs": 2}, "checkpoint of epoch 3 already"),
+    ],
+)
+def test_checkpoints_of_other_arguments_leave_all_as_it_was(trained, arguments, options, match):
+    model, loader, _ = problem()
+    given = {"loader": loader, "epochs": 5, **arguments(model), **options}
+    objects = (model, given["optimizer"], given["scheduler"])
+    before = [copy.deepcopy(one.state_dict()) for one in objects]
+    with pytest.raises(ValueError, match=match):
+        train(model, given.pop("loader"), given.pop("optimizer"), checkpoints=trained, verbose=False, **given)
+    assert same(before, [one.state_dict() for one in objects])
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Noise from a generator that the data hold."""
+
+    def __init__(self, of, rng):
+        self.of, self.rng = of, rng
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, k):
+        x, y = self.of[k]
+        if isinstance(self.rng, np.random.Generator):
+            return x + 0.1 * torch.tensor(self.rng.standard_normal(4), dtype=x.dtype), y
+        return x + 0.1 * torch.randn(4, generator=self.rng), y
+
+
+@pytest.mark.parametrize(
+    "rng",
+    [
+        lambda: np.random.default_rng(0),
+        lambda: np.random.Generator(np.random.MT19937(0)),
+        lambda: torch.Generator().manual_seed(1),
+    ],
+    ids=["numpy", "Mersenne twister", "torch"],
+)
+def test_generators_of_datasets_are_resumed(rng, tmp_path):
+    def run(folder, epochs):
+        model, loader, _ = problem()
+        data = torch.utils.data.ConcatDataset([Augmented(loader.dataset, rng()), loader.dataset])
+        loader = DataLoader(data, batch_size=32, shuffle=True)
+        torch.manual_seed(2)
+        options = {"epochs": epochs, "save_every": 1, "checkpoints": folder, "verbose": False}
+        train(model, loader, torch.optim.SGD(model.parameters(), 0.1), **options)
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "parts", 1)
+    assert same(whole, run(tmp_path / "parts", 3))
+
+
+def test_workers_that_persist_are_told_of(tmp_path):
+    model, loader, _ = problem()
+    loader = DataLoader(loader.dataset, 35, num_workers=1, persistent_workers=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="persistent_workers=False"):
+        train(model, loader, optimizer, epochs=0, checkpoints=tmp_path, verbose=False)
+
+
+def test_frozen_models_are_evaluated():
+    model, _, test = problem()
+    expected = evaluate(model, test)
+    assert evaluate(model.requires_grad_(False), test) == expected

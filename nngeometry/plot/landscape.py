@@ -10,14 +10,30 @@ import torch
 
 from .. import arguments
 from ..landscape import Landscape
-from .style import COLOURS, FONT, PANEL, Figure, colour_map, dressed, finished, legend, new_figure, require_matplotlib
+from .style import (
+    COLOURS,
+    FONT,
+    PANEL,
+    Figure,
+    colour_map,
+    dressed,
+    finished,
+    grid_of,
+    legend,
+    new_figure,
+    require_matplotlib,
+)
 
 #: From which ratio of the largest loss to the smallest on an axis is logarithmic.
 _LOG = 30
 
 
 def plot_landscape(
-    landscapes: Landscape | Mapping[Any, Landscape], path: str | Path | None = None, *, surface: bool = False
+    landscapes: Landscape | Mapping[Any, Landscape],
+    path: str | Path | None = None,
+    *,
+    surface: bool = False,
+    ncols: int = 2,
 ) -> Figure:
     """Lines in one picture, the loss and beside it the accuracy, with the eigenvalues in the legend, dashed for test
     data; or a surface as contours.
@@ -26,6 +42,7 @@ def plot_landscape(
         landscapes: One, or several lines, e.g. from :func:`~nngeometry.landscape.along_eigenvectors`.
         path: Where to save the picture.
         surface: Draw the landscape of two directions in three dimensions instead of contours.
+        ncols: How many panels are in a row.
 
     Returns:
         The figure, which pyplot does not know of.
@@ -43,6 +60,7 @@ def plot_landscape(
         ['loss', 'accuracy']
     """
     require_matplotlib("plot_landscape")
+    arguments.integer("ncols", ncols, least=1)
     named = {"": landscapes} if isinstance(landscapes, Landscape) else dict(landscapes)
     for found in named.values():
         arguments.instance("landscapes", found, Landscape, "from landscape(...) or along_eigenvectors(...)")
@@ -54,19 +72,20 @@ def plot_landscape(
     if ndims == {1}:
         if surface:
             raise ValueError("plot_landscape: surface=True is for landscapes of two directions")
-        return finished(_lines(list(named.values())), path)
+        return finished(_lines(list(named.values()), ncols), path)
     if len(named) > 1:
         raise ValueError(f"plot_landscape: {len(named)} surfaces: draw one at a time")
     (found,) = named.values()
-    return finished(_in_space(found) if surface else _contours(found), path)
+    return finished(_in_space(found) if surface else _contours(found, ncols), path)
 
 
-def _lines(found: list[Landscape]) -> Figure:
+def _lines(found: list[Landscape], ncols: int) -> Figure:
     right = any(f.accuracy is not None for f in found)
-    figure = new_figure((2 if right else 1) * 1.5 * PANEL, 1.15 * PANEL)
     panels = [("loss", "loss", "test_loss")] + ([("accuracy", "accuracy", "test_accuracy")] if right else [])
+    rows, columns = grid_of(len(panels), ncols)
+    figure = new_figure(columns * 1.5 * PANEL, rows * 1.15 * PANEL)
     for k, (title, name, test) in enumerate(panels):
-        ax = dressed(figure.add_subplot(1, len(panels), k + 1), title, "distance along the direction")
+        ax = dressed(figure.add_subplot(rows, columns, k + 1), title, "distance along the direction")
         for f, colour in zip(found, COLOURS * len(found), strict=False):
             x = f.positions[0].numpy()
             for attribute, style, label in ((name, "-", f.names[0]), (test, "--", None)):
@@ -93,16 +112,17 @@ def _levels(loss: torch.Tensor) -> tuple[Any, bool]:
     return torch.linspace(low, high if high > low else low + 1, 15).numpy(), False
 
 
-def _contours(f: Landscape) -> Figure:
+def _contours(f: Landscape, ncols: int) -> Figure:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
     test = f.test_loss is not None
-    figure = new_figure((2 if test else 1) * 1.65 * PANEL, 1.35 * PANEL)
+    rows, columns = grid_of(2 if test else 1, ncols)
+    figure = new_figure(columns * 1.65 * PANEL, rows * 1.35 * PANEL)
     levels, log = _levels(f.loss if f.test_loss is None else torch.cat([f.loss, f.test_loss]))
     for k, (title, values) in enumerate([("training loss", f.loss), ("test loss", f.test_loss)][: 2 if test else 1]):
         assert values is not None
-        ax = dressed(figure.add_subplot(1, 2 if test else 1, k + 1), title, f.names[0], f.names[1])
+        ax = dressed(figure.add_subplot(rows, columns, k + 1), title, f.names[0], f.names[1])
         x, y = (p.numpy() for p in f.positions)
         norm = LogNorm(levels[0], levels[-1]) if log else None
         filled = ax.contourf(x, y, values.T.numpy(), levels=levels, norm=norm, cmap=colour_map())

@@ -75,10 +75,13 @@ class SWA:
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, for a model of the same parameters."""
-        if (state["kind"], state["start"], state["every"]) != (type(self).__name__, self.start, self.every):
+        mine = self._options()
+        theirs = {name: state[name] for name in ("start", "every", "rank") if name in state}
+        if (state["kind"], theirs) != (type(self).__name__, mine):
+            asked, had = (", ".join(f"{k}={v}" for k, v in of.items()) for of in (mine, theirs))
             raise ValueError(
-                f"average: the checkpoint has {state['kind']}(start={state['start']}, every={state['every']}), not "
-                f"{type(self).__name__}(start={self.start}, every={self.every})"
+                f"average: the checkpoint has {state['kind']}({had}), not {type(self).__name__}({asked}): take the "
+                "same, or train into another folder"
             )
         self._layers = LayerCollection.from_model(model, frozen=True)
         like = next(model.parameters())
@@ -89,8 +92,11 @@ class SWA:
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and plain values."""
-        state = {"kind": type(self).__name__, "start": self.start, "every": self.every, "count": self.count}
+        state = {"kind": type(self).__name__, **self._options(), "count": self.count}
         return {**state, **{name: getattr(self, name) for name in self._tensors()}}
+
+    def _options(self) -> dict[str, int]:
+        return {"start": self.start, "every": self.every}
 
     def _tensors(self) -> tuple[str, ...]:
         return ("_mean",)
@@ -163,6 +169,9 @@ class SWAG(SWA):
         mean, var, d = self.mean(), self.variance().to_torch(), self.deviations()
         e1, e2 = (gaussian(1, n, like=var, generator=generator)[0] for n in (len(d), len(var)))
         return PVector(mean.layer_collection, mean.to_torch() + factor * (e1 @ d + var.sqrt() * e2))
+
+    def _options(self) -> dict[str, int]:
+        return {**super()._options(), "rank": self.rank}
 
     def _tensors(self) -> tuple[str, ...]:
         return ("_mean", "_spread", "_deviations")

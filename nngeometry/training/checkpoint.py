@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .. import arguments
 
 #: The version of what is in a file.
 FORMAT = 1
+#: What each has.
+_PARTS = {"epoch", "model", "optimizer", "scheduler", "average", "random", "history"}
 _NAME = re.compile(r"epoch-(\d+)\.pt")
 
 
@@ -85,14 +88,22 @@ def load_checkpoint(path: str | Path, device: torch.device | str | None = "cpu")
         ValueError: If it is no checkpoint, cut short, or of a newer version.
     """
     arguments.path("load_checkpoint: path", path, "of a file in the folder of checkpoints")
+    remedy = "move it away, and train(checkpoints=) goes on from the one before"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as whole:
+            damaged = whole.testzip()  # torch does not compare checksums
+        state = torch.load(path, map_location=device, weights_only=True) if damaged is None else None
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint, or it is damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise ValueError(f"{path} is no checkpoint of a training: it holds {arguments.described(state)}")
+        raise ValueError(f"{path} is no checkpoint, or it is damaged ({type(error).__name__}): {remedy}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged (its entry {damaged}): {remedy}")
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int) or not state.keys() >= _PARTS:
+        raise ValueError(
+            f"{path} is no checkpoint of train(checkpoints=): it holds {arguments.described(state)}: load it with "
+            "torch.load"
+        )
     if state["format"] > FORMAT:
         raise ValueError(f"{path} is a checkpoint of a newer version: update the package")
     return state
@@ -125,7 +136,7 @@ def random_states(loader: Any) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "numpy": [kind, torch.tensor(np.asarray(keys, dtype=np.int64)), *rest],
         "python": [version, list(numbers), gauss],
-        "loader": [g.get_state() for g in _generators(loader)],
+        "loader": [_state_of(g) for g in generators(loader)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -139,29 +150,67 @@ def set_random_states(loader: Any, state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    found = _generators(loader)
+    found = generators(loader)
     if len(found) != len(state["loader"]):
         raise ValueError(
             f"loader: the checkpoint is of one with {len(state['loader'])} generators of random numbers, this one has "
-            f"{len(found)}: make the loader as it was made then, or train with resume=False"
+            f"{len(found)}: make the loader as it was made then, or train into another folder"
         )
     for g, s in zip(found, state["loader"], strict=True):
-        g.set_state(s.cpu())
+        if isinstance(g, torch.Generator) != isinstance(s, Tensor):
+            raise ValueError(
+                "loader: the checkpoint is of one with other kinds of generators of random numbers: make the loader as "
+                "it was made then, or train into another folder"
+            )
+        _set_state(g, s)
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        for k, s in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(s.cpu(), k)
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader and its samplers draw from, each once."""
-    found: list[torch.Generator] = []
+#: What draws random numbers.
+Generator = torch.Generator | np.random.Generator
+
+
+def generators(loader: Any) -> list[Generator]:
+    """The generators that a loader, its samplers and its datasets draw from and hold as attributes, each once."""
+    found: list[Generator] = []
     queue, seen = [loader], set()
     while queue:
         of = queue.pop(0)
         if of is None or id(of) in seen or isinstance(of, list | tuple | dict):
             continue
         seen.add(id(of))
-        generator = getattr(of, "generator", None)
-        if isinstance(generator, torch.Generator) and not any(generator is g for g in found):
-            found.append(generator)
+        held = [getattr(of, "generator", None), *getattr(of, "__dict__", {}).values()]
+        for g in held:
+            if isinstance(g, Generator) and not any(g is other for other in found):
+                found.append(g)
         queue += [getattr(of, name, None) for name in ("batch_sampler", "sampler", "dataset")]
+        several = getattr(of, "datasets", None)  # of torch.utils.data.ConcatDataset, ChainDataset, StackDataset
+        queue += several.values() if isinstance(several, dict) else several if isinstance(several, list | tuple) else ()
     return found
+
+
+def _state_of(g: Generator) -> Any:
+    """As a tensor, or plain values."""
+    return g.get_state() if isinstance(g, torch.Generator) else _plain(g.bit_generator.state)
+
+
+def _set_state(g: Generator, state: Any) -> None:
+    if isinstance(g, torch.Generator):
+        g.set_state(state.cpu())
+    else:
+        g.bit_generator.state = _of_numpy(state)
+
+
+def _plain(state: Any) -> Any:
+    """What is of numpy in a dict of states as (type, numbers), whose numbers may be larger than torch's."""
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return (str(state.dtype), state.tolist()) if isinstance(state, np.ndarray) else state
+
+
+def _of_numpy(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _of_numpy(value) for name, value in state.items()}
+    return np.array(state[1], dtype=state[0]) if isinstance(state, tuple) else state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ..losses.targets import Targets
 from ..model import data
 from ..objective import Hits, Measured, Objective, in_eval_mode, measured
 from .averaging import SWA
-from .checkpoint import _generators, _in, load_checkpoint, random_states, save_checkpoint, set_random_states
+from .checkpoint import _in, generators, load_checkpoint, random_states, save_checkpoint, set_random_states
 from .history import History
 
 
@@ -89,10 +91,11 @@ def train(
     """Train a model, in place.
 
     With ``checkpoints=`` the same call again goes on from the last checkpoint in the folder: the model, the optimiser,
-    the scheduler, the average, the history and the random states of torch, numpy, Python and the loader are those that
-    were saved, and what comes out is what would have come out without the stop, to the bit on the same machine. Files
-    are written beside their place and renamed, so that one is whole or not there, and hold tensors and plain values
-    only.
+    the scheduler, the average, the history and the random states of torch, numpy, Python and the loader (its
+    generators, those of its samplers and those that its datasets hold as attributes) are those that were saved, and
+    what comes out is what would have come out without the stop, to the bit on the same machine; the states of workers
+    that persist cannot be had, of which a warning tells. Files are written beside their place and renamed, so that one
+    is whole or not there, and hold tensors and plain values only.
 
     An optimiser with ``observe(minibatch)``, as those of ``nngeometry.optim``, is shown each minibatch before its
     step; one whose step needs a closure gets it.
@@ -149,12 +152,26 @@ def train(
     if checkpoints is not None:
         arguments.path("checkpoints", checkpoints, "pass a folder")
         folder = Path(os.fsdecode(checkpoints))
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"checkpoints: {folder} is a file: pass a folder")
+        if getattr(loader, "persistent_workers", False):
+            warnings.warn(
+                "train: workers that persist hold random states that no checkpoint has, so that a training that is "
+                "resumed is not, to the bit, what it would have been: make the loader with persistent_workers=False "
+                "for that",
+                stacklevel=3,
+            )
     history, first = History(), 1
     saved = _in(folder) if folder is not None else {}
     if saved and not resume:
         raise ValueError(f"checkpoints: {folder} has some already: pass another folder, remove them, or resume=True")
     if saved:
         epoch, path = list(saved.items())[-1]
+        if epoch > epochs:
+            raise ValueError(
+                f"epochs={epochs}: {folder} has a checkpoint of epoch {epoch} already: train for at least as many, or "
+                f"into another folder; training.weights(folder) has the weights of all of them"
+            )
         history = _resumed(path, objects, loader, objective.device)
         first = epoch + 1
     elif seed is not None:
@@ -287,17 +304,25 @@ def _seed(seed: int, loader: Any) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (datasets draw from the global one)
-    for generator in _generators(loader):
-        generator.manual_seed(seed)
+    for generator in generators(loader):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        else:
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
 
 
 def _state(objects: dict[str, Any], loader: Any, history: History) -> dict[str, Any]:
     states = {name: None if one is None else one.state_dict() for name, one in objects.items()}
-    return {**states, "random": random_states(loader), "history": history.rows}
+    return {**states, "kinds": _kinds(objects), "random": random_states(loader), "history": history.rows}
+
+
+def _kinds(objects: dict[str, Any]) -> dict[str, str]:
+    """What wrote the states that others take for theirs."""
+    return {name: type(objects[name]).__name__ for name in ("optimizer", "scheduler") if objects[name] is not None}
 
 
 def _resumed(path: Path, objects: dict[str, Any], loader: Any, device: torch.device) -> History:
-    """All as a checkpoint has it."""
+    """All as a checkpoint has it, or as it was where that cannot be."""
     state = load_checkpoint(path, device)
     for name in ("scheduler", "average"):
         if (state[name] is None) != (objects[name] is None):
@@ -305,23 +330,32 @@ def _resumed(path: Path, objects: dict[str, Any], loader: Any, device: torch.dev
                 f"{name}: the checkpoint {path} was written {'without' if state[name] is None else 'with'} one: train "
                 "with the same arguments, or into another folder"
             )
-    model = objects["model"]
-    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    kinds = _kinds(objects)
+    for name, kind in state.get("kinds", kinds).items():
+        if kind != kinds[name]:
+            raise ValueError(
+                f"{name}: the checkpoint {path} is of {kind}, not of {kinds[name]}: train with the same arguments, or "
+                "into another folder"
+            )
+    given = {name: one for name, one in objects.items() if one is not None and name != "average"}
+    before = {name: copy.deepcopy(one.state_dict()) for name, one in given.items()}
     try:
-        model.load_state_dict(state["model"])
-        objects["optimizer"].load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        model.load_state_dict(before, strict=False)  # torch has copied what fits
-        lines = str(error).strip().splitlines()
-        raise ValueError(
-            f"checkpoints: {path} is of another model or optimiser ({lines[min(1, len(lines) - 1)].strip()}): train "
-            "into another folder"
-        ) from error
-    if objects["scheduler"] is not None:
-        objects["scheduler"].load_state_dict(state["scheduler"])
-    if objects["average"] is not None:
-        objects["average"].restore(model, state["average"])
-    set_random_states(loader, state["random"])
+        try:
+            for name, one in given.items():
+                one.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            lines = str(error).strip().splitlines()
+            raise ValueError(
+                f"checkpoints: {path} is of another model or optimiser ({lines[min(1, len(lines) - 1)].strip()}): "
+                "train into another folder"
+            ) from error
+        if objects["average"] is not None:
+            objects["average"].restore(objects["model"], state["average"])
+        set_random_states(loader, state["random"])
+    except BaseException:
+        for name, one in given.items():  # torch has copied what fits
+            one.load_state_dict(before[name])
+        raise
     return History(state["history"])
 
 
