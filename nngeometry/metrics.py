@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .changes import uncast
 from .generator import CotangentFunction, Curvature, Generator, OfSeveral, rowwise
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of, of_covariance
@@ -27,6 +28,7 @@ from .undivided import Undivided, UndividedLoss, all_rows, curvature_of_rows, ea
 Representation = Callable[..., Any]
 
 
+@uncast
 @together
 @arguments.called_as
 def FIM(
@@ -120,6 +122,7 @@ def FIM(
     )
 
 
+@uncast
 @together
 @arguments.called_as
 def FIM_MonteCarlo(
@@ -214,6 +217,7 @@ def FIM_MonteCarlo(
     )
 
 
+@uncast
 @together
 @arguments.called_as
 def EmpiricalFisher(
@@ -282,6 +286,7 @@ def EmpiricalFisher(
     return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
 
 
+@uncast
 @together
 @arguments.called_as
 def GradientCovariance(

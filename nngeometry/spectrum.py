@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import arguments
 from .blocks.operator import drawn_alike
-from .changes import no_grad
+from .changes import no_grad, uncast
 from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
 from .linalg.base import Matvec
 from .linalg.lanczos import Which
@@ -248,6 +248,7 @@ class Spectrum:
         return share * value + exact / self.size, share * error
 
 
+@uncast
 @arguments.called_as
 def spectral_density(
     F: PMat,
@@ -321,6 +322,7 @@ def spectral_density(
     return Spectrum(bulk, exact.double().cpu(), size, min(steps, free), spent + bulk.products)
 
 
+@uncast
 @arguments.called_as
 def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     """The spectra of the diagonal blocks of the layers, by name.
@@ -347,6 +349,7 @@ def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     return spectra
 
 
+@uncast
 @arguments.called_as
 def effective_dimension(F: PMat, regul: float) -> Tensor:
     """How many directions the data determine: ``tr(F (F + regul)^-1) = sum_i l_i / (l_i + regul)``.
@@ -416,6 +419,7 @@ class ExtremePairs:
     products: int
 
 
+@uncast
 @arguments.called_as
 def extreme_eigenpairs(
     F: PMat, k: int, which: Which = "largest", *, verbose: bool = False, **options: Any

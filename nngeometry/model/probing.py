@@ -360,6 +360,8 @@ class Probed(Recorded):
         if len(f) > 1:
             check_apart(calls, plan.layouts, probed.of_all, probed.alone, every_other(f))
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
+        if any(call.cast for call in calls):  # the precision that the model asks for
+            exact = max(exact, tolerance(coarsest([f], self.dtype)))
         for grads, truth, most in (
             (probed.alone, probed.truth_alone, exact),
             (probed.of_all, probed.truth, max(exact, _OF_SUMS)),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from ..changes import Change, forward_hook
+from ..changes import Change, forward_hook, is_cast
 from ..layercollection import Site
 from .packed import arguments_padded, has_packed, outputs_padded
 from .refused import EXCLUDE, Refused, Unclear, named
@@ -34,13 +34,14 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module, as its forward hook saw it."""
+    """One call of a module, as its forward hook saw it. cast: whether inside of ``torch.autocast``."""
 
     site: Site
     inputs: Any  # (args, kwargs)
     versions: list[int]
     outputs: tuple[Output, ...]  # the differentiable ones
     edges: tuple[GradientEdge, ...]
+    cast: bool = False
 
     @property
     def what(self) -> str:
@@ -131,13 +132,13 @@ class Recorder:
         one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
         if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
             x, y = args[0], Output(0, found.shape, found.dtype)
-            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
+            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),), is_cast()))
             return found
         inputs = _detached((args, kwargs))
         leaves = differentiable(found)
         outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
         edges = tuple(_edge(y) for _, y in leaves)
-        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges, is_cast()))
         return found
 
     def _passed_on(self, site: Site, output: Any, expand: Expand | None) -> Any:
