@@ -1,4 +1,4 @@
-"""Kernels of torch and transformers that have forward derivatives, for the contenders that leave that choice to their user."""
+"""Kernels of torch and transformers that have forward derivatives, for contenders that leave that to their user."""
 
 from __future__ import annotations
 
