@@ -567,8 +567,8 @@ SETTINGS = {
     "experts": Setting(
         partial(_Experts, vocabulary=500, positions=32, width=64, hidden=36, depth=2),
         _sequences(500, 32),
+        128,
         32,
-        8,
         small=4,
         jobs=(*_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),
         trial=Setting(
