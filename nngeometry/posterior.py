@@ -26,6 +26,7 @@ from .losses.targets import Targets, selected
 from .memory import chunk_length, slices
 from .model import data as examples
 from .object import PMat, PVector, at
+from .objective import in_eval_mode
 
 #: How the mean of y is computed.
 HOW = ("probit", "mc", "samples", "bridge")
@@ -46,11 +47,12 @@ class Posterior:
     A posterior is a value: :meth:`fit_prior` and :meth:`update` return another one.
 
     Args:
-        model: The trained model, in eval mode.
+        model: The trained model. Predictions and the evidence are of it in eval mode, whatever mode it is in.
         matrix: F, a PMat; or an Accumulator of it, which :meth:`update` goes on with. It must be that of the likelihood
             (``variant=``), of the mean over examples, as the constructors make it.
         likelihood: What the outputs mean, a name as in :func:`~nngeometry.FIM` or a Likelihood. For regression
-            ``Gaussian(variance)`` has the variance of the observation noise, 1 by default, in F and here.
+            ``Gaussian(variance)`` has the variance of the observation noise, 1 by default, in F and here. One that F is
+            known not to be of is refused.
         num_data: N, the number of training examples. Of an Accumulator by default those that it has seen.
         prior_precision: Of the normal prior with mean zero, in units of the parameters: one number, or a dict of one
             for each layer.
@@ -61,8 +63,8 @@ class Posterior:
         function: As in :func:`~nngeometry.FIM`.
 
     Raises:
-        ValueError: If the precision is not positive definite, the accumulator has seen nothing, or ``num_data`` is not
-            the number of examples of the data.
+        ValueError: If the precision is not positive definite, the accumulator has seen nothing, F is of another
+            likelihood, or ``num_data`` is not the number of examples of the data.
 
     Example:
         >>> from nngeometry import FIM, PMatKFAC
@@ -114,6 +116,7 @@ class Posterior:
         self.accumulator = running
         self.matrix: PMat = matrix.matrix() if isinstance(matrix, Accumulator) else matrix
         self.likelihood = likelihood_of(likelihood)
+        _check_same(self.matrix, self.likelihood)
         self._named = likelihood if isinstance(likelihood, str) else None
         self.num_data = arguments.number("num_data", num_data, above=0.0)
         self.temperature = arguments.number("temperature", temperature, above=0.0)
@@ -338,13 +341,18 @@ class Posterior:
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         batches = self._batches(x)
         total: Any = 0.0
-        for draw in self.sample(samples, generator):
-            with at(self.model, self._cast(draw)):
-                total = total + self.likelihood.mean(self._outputs(batches))
+        draws = self.sample(samples, generator)
+        with in_eval_mode(self.model):
+            for draw in draws:
+                with at(self.model, self._cast(draw)):
+                    total = total + self.likelihood.mean(self._outputs(batches))
         return total / samples
 
-    def _at_mean(self) -> Any:
-        return at(self.model, self._cast(self.mean))
+    @contextmanager
+    def _at_mean(self) -> Iterator[None]:
+        """Hold the model at the mean, in eval mode, whatever mode it is in."""
+        with at(self.model, self._cast(self.mean)), in_eval_mode(self.model):
+            yield
 
     def _cast(self, vector: PVector) -> PVector:
         """A vector in the dtype and on the device of the model."""
@@ -460,7 +468,7 @@ class Posterior:
             )
         batches = self._batches(loader, "loader")
         running = copy.deepcopy(self.accumulator)
-        with self._at_mean():
+        with at(self.model, self._cast(self.mean)):
             running.update(batches)
         added, matrix = running.n - self.accumulator.n, running.matrix()
         made = self._with(
@@ -578,6 +586,17 @@ class Posterior:
         self._own_noise()
         arguments.number("noise", noise.detach() if isinstance(noise, Tensor) else noise, above=0.0)
         return self._tensor(noise)
+
+
+def _check_same(matrix: PMat, likelihood: Likelihood) -> None:
+    """Raise if a matrix is known to be that of another likelihood."""
+    of = getattr(matrix.generator, "likelihood", None)
+    noises = [one.variance for one in (of, likelihood) if isinstance(one, Gaussian)]
+    if of is not None and (type(of) is not type(likelihood) or len(set(noises)) > 1):
+        raise ValueError(
+            f"likelihood: the matrix is that of {of}, and the posterior of {likelihood}: give both the same, "
+            "FIM(..., variant=likelihood) and Posterior(..., likelihood)"
+        )
 
 
 _OURS: dict[str, Any] = {of.__name__: of for of in (Bernoulli, Categorical, Gaussian, Poisson)}
