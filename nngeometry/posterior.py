@@ -124,8 +124,8 @@ class Posterior:
         self._targets = targets
         self._data = data
         lc = self.matrix.layer_collection
-        if mean is None:
-            mean = PVector.from_model(model, lc).clone()
+        own = PVector.from_model(model, lc)  # raises for another model
+        mean = own.clone() if mean is None else mean
         arguments.instance("mean", mean, PVector, "make one with PVector.from_model(model)")
         self.mean = mean.on(lc).detach().to(self.matrix.device, self.matrix.dtype)
         if not bool(self.mean.to_torch().isfinite().all()):
@@ -227,7 +227,8 @@ class Posterior:
             how: "probit": of the linearised outputs, ``f / sqrt(1 + pi v / 8)`` for logits with variance v; exact for
                 Gaussian and Poisson. "mc": the mean over draws of the linearised outputs, with their covariance.
                 "samples": over draws of the parameters, of the model itself. "bridge": the Dirichlet distribution of
-                the Laplace bridge, for classes.
+                the Laplace bridge, for classes; the farther off, the less alike the variances of logits are, and not
+                the softmax where they vanish.
             samples: How many draws.
             generator: Of these.
 
@@ -329,13 +330,13 @@ class Posterior:
         try:
             yield
         except RuntimeError as error:
-            if not self.matrix.matrix_free or "positive definite" not in str(error):
+            if not self.matrix.matrix_free or not any(w in str(error) for w in ("positive definite", "residual")):
                 raise
             prior = plain_prior(self.prior_precision)
             least = min(prior.values()) if isinstance(prior, Mapping) else prior
             raise ValueError(
-                f"prior_precision: with {least:g} the precision is singular, as far as its products tell: give a "
-                f"larger one ({error})"
+                f"prior_precision: with {least:g} the precision is singular to working precision, as far as its "
+                f"products tell: give a larger one ({error})"
             ) from error
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
@@ -465,6 +466,11 @@ class Posterior:
             raise TypeError(
                 "update: a matrix does not say how it is made of more data: make the posterior of an Accumulator, "
                 "Posterior(model, Accumulator(FIM, model, PMatKFAC).update(loader))"
+            )
+        theirs, lc = self.accumulator.model, self.layer_collection
+        if any(a is not b for a, b in zip(lc.parameters(theirs), lc.parameters(self.model), strict=True)):
+            raise ValueError(
+                "update: the accumulator runs another model than that of the posterior: make both of the same one"
             )
         batches = self._batches(loader, "loader")
         running = copy.deepcopy(self.accumulator)

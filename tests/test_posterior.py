@@ -451,6 +451,24 @@ def test_an_update_is_the_posterior_of_all_data(representation):
     assert bool(again.log_marginal_likelihood().isfinite())
 
 
+def test_another_model_is_told(tmp_path):
+    model, x, y = net()
+    posterior = Posterior(net(1)[0], Accumulator(FIM, model, PMatKFAC).update((x,)), data=(x, y))
+    with pytest.raises(ValueError, match="update: the accumulator runs another model"):
+        posterior.update((x, y))
+    posterior.save(tmp_path / "posterior.pt")
+    with pytest.raises(ValueError, match="the layer collection is of another model"):
+        Posterior.load(tmp_path / "posterior.pt", nn.Linear(4, 3))
+
+
+def test_a_prior_that_products_in_single_precision_do_not_resolve():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).float(), 3 * torch.randn(9, 4, dtype=torch.float32)
+    F = FIM(model, (x,), PMatImplicit)
+    with pytest.raises(ValueError, match="prior_precision: with 1e-07 the precision is singular"):
+        Posterior(model, F, num_data=9, prior_precision=1e-7).variance(torch.randn(2, 4, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("likelihood", [Gaussian(0.3), Poisson(), "regression", Bernoulli()])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_save_and_load(tmp_path, likelihood, per_layer):
