@@ -119,6 +119,7 @@ def FIM(
         options,
         each_row,
         curvature=curvature,
+        likelihood=likelihood,
     )
 
 
@@ -214,6 +215,7 @@ def FIM_MonteCarlo(
         options,
         all_rows,
         seed=seed,
+        likelihood=likelihood,
     )
 
 
@@ -484,6 +486,7 @@ def _matrix(
     laid: Callable[[Cotangents, int], Cotangents],
     curvature: Curvature | None = None,
     seed: int = 0,
+    likelihood: Likelihood | None = None,
 ) -> PMat:
     """laid: how the cotangents of rows become those of a minibatch that counts as one example."""
     lc = _checked(model, loader, representation, n_output, layer_collection, how, options)
@@ -491,6 +494,7 @@ def _matrix(
         cotangents = of_rows(cotangents, laid)
         curvature = None if curvature is None else curvature_of_rows(curvature)
     source = _source(model, lc, cotangents, n_output, {**how, "curvature": curvature, "seed": seed})
+    source.likelihood = likelihood
     return _represented(source, loader, representation, options)
 
 
