@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from itertools import islice, product
+from itertools import chain, islice, product
 from math import hypot
 from typing import Any, NamedTuple
 
@@ -266,7 +266,12 @@ class Probed(Recorded):
         )
         ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
         wrong: Exception | None = None
-        for way in islice(product(*ways), _MOST_WAYS):
+        alike = list(dict.fromkeys(tuple(of[0] if w not in of else w for of in ways) for w in ways[0]))
+        others = (way for way in product(*ways) if way not in alike)
+        for tries, way in enumerate(islice(chain(alike, others), _MOST_WAYS)):
+            if tries == len(alike) and not self._has_way(sites, batch, plan, constant[0], expected):
+                wrong = refused  # as it is with all others
+                break
             layouts = list(plan.layouts)
             for k, expand in zip(constant, way, strict=True):
                 layouts[k] = replace(layouts[k], expand=expand)  # type: ignore[type-var]
@@ -291,6 +296,25 @@ class Probed(Recorded):
             return self._with_each_alone(sites, batch, plan, constant, parameters)
         assert wrong is not None
         raise wrong
+
+    def _has_way(self, sites: Sequence[Site], batch: data.Batch, plan: Plan, k: int, expected: Tensor) -> bool:
+        """Whether one call whose output has no axis of examples can be given one by itself, such that the output of an
+        example depends on its own copy alone.
+        """
+        layout = plan.layouts[k]
+        assert layout is not None
+        for expand in layout.ways():
+            layouts = list(plan.layouts)
+            layouts[k] = replace(layout, expand=expand)
+            with suppress(Exception):
+                f, calls = self._forward(sites, batch, replace(plan, layouts=tuple(layouts)))
+                if f.shape == expected.shape and same_up_to_rounding(f, expected, expected):
+                    weights = every_other(f)
+                    one = weighted(_generic_cotangent(f), weights)
+                    (g,) = torch.autograd.grad(f, calls[k].edges, one, allow_unused=True)
+                    if g is None or not g[weights == 0].any():
+                        return True
+        return False
 
     def _with_each_alone(
         self,
