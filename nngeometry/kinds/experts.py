@@ -69,7 +69,7 @@ def _as_in_mixtral(t: type[nn.Module]) -> type[nn.Module] | None:
     mixtral: Any = getattr(importlib.import_module(_MIXTRAL), "MixtralExperts", None)
     if mixtral is None or _instructions(t) != _instructions(mixtral):
         return None
-    return mixtral  # type: ignore[no-any-return]
+    return mixtral
 
 
 def _instructions(t: type[nn.Module]) -> tuple[Any, ...]:

@@ -124,7 +124,7 @@ def _operands(*given: Any) -> Iterator[Any]:
         yield from x if isinstance(x, list | tuple) else (x,)
 
 
-#: From a function to what records a call of it, ``(uses, compute, *its arguments)``, by the names that torch gives them.
+#: From a function to what records a call of it, ``(uses, compute, *its arguments)``, which have torch's names.
 _READ: dict[Any, Callable[..., Any]] = {}
 _Compute = Callable[[], Tensor]
 
@@ -171,13 +171,13 @@ def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **sca
     y = compute()
     if old or scales:
         return y
-    for one, other in ((input, other), (other, input)):
+    for one, x in ((input, other), (other, input)):
         v = uses.vector(one)
-        if v is not None and isinstance(other, Tensor) and other.shape == y.shape:
-            return uses.add(v.home, v.form, other, y, True)
+        if v is not None and isinstance(x, Tensor) and x.shape == y.shape:
+            return uses.add(v.home, v.form, x, y, True)
         part = uses.part(one)
-        if part is not None and _of_examples(other, y) and _alike_for_all(part, y):
-            return uses.add(part.home, part.form, other, y, False)
+        if part is not None and _of_examples(x, y) and _alike_for_all(part, y):
+            return uses.add(part.home, part.form, x, y, False)
     return y
 
 
@@ -186,10 +186,10 @@ def _mul(uses: Uses, compute: _Compute, input: Any, other: Any, *, out: Any = No
     y = compute()
     if out is not None:
         return y
-    for one, other in ((input, other), (other, input)):
+    for one, x in ((input, other), (other, input)):
         part = uses.part(one)
-        if part is not None and uses.part(other) is None and _of_examples(other, y) and _alike_for_all(part, y):
-            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), other, y, False)
+        if part is not None and uses.part(x) is None and _of_examples(x, y) and _alike_for_all(part, y):
+            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), x, y, False)
     return y
 
 
