@@ -262,9 +262,9 @@ def uncast(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        around = [device for device in _CASTING if torch.is_autocast_enabled(device)]
-        if not around:
+        if not _is_cast_anywhere():
             return function(*args, **kwargs)
+        around = [device for device in _CASTING if torch.is_autocast_enabled(device)]
         with Changed(*(entered(torch.autocast(device, enabled=False)) for device in around)):
             return function(*args, **kwargs)
 
@@ -277,6 +277,10 @@ _CASTING = ("cpu", "cuda")
 def is_cast() -> bool:
     """Whether it is inside of ``torch.autocast``."""
     return any(map(torch.is_autocast_enabled, _CASTING))
+
+
+#: The same in one call, since it is asked by every method of matrices.
+_is_cast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", is_cast)
 
 
 def with_methods_uncast(cls: type[C]) -> type[C]:

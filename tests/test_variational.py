@@ -457,6 +457,7 @@ def test_ctrl_c_at_every_moment(make):
         with opt.sampled(), torch.no_grad():
             model(x)
 
+    run()  # what is kept for later is made now
     tracer = Tracer((changes.__file__, draws.__file__, __file__))
     moments = tracer.moments(run)
     assert len(moments) > 20
