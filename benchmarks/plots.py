@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from counts import count
-from report import NAMES, Row, Run, merged, processor_of, rst_table
+from report import NAMES, Row, Run, merged, processor_of, rst_tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.rst"
 PICTURE = "benchmarks/sweeps.svg"
@@ -40,7 +40,7 @@ def main() -> None:
     for name, paths in tables.items():
         if paths:
             report = merged([json.loads(path.read_text()) for path in paths])
-            table = rst_table(report["summary"], list(report["contenders"]), count, marks_of(report))
+            table = rst_tables(report["summary"], list(report["contenders"]), count, marks_of(report))
             write(args.page, name, f"{origin(report)}\n\n{table}")
     if args.sweep:
         report = json.loads(args.sweep.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -91,16 +92,30 @@ def cost_table(rows: list[Row], contenders: list[str]) -> str:
     return _aligned(lines)
 
 
-def rst_table(
+def rst_tables(
     rows: list[Row], contenders: list[str], count: Callable[[str, str], float | None], marks: dict[str, str]
 ) -> str:
-    """Cost in gradients, how many times cheaper ours is than the best peer, the count of its multiplications, and the
-    memory of both. marks: what is put behind the job of a row, for each processor that it may be from.
+    """For each setting a table: cost in gradients, how many times cheaper ours is than the best peer, the count of its
+    multiplications, and the memory of both. Contenders that have none of its jobs are left out. marks: what is put
+    behind the job of a row, for each processor that it may be from.
     """
+    settings = dict.fromkeys(row["setting"] for row in rows)
+    tables = []
+    for setting in settings:
+        mine = [row for row in rows if row["setting"] == setting]
+        there = [name for name in contenders if any(name in row["contenders"] for row in mine)]
+        tables.append(f"**{setting}**\n\n{_rst_table(mine, there, count, marks)}")
+    return "\n\n".join(tables)
+
+
+def _rst_table(
+    rows: list[Row], contenders: list[str], count: Callable[[str, str], float | None], marks: dict[str, str]
+) -> str:
     peers = [name for name in contenders if name not in ("ours", FLOOR)]
-    lines = [["setting", "job", *contenders, "best/ours", "count", "MiB ours", "MiB leanest peer"]]
+    others = [name for name in contenders if name != "ours"]
+    lines = [["job", "ours", "best/ours", *others, "count", "MiB ours", "MiB leanest peer"]]
     for row in rows:
-        costs = [_cell(row, name, "gradients") for name in contenders]
+        costs = [_cell(row, name, "gradients") for name in others]
         ratios = [ratio for name, ratio in row["ratios"].items() if name != FLOOR]
         best = _number(1 / max(ratios)) if ratios else "-"
         counted = count(row["setting"], row["job"])
@@ -108,15 +123,20 @@ def rst_table(
         leanest = _number(min(held) / 2**20) if held else "-"
         lines.append(
             [
-                row["setting"],
                 row["job"] + marks[row["processor"]],
-                *costs,
+                _cell(row, "ours", "gradients"),
                 best,
+                *costs,
                 "-" if counted is None else _number(counted),
                 _cell(row, "ours", "memory", 2**20),
                 leanest,
             ]
         )
+    return in_rst(lines)
+
+
+def in_rst(lines: list[list[str]]) -> str:
+    """A table, of which the first line is the head."""
     lines = [[r"\-" if cell == "-" else cell for cell in line] for line in lines]  # which alone would be a list
     head, *body = _aligned(lines).splitlines()
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
@@ -149,7 +169,8 @@ def _difference(run: Run, runs: list[Run]) -> float | None:
     key = ("round", "setting", "job")
     for other in runs:
         if other["contender"] == "ours" and "error" not in other and all(other[k] == run[k] for k in key):
-            return abs(run["fingerprint"] - other["fingerprint"]) / abs(other["fingerprint"])
+            apart = abs(run["fingerprint"] - other["fingerprint"])
+            return apart / abs(other["fingerprint"]) if other["fingerprint"] else apart and inf
     return None
 
 

@@ -23,7 +23,7 @@ PINS = HERE / "peers.txt"
 PEER_VENV = ROOT / ".bench" / "venv"
 #: Those that need nothing but torch and ours.
 AT_HOME = ["ours", "torchfunc", "adam", "plain"]
-SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer"]
+SMALL_SETTINGS = ["digits-mlp-small", "convnet", "transformer", "vit", "lstm", "experts"]
 
 
 def main() -> None:
@@ -84,6 +84,9 @@ def rounds(args: argparse.Namespace, workers: dict[str, Worker], described: dict
     wanted = chosen(args.jobs, dict.fromkeys(job for jobs in known.values() for job in jobs), "job")
     for count in range(args.rounds):
         for setting in chosen(args.settings, known, "setting"):
+            for name in workers:
+                if count == 0 and setting in described[name]["missing"]:
+                    print(f"{setting} {name}: {described[name]['missing'][setting]}", file=sys.stderr, flush=True)
             jobs = [job for job in known[setting] if job in wanted]
             # A trial run has all jobs in one process, because most of its time would go into starting processes. So has
             # an accelerator, whose memory is that of its tensors and not that of a process.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -91,22 +92,31 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its minibatches, and the layers whose parameters count: those that all contenders know.
+    """A model, its minibatches, and the parameters that count: those of layers that all contenders know, or all.
 
-    training: the minibatches that it may be trained with, by default these.
+    training: the minibatches that it may be trained with, by default these. everything: whether all parameters count.
     """
 
     model: nn.Module
     batches: list[Batch]
     training: list[Batch] | None = None
+    everything: bool = False
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        """Those that all contenders know. The output layer of nn.MultiheadAttention, which is never called, is none."""
+        return {name: m for name, m in self.model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+
+    @cached_property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters that count, in the order of the model."""
+        if self.everything:
+            return dict(self.model.named_parameters())
+        return {f"{name}.{k}": p for name, layer in self.layers.items() for k, p in layer.named_parameters()}
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in layer.parameters()]
+        return list(self.named.values())
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +144,8 @@ class Task:
 
     def few(self) -> Task:
         """The same with two examples in each of two minibatches, which training would learn by heart."""
-        return Task(self.model, [(x[:2], y[:2]) for x, y in self.batches[:2]], self.training or self.batches)
+        batches = [(x[:2], y[:2]) for x, y in self.batches[:2]]
+        return replace(self, batches=batches, training=self.training or self.batches)
 
     def trained(self, steps: int = 24) -> Task:
         """The same after some steps of gradient descent: at random weights a Hessian has eigenvalues of both signs and
@@ -148,7 +159,7 @@ class Task:
             F.cross_entropy(model(x), y).backward()
             optimiser.step()
         optimiser.zero_grad()
-        return Task(model, self.batches)
+        return Task(model, self.batches, everything=self.everything)
 
     def gradient(self, examples: int | None = None) -> None:
         """The unit of cost: one forward and one backward pass over the minibatches (or some ``examples`` of each)."""
@@ -163,6 +174,8 @@ class Setting:
 
     examples: how many, in minibatches of ``batch``; small: how many in a trial run. jobs: those that fit. subsets: for
     a job that needs less, how many examples it has, in minibatches of how many. trial: what is run instead in a trial.
+    everything: whether all parameters count, but for influence functions, whose peer knows linear layers and
+    convolutions alone. needs: what has to be installed for it.
     """
 
     model: Callable[[], nn.Module]
@@ -173,10 +186,21 @@ class Setting:
     jobs: tuple[str, ...]
     subsets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trial: Setting | None = None
+    everything: bool = False
+    needs: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """What is missing, in a sentence, if something is."""
+        if self.needs is None or find_spec(self.needs):
+            return None
+        return f"it needs {self.needs}, which is not installed: pip install {self.needs}"
 
     def load(self, job: str, small: bool = False, device: str = "cpu") -> Task:
+        if self.missing:
+            raise ModuleNotFoundError(self.missing)
         if small and self.trial:
-            return self.trial.load(job, small, device)
+            return replace(self.trial, everything=self.everything).load(job, small, device)
         torch.manual_seed(0)
         model = self.model().eval()
         examples, batch = self.subsets.get(job, (self.examples, self.batch))
@@ -185,7 +209,7 @@ class Setting:
             batch = min(batch, examples if job == "gram_one_batch" else (examples + 1) // 2)
         x, y = self.data(examples)
         batches = zip(x.to(device).split(batch), y.to(device).split(batch), strict=True)
-        return Task(model.to(device), list(batches))
+        return Task(model.to(device), list(batches), everything=self.everything and job not in INFLUENCE)
 
 
 @cache
@@ -314,12 +338,96 @@ class _Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.places))).mT
 
 
+class _EncoderBlock(nn.Module):
+    """As torchvision's, without dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norms[0](x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.norms[1](x))
+
+
+class _VisionTransformer(nn.Module):
+    """torchvision's vit_b_16 at another size: images to logits of ten classes."""
+
+    def __init__(self, side: int, patch: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.randn(1, 1, width) / 10)
+        self.places = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, width) / 10)
+        self.blocks = nn.Sequential(*(_EncoderBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class _Lstm(nn.Module):
+    """Sequences of tokens to logits of ten classes, from the last state."""
+
+    def __init__(self, vocabulary: int, width: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, hidden, depth, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.tokens(tokens))[0][:, -1])
+
+
+class _Experts(nn.Module):
+    """Mixtral of transformers at another size, two of eight experts for each token, as the plain transformer above."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        config = MixtralConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=positions,
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=depth,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            initializer_range=0.1,
+            use_cache=False,
+            attn_implementation="eager",  # the fused one has no forward derivative
+        )
+        self.inner = MixtralForCausalLM(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(input_ids=tokens).logits.mT
+
+
 def _sequences(vocabulary: int, positions: int) -> Callable[[int], Batch]:
     """Random tokens, each the label of the one before it."""
 
     def data(examples: int) -> Batch:
         tokens = torch.randint(vocabulary, (examples, positions + 1), generator=torch.Generator().manual_seed(2))
         return tokens[:, :-1], tokens[:, 1:]
+
+    return data
+
+
+def _labelled_sequences(vocabulary: int, positions: int) -> Callable[[int], Batch]:
+    """Random tokens, with one label for all of them."""
+
+    def data(examples: int) -> Batch:
+        generator = torch.Generator().manual_seed(2)
+        tokens = torch.randint(vocabulary, (examples, positions), generator=generator)
+        return tokens, torch.randint(10, (examples,), generator=generator)
 
     return data
 
@@ -332,6 +440,7 @@ _EXACT_ENTRIES = ("dense", "blockdiag", "jacobian")
 _GRAM = ("gram", "gram_one_batch")
 _SOLVES = ("kfac_first_solve", "kfac_solve_1", "kfac_solve_320")
 _PRODUCTS = tuple(job for job in JOBS if "product" in job)
+_ONE_COTANGENT = ("kfac_mc", "kfac_ef", "diag_ef", "trace_ef")
 _HESSIAN = ("hessian_trace", "hessian_top", "hessian_density")
 _TRAINING = tuple(job for job in JOBS if job.startswith("ten_steps"))
 #: Its minibatch.
@@ -411,7 +520,7 @@ SETTINGS = {
         32,
         8,
         small=4,
-        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS, *INFLUENCE),
+        jobs=(*_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),
         trial=Setting(
             partial(_Transformer, vocabulary=20, positions=6, width=16, depth=2, heads=2),
             _sequences(20, 6),
@@ -420,6 +529,58 @@ SETTINGS = {
             small=4,
             jobs=(),
         ),
+    ),
+    "vit": Setting(
+        partial(_VisionTransformer, side=32, patch=4, width=64, depth=4, heads=4),
+        _noise_images,
+        128,
+        32,
+        small=4,
+        jobs=("kfac", "diag", "diag_mc", *_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),
+        trial=Setting(
+            partial(_VisionTransformer, side=8, patch=4, width=16, depth=2, heads=2),
+            partial(_noise_images, side=8),
+            4,
+            2,
+            small=4,
+            jobs=(),
+        ),
+        everything=True,
+    ),
+    "lstm": Setting(
+        partial(_Lstm, vocabulary=100, width=64, hidden=128, depth=2),
+        _labelled_sequences(100, 32),
+        128,
+        32,
+        small=4,
+        jobs=("kfac", "diag", "diag_mc", *_ONE_COTANGENT, *_PRODUCTS),
+        trial=Setting(
+            partial(_Lstm, vocabulary=10, width=6, hidden=8, depth=2),
+            _labelled_sequences(10, 5),
+            4,
+            2,
+            small=4,
+            jobs=(),
+        ),
+        everything=True,
+    ),
+    "experts": Setting(
+        partial(_Experts, vocabulary=500, positions=32, width=64, hidden=36, depth=2),
+        _sequences(500, 32),
+        128,
+        32,
+        small=4,
+        jobs=(*_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),
+        trial=Setting(
+            partial(_Experts, vocabulary=20, positions=6, width=16, hidden=8, depth=2),
+            _sequences(20, 6),
+            4,
+            2,
+            small=4,
+            jobs=(),
+        ),
+        everything=True,
+        needs="transformers",
     ),
 }
 
@@ -439,7 +600,7 @@ LARGE = {
         64,
         16,
         small=4,
-        jobs=("kfac_mc", "kfac_ef", "diag_ef", "trace_ef", *_PRODUCTS),
+        jobs=(*_ONE_COTANGENT, *_PRODUCTS),
     ),
 }
 

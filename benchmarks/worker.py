@@ -36,6 +36,7 @@ def describe(contender: Any) -> dict[str, Any]:
         "settings": jobs_of(SETTINGS),
         "large": jobs_of(LARGE),
         "sweeps": jobs_of(SWEEPS),
+        "missing": {name: setting.missing for name, setting in ALL.items() if setting.missing},
         "able": {name: able(contender, name, jobs) for name, jobs in jobs_of(ALL).items()},
     }
 
@@ -51,6 +52,8 @@ def jobs_of(settings: dict[str, Setting]) -> dict[str, list[str]]:
 
 def able(contender: Any, setting: str, jobs: list[str]) -> list[str]:
     """What a contender can do in a setting."""
+    if ALL[setting].missing:
+        return []
     lacks = contender.LACKS.get(setting, ())
     return [job for job in jobs if job in contender.JOBS and job not in lacks]
 

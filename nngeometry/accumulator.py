@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Block
+from .changes import uncast
 from .estimation import Estimation, Source
 from .identity import short, told, told_of_options
 from .layercollection import LayerCollection
@@ -121,6 +122,7 @@ class Accumulator:
         """
         return self._estimation.seen
 
+    @uncast
     def update(
         self,
         examples: Any,
@@ -189,6 +191,7 @@ class Accumulator:
         self._estimation.decay(value)
         return self
 
+    @uncast
     def matrix(self) -> PMat:
         """The matrix of what was seen. The accumulator goes on as if it had not been asked.
 

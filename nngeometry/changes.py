@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils import _python_dispatch
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C")
 
 #: Makes a change and returns what takes it back.
 Change = Callable[[], Callable[[], Any]]
@@ -246,6 +247,48 @@ def alone(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return run
+
+
+def uncast(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run outside of ``torch.autocast``, which would have matrices multiplied in lower precision.
+
+    >>> @uncast
+    ... def product(a, b):
+    ...     return a @ b
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     product(torch.eye(2), torch.eye(2)).dtype
+    torch.float32
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _is_cast_anywhere():
+            return function(*args, **kwargs)
+        around = [device for device in _CASTING if torch.is_autocast_enabled(device)]
+        with Changed(*(entered(torch.autocast(device, enabled=False)) for device in around)):
+            return function(*args, **kwargs)
+
+    return run
+
+
+_CASTING = ("cpu", "cuda")
+
+
+def is_cast() -> bool:
+    """Whether it is inside of ``torch.autocast``."""
+    return any(map(torch.is_autocast_enabled, _CASTING))
+
+
+#: The same in one call, since it is asked by every method of matrices.
+_is_cast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", is_cast)
+
+
+def with_methods_uncast(cls: type[C]) -> type[C]:
+    """A class whose own public methods are :func:`uncast`."""
+    for name, function in list(vars(cls).items()):
+        if isinstance(function, FunctionType) and not name.startswith("_"):
+            setattr(cls, name, uncast(function))
+    return cls
 
 
 def unrecorded(function: Callable[P, T]) -> Callable[P, T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -26,8 +27,8 @@ class EWC:
         matrix: A constructor: FIM, FIM_MonteCarlo, EmpiricalFisher, GGN, or a partial of one.
         strength: The factor of the penalty.
         decay: By what the weight of older tasks is multiplied after each new one, between 0 and 1; by default 1.
-        online: Whether to penalise distance from the weights after the last task alone, with one running matrix of all
-            tasks, so that memory does not grow with their number; by default not.
+        online: Whether to penalise distance from the weights after the last task alone, with one running matrix,
+            ``sum_t decay^age F_t``, so that memory does not grow with the number of tasks; by default not.
         **options: Of the matrix and of the representation.
 
     Example:
@@ -77,19 +78,30 @@ class EWC:
         """
         for F, _ in self._anchors:
             self._now(F, "consolidate")
-        running = self._running if self._online else self._make()
-        if self._online:
-            running.decay(self.decay)
-        running.update(loader)
+        running = self._with(loader) if self._online else self._make().update(loader)
         F = running.matrix()
         w = PVector.from_model(self.model, F.layer_collection).clone().detach()
+        if not bool(w.to_torch().isfinite().all()):
+            raise ValueError("consolidate: the weights are not finite: train the model with a smaller learning rate")
         if self._online:
+            self._running = running
             self._weight = 1 + self.decay * self._weight
             self._anchors = [(F, w)]
         else:
             self._anchors.append((F, w))
         self.tasks += 1
         return self
+
+    def _with(self, loader: Any) -> Accumulator:
+        """The running matrix with one more task, in which tasks count alike, whatever the numbers of their examples."""
+        running = copy.deepcopy(self._running)
+        if running.n == 0 or self.decay == 0:
+            return running.reset().update(loader)
+        task = running.ahead().update(loader)
+        old = self.decay * self._weight * task.n / running.n
+        if old > 1:
+            return running.take(task.decay(1 / old))
+        return running.decay(old).take(task)
 
     def penalty(self) -> Tensor:
         """The penalty to add to the loss: a scalar, differentiable in the parameters; zero before the first task."""
@@ -118,7 +130,7 @@ class EWC:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Self:
         """Replace the tasks by those of :meth:`state_dict`."""
-        if not isinstance(state, Mapping) or "anchors" not in state:
+        if not isinstance(state, Mapping) or set(state) != {"tasks", "weight", "online", "anchors", "running"}:
             raise ValueError("load_state_dict: expected what EWC.state_dict() gives")
         if bool(state["online"]) != self._online:
             raise ValueError(f"load_state_dict: the state is of online={state['online']}: make EWC with the same")

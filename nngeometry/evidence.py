@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -155,8 +155,16 @@ class Evidence:
 
     def check_definite(self, prior: Any, num_data: float) -> None:
         """Raise ``ValueError`` unless N F + d is positive definite, in the words of a prior."""
+        if isinstance(prior, Mapping) and min(prior.values()) == 0 and self.matrix.couples_layers:
+            name, of = min(prior, key=prior.__getitem__), type(self.matrix).__name__
+            raise ValueError(
+                f"prior_precision: it is zero for layer {name!r}, and {of} couples layers: give each a positive one, "
+                "or one number for all, which may be zero"
+            )
         if self.matrix.matrix_free:
             return
+        if not bool(self.matrix.trace().isfinite()):
+            raise ValueError("matrix: it has NaN or infinite entries: look at the parameters and the data")
         least, smallest, largest = self.smallest(prior, num_data)
         d = min(prior.values()) if isinstance(prior, Mapping) else prior
         eps = torch.finfo(self.matrix.dtype).eps
@@ -191,7 +199,7 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: PMat, s: Tensor, d: Tensor) -> Tensor:
         ctx.of = matrix * float(s), dict(zip(matrix.layer_collection, d.tolist(), strict=True))
-        ctx.save_for_backward(s)
+        ctx.save_for_backward(s, d)
         scaled, regul = ctx.of
         found: Tensor = scaled.logdet(regul)
         return found
@@ -199,10 +207,26 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
         scaled, regul = ctx.of
-        (s,) = ctx.saved_tensors
+        s, d = ctx.saved_tensors
         traces = torch.stack(list(scaled.inv(regul).trace(per_layer=True).values()))
-        d = traces.new_tensor(list(regul.values()))
-        return None, grad * (scaled.size(0) - d @ traces) / s, grad * traces
+        of_s, of_d = _Once.apply((scaled.size(0) - d.detach() @ traces) / s.detach(), s, d), _Once.apply(traces, s, d)
+        return None, grad * of_s, grad * of_d
+
+
+class _Once(torch.autograd.Function):
+    """A value that depends on others, by which it is not differentiated: it says so, rather than seem constant."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *of: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "log_marginal_likelihood: with a prior for each layer, of a matrix that couples layers, it has no second "
+            "derivative: use a matrix with a block for each layer (PMatBlockDiag, PMatKFAC, ...), or differences of "
+            "first ones"
+        )
 
 
 def _logdet(l: Tensor, what: str) -> Tensor:

@@ -16,7 +16,7 @@ from .changes import Borrowed, no_grad
 from .derivatives.pulling import BatchedVJP, operations_named
 from .forms import LayerJacobian
 from .layercollection import Layer, LayerCollection, Site
-from .likelihood import Cotangents, as_cotangents
+from .likelihood import Cotangents, Likelihood, as_cotangents
 from .linearisation import gauss_newton
 from .memory import chunk_length, slices, tuning
 from .model import data
@@ -111,6 +111,8 @@ class Generator(Probed):
     """
 
     jacobians = True
+    #: Of which the cotangents are the Fisher information, where that is known.
+    likelihood: Likelihood | None = None
 
     @arguments.called_as
     def __init__(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Block
+from .changes import uncast
 from .distributed import everything, require_same
 from .generator import Generator
 from .identity import checksum, in_training, of_model
@@ -48,6 +49,7 @@ OUTPUTS: dict[str, type[Layout]] = {
 }
 
 
+@uncast
 @arguments.called_as
 def GramMatrix(
     model: nn.Module,
@@ -176,6 +178,7 @@ def GramMatrix(
     return found if per_layer else found[""]
 
 
+@uncast
 @arguments.called_as
 def example_kernels(
     model: nn.Module,

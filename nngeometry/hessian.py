@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Operator
+from .changes import uncast
 from .generator import Generator, one_by_one, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents
@@ -72,6 +73,7 @@ class FiniteDifference:
                 arguments.number(f"FiniteDifference: {name}", value, above=0.0)
 
 
+@uncast
 @together
 @arguments.called_as
 def GGN(
@@ -167,6 +169,7 @@ def GGN(
     return representation(layer_collection=lc, generator=generator, examples=loader, **options)
 
 
+@uncast
 @together
 @arguments.called_as
 def GGN_MonteCarlo(
@@ -261,6 +264,7 @@ def GGN_MonteCarlo(
     return representation(layer_collection=lc, generator=source, examples=loader, **options)
 
 
+@uncast
 @together
 @arguments.called_as
 def Hessian(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .changes import uncast
 from .generator import Generator, rowwise
 from .layercollection import LayerCollection
 from .likelihood import Cotangents, each_output
@@ -21,6 +22,7 @@ from .undivided import Undivided
 MapRepresentation = type[PFMapDense] | Any
 
 
+@uncast
 @arguments.called_as
 def Jacobian(
     model: nn.Module,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .changes import uncast
 from .hessian import Hessian
 from .layercollection import LayerCollection
 from .losses import Loss
@@ -59,6 +60,7 @@ class Landscape:
         return float((line[middle + 1] - 2 * line[middle] + line[middle - 1]) / h.square())
 
 
+@uncast
 @arguments.called_as
 def landscape(
     model: nn.Module,
@@ -179,6 +181,7 @@ def landscape(
     )
 
 
+@uncast
 @arguments.called_as
 def along_eigenvectors(
     model: nn.Module,

@@ -212,8 +212,8 @@ class LayerCollection:
         if selectors:
             collection = collection.select(*selectors)
         if not collection.layers:
-            remedy = ": none has requires_grad=True; LayerCollection.from_model(model, frozen=True) has the others too"
-            hint = "" if frozen else remedy
+            others = ": none has requires_grad=True; LayerCollection.from_model(model, frozen=True) collects them too"
+            hint = "" if frozen else others
             raise ValueError(f"no parameters to collect in {type(model).__name__}{hint}")
         if registered:
             collection.sites(model)  # raises where a kind cannot apply

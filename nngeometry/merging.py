@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .linalg import cg
+from .linalg import cg, gaussian
 from .object import PMat, PVector
 
 
@@ -19,8 +20,8 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
     losses is least.
 
     A matrix is a mean over examples: for experts of unlike numbers of examples n_i, give ``n_i * F_i``. Sums that stay
-    in their representation are solved exactly, others (of Kronecker products) by conjugate gradients to 1e-10 (in
-    float32 to 1e-5).
+    in their representation are solved exactly, others (of Kronecker products, and of what is known by its products) by
+    conjugate gradients to 1e-10 (in float32 to 1e-5).
 
     Args:
         experts: Pairs of a model (or its weights as a PVector) and its matrix, on the same layers.
@@ -30,8 +31,8 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
         The weights, for :func:`~nngeometry.at` or ``copy_to_model``.
 
     Raises:
-        ValueError: If experts have other layers, weights are not finite, or a sum that stays in its representation is
-            singular to working precision.
+        ValueError: If experts have other layers, weights are not finite, or there is no single minimum: the sum is
+            singular to working precision, or has negative eigenvalues.
 
     Example:
         >>> from nngeometry import FIM, PMatKFAC
@@ -58,16 +59,20 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
                 "the layers that they share, which layer_collection= of their matrices chooses"
             )
     total: PMat = sum(matrices[1:], start=matrices[0])
-    share = r / len(experts)
+    # From the mean: along what no expert has curvature the step is zero but for rounding, however small regul is.
+    mean: PVector = sum(weights[1:], start=weights[0]) * (1 / len(weights))
     b: PVector = sum(
-        (F.mv(w) + share * w for F, w in zip(matrices[1:], weights[1:], strict=True)),
-        start=matrices[0].mv(weights[0]) + share * weights[0],
+        (F.mv(w - mean) for F, w in zip(matrices[1:], weights[1:], strict=True)),
+        start=matrices[0].mv(weights[0] - mean),
     )
-    rtol = max(1e-10, 100 * torch.finfo(total.dtype).eps)
-    if type(total) is type(matrices[0]) or total.matrix_free:
-        found: PVector = total.solve(b, regul=r, rtol=rtol)
-        return found
-    return PVector(b.layer_collection, _iterated(total, matrices, b.to_torch(), r, rtol))
+    if type(total) is not type(matrices[0]) or total.matrix_free:
+        return mean + PVector(b.layer_collection, _iterated(total, matrices, b.to_torch(), r))
+    try:
+        total.check_positive(r)
+        found: PVector = mean + total.solve(b, regul=r)
+    except ValueError as error:
+        raise ValueError(f"{_NO_MINIMUM.format(r)} ({error})") from error
+    return found
 
 
 def _weights(k: int, expert: Any, F: PMat) -> PVector:
@@ -82,14 +87,34 @@ def _weights(k: int, expert: Any, F: PMat) -> PVector:
     return w
 
 
-def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float, rtol: float) -> Tensor:
+def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float) -> Tensor:
     """``(total + regul)^-1 b`` by its products, with the mean of the experts' inverses for a preconditioner."""
-    inverses = [(len(matrices) * F).inv(max(regul, 1e-8 * float(F.trace()) / F.size(0))) for F in matrices]
+    solved = partial(
+        cg,
+        lambda rows: total.matvec(rows) + regul * rows,
+        preconditioner=None if total.matrix_free else _near(matrices, regul),
+    )
+    eps = torch.finfo(total.dtype).eps
+    try:
+        if regul == 0:  # b is in the range also of a singular sum, and what is drawn at random is not
+            draw = gaussian(1, len(b), like=total.like, generator=torch.Generator().manual_seed(0))
+            solved(draw, rtol=max(1e-6, 100 * eps))
+        return solved(b.unsqueeze(0), rtol=max(1e-10, 100 * eps)).x[0]
+    except RuntimeError as error:
+        raise ValueError(f"{_NO_MINIMUM.format(regul)} ({error})") from error
 
-    def condition(rows: Tensor) -> Tensor:
-        return torch.stack([inverse.matvec(rows) for inverse in inverses]).mean(0)
 
-    return cg(lambda rows: total.matvec(rows) + regul * rows, b.unsqueeze(0), rtol=rtol, preconditioner=condition).x[0]
+def _near(matrices: list[PMat], regul: float) -> Callable[[Tensor], Tensor]:
+    """The mean of the experts' inverses."""
+    shifts = [max(regul, 1e-8 * float(F.trace()) / F.size(0)) or 1.0 for F in matrices]
+    inverses = [(len(matrices) * F).inv(shift) for F, shift in zip(matrices, shifts, strict=True)]
+    return lambda rows: torch.stack([inverse.matvec(rows) for inverse in inverses]).mean(0)
 
+
+_NO_MINIMUM = (
+    "regul: with {:g} the sum of the matrices is not positive definite to working precision, so no single point makes "
+    "the losses of the experts least: give a larger regul, with which directions without curvature get the mean of the "
+    "experts, and matrices without negative eigenvalues (FIM or GGN)"
+)
 
 __test__ = {merge.__name__: merge.__doc__ or ""}

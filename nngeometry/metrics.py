@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
+from .changes import uncast
 from .generator import CotangentFunction, Curvature, Generator, OfSeveral, rowwise
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Cotangents, Likelihood, likelihood_of, of_covariance
@@ -27,6 +28,7 @@ from .undivided import Undivided, UndividedLoss, all_rows, curvature_of_rows, ea
 Representation = Callable[..., Any]
 
 
+@uncast
 @together
 @arguments.called_as
 def FIM(
@@ -117,9 +119,11 @@ def FIM(
         options,
         each_row,
         curvature=curvature,
+        likelihood=likelihood,
     )
 
 
+@uncast
 @together
 @arguments.called_as
 def FIM_MonteCarlo(
@@ -211,9 +215,11 @@ def FIM_MonteCarlo(
         options,
         all_rows,
         seed=seed,
+        likelihood=likelihood,
     )
 
 
+@uncast
 @together
 @arguments.called_as
 def EmpiricalFisher(
@@ -282,6 +288,7 @@ def EmpiricalFisher(
     return _of_gradients(loss, targets, model, loader, representation, n_output, layer_collection, how, options)
 
 
+@uncast
 @together
 @arguments.called_as
 def GradientCovariance(
@@ -479,6 +486,7 @@ def _matrix(
     laid: Callable[[Cotangents, int], Cotangents],
     curvature: Curvature | None = None,
     seed: int = 0,
+    likelihood: Likelihood | None = None,
 ) -> PMat:
     """laid: how the cotangents of rows become those of a minibatch that counts as one example."""
     lc = _checked(model, loader, representation, n_output, layer_collection, how, options)
@@ -486,6 +494,7 @@ def _matrix(
         cotangents = of_rows(cotangents, laid)
         curvature = None if curvature is None else curvature_of_rows(curvature)
     source = _source(model, lc, cotangents, n_output, {**how, "curvature": curvature, "seed": seed})
+    source.likelihood = likelihood
     return _represented(source, loader, representation, options)
 
 

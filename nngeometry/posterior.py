@@ -26,6 +26,7 @@ from .losses.targets import Targets, selected
 from .memory import chunk_length, slices
 from .model import data as examples
 from .object import PMat, PVector, at
+from .objective import in_eval_mode
 
 #: How the mean of y is computed.
 HOW = ("probit", "mc", "samples", "bridge")
@@ -46,11 +47,12 @@ class Posterior:
     A posterior is a value: :meth:`fit_prior` and :meth:`update` return another one.
 
     Args:
-        model: The trained model, in eval mode.
+        model: The trained model. Predictions and the evidence are of it in eval mode, whatever mode it is in.
         matrix: F, a PMat; or an Accumulator of it, which :meth:`update` goes on with. It must be that of the likelihood
             (``variant=``), of the mean over examples, as the constructors make it.
         likelihood: What the outputs mean, a name as in :func:`~nngeometry.FIM` or a Likelihood. For regression
-            ``Gaussian(variance)`` has the variance of the observation noise, 1 by default, in F and here.
+            ``Gaussian(variance)`` has the variance of the observation noise, 1 by default, in F and here. One that F is
+            known not to be of is refused.
         num_data: N, the number of training examples. Of an Accumulator by default those that it has seen.
         prior_precision: Of the normal prior with mean zero, in units of the parameters: one number, or a dict of one
             for each layer.
@@ -61,8 +63,8 @@ class Posterior:
         function: As in :func:`~nngeometry.FIM`.
 
     Raises:
-        ValueError: If the precision is not positive definite, the accumulator has seen nothing, or ``num_data`` is not
-            the number of examples of the data.
+        ValueError: If the precision is not positive definite, the accumulator has seen nothing, F is of another
+            likelihood, or ``num_data`` is not the number of examples of the data.
 
     Example:
         >>> from nngeometry import FIM, PMatKFAC
@@ -114,6 +116,7 @@ class Posterior:
         self.accumulator = running
         self.matrix: PMat = matrix.matrix() if isinstance(matrix, Accumulator) else matrix
         self.likelihood = likelihood_of(likelihood)
+        _check_same(self.matrix, self.likelihood)
         self._named = likelihood if isinstance(likelihood, str) else None
         self.num_data = arguments.number("num_data", num_data, above=0.0)
         self.temperature = arguments.number("temperature", temperature, above=0.0)
@@ -121,8 +124,8 @@ class Posterior:
         self._targets = targets
         self._data = data
         lc = self.matrix.layer_collection
-        if mean is None:
-            mean = PVector.from_model(model, lc).clone()
+        own = PVector.from_model(model, lc)  # raises for another model
+        mean = own.clone() if mean is None else mean
         arguments.instance("mean", mean, PVector, "make one with PVector.from_model(model)")
         self.mean = mean.on(lc).detach().to(self.matrix.device, self.matrix.dtype)
         if not bool(self.mean.to_torch().isfinite().all()):
@@ -224,7 +227,8 @@ class Posterior:
             how: "probit": of the linearised outputs, ``f / sqrt(1 + pi v / 8)`` for logits with variance v; exact for
                 Gaussian and Poisson. "mc": the mean over draws of the linearised outputs, with their covariance.
                 "samples": over draws of the parameters, of the model itself. "bridge": the Dirichlet distribution of
-                the Laplace bridge, for classes.
+                the Laplace bridge, for classes; the farther off, the less alike the variances of logits are, and not
+                the softmax where they vanish.
             samples: How many draws.
             generator: Of these.
 
@@ -326,25 +330,30 @@ class Posterior:
         try:
             yield
         except RuntimeError as error:
-            if not self.matrix.matrix_free or "positive definite" not in str(error):
+            if not self.matrix.matrix_free or not any(w in str(error) for w in ("positive definite", "residual")):
                 raise
             prior = plain_prior(self.prior_precision)
             least = min(prior.values()) if isinstance(prior, Mapping) else prior
             raise ValueError(
-                f"prior_precision: with {least:g} the precision is singular, as far as its products tell: give a "
-                f"larger one ({error})"
+                f"prior_precision: with {least:g} the precision is singular to working precision, as far as its "
+                f"products tell: give a larger one ({error})"
             ) from error
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         batches = self._batches(x)
         total: Any = 0.0
-        for draw in self.sample(samples, generator):
-            with at(self.model, self._cast(draw)):
-                total = total + self.likelihood.mean(self._outputs(batches))
+        draws = self.sample(samples, generator)
+        with in_eval_mode(self.model):
+            for draw in draws:
+                with at(self.model, self._cast(draw)):
+                    total = total + self.likelihood.mean(self._outputs(batches))
         return total / samples
 
-    def _at_mean(self) -> Any:
-        return at(self.model, self._cast(self.mean))
+    @contextmanager
+    def _at_mean(self) -> Iterator[None]:
+        """Hold the model at the mean, in eval mode, whatever mode it is in."""
+        with at(self.model, self._cast(self.mean)), in_eval_mode(self.model):
+            yield
 
     def _cast(self, vector: PVector) -> PVector:
         """A vector in the dtype and on the device of the model."""
@@ -458,9 +467,14 @@ class Posterior:
                 "update: a matrix does not say how it is made of more data: make the posterior of an Accumulator, "
                 "Posterior(model, Accumulator(FIM, model, PMatKFAC).update(loader))"
             )
+        theirs, lc = self.accumulator.model, self.layer_collection
+        if any(a is not b for a, b in zip(lc.parameters(theirs), lc.parameters(self.model), strict=True)):
+            raise ValueError(
+                "update: the accumulator runs another model than that of the posterior: make both of the same one"
+            )
         batches = self._batches(loader, "loader")
         running = copy.deepcopy(self.accumulator)
-        with self._at_mean():
+        with at(self.model, self._cast(self.mean)):
             running.update(batches)
         added, matrix = running.n - self.accumulator.n, running.matrix()
         made = self._with(
@@ -578,6 +592,17 @@ class Posterior:
         self._own_noise()
         arguments.number("noise", noise.detach() if isinstance(noise, Tensor) else noise, above=0.0)
         return self._tensor(noise)
+
+
+def _check_same(matrix: PMat, likelihood: Likelihood) -> None:
+    """Raise if a matrix is known to be that of another likelihood."""
+    of = getattr(matrix.generator, "likelihood", None)
+    noises = [one.variance for one in (of, likelihood) if isinstance(one, Gaussian)]
+    if of is not None and (type(of) is not type(likelihood) or len(set(noises)) > 1):
+        raise ValueError(
+            f"likelihood: the matrix is that of {of}, and the posterior of {likelihood}: give both the same, "
+            "FIM(..., variant=likelihood) and Posterior(..., likelihood)"
+        )
 
 
 _OURS: dict[str, Any] = {of.__name__: of for of in (Bernoulli, Categorical, Gaussian, Poisson)}

@@ -273,8 +273,7 @@ def _layers(looked: _Looked, page: _Page) -> None:
     page.add(
         "Layers",
         "For each layer its number of parameters; the trace of its block of the Hessian, with a standard error; the "
-        f"eigenvalue of largest magnitude of that block, by {steps} steps of power iteration, which is a lower bound "
-        "of the magnitude"
+        f"eigenvalue of largest magnitude of that block, by {steps} steps of power iteration, which is a lower bound"
         f"{'' if len(chosen) == len(slices) else ' (- where the time did not allow it)'}; and the norm of its weights. "
         "Curvature per parameter says where a step is felt most.",
         as_html("", ["layer", "kind", "size", "trace", "top eigenvalue", "norm"], rows),

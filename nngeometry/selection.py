@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .changes import unrecorded
 from .jacobian import Jacobian
 from .layercollection import LayerCollection
 from .likelihood import VARIANTS, Likelihood, likelihood_of
-from .memory import require
+from .memory import chunk_length, require, slices
 from .model import data
 from .object import FMat
 from .object.kernel_layouts import positions
@@ -52,6 +52,8 @@ def fisher_embeddings(
         cotangents = family.sqrt(f)
         s = cotangents.take(0, cotangents.count).flatten(2)
         found.append(torch.einsum("rnc,cnp->nrp", s, J))
+    if not found:
+        raise ValueError("loader: there was no minibatch in it: pass at least one")
     return torch.cat(found)
 
 
@@ -83,6 +85,9 @@ def bait(
     Returns:
         Positions ``(k,)``, in the order of their choice.
 
+    Raises:
+        ValueError: If there are fewer than k examples without a label, or regul is lost in rounding.
+
     Example:
         >>> bait(torch.eye(3).unsqueeze(1) * torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1), 2).tolist()
         [1, 2]
@@ -94,6 +99,8 @@ def bait(
         raise ValueError(f"embeddings: expected (n, r, P), got {tuple(embeddings.shape)}: see fisher_embeddings")
     n, _, p = embeddings.shape
     k = arguments.integer("k", k, least=0)
+    if not embeddings.is_floating_point():
+        raise TypeError(f"embeddings: expected real numbers, got {embeddings.dtype}: see fisher_embeddings")
     if not bool(embeddings.isfinite().all()):
         raise ValueError("embeddings: there are NaN or infinite entries: look at the parameters of the model")
     known = torch.zeros(n, dtype=torch.bool, device=embeddings.device)
@@ -103,41 +110,57 @@ def bait(
         raise ValueError(f"k={k}: there are {n - int(known.sum())} examples without a label")
     most = arguments.number("oversample", oversample, least=1.0)
     regul = arguments.number("regul", regul, above=0.0)
-    require(
-        p * p * embeddings.element_size(), f"bait: a matrix of {p} parameters", "take fewer layers", embeddings.device
-    )
-    flat = embeddings.flatten(0, 1)
-    F = flat.T @ flat / n
-    start = embeddings[known].flatten(0, 1)
-    inverse = torch.linalg.inv(start.T @ start + regul * torch.eye(p, dtype=F.dtype, device=F.device))
+    require(8 * p * p, f"bait: a matrix of {p} parameters", "take fewer layers", embeddings.device)
+    # In float64, and an inverse of its own in each step: both regul and the differences between examples may be small
+    # beside the sums, and that costs less than to look at all examples.
+    F = _sum(embeddings)
+    least = 1e5 * torch.finfo(F.dtype).eps * float(F.trace())
+    if regul < least:
+        raise ValueError(
+            f"regul={regul:g}: that is lost in rounding beside the Fisher matrices, whose traces sum to "
+            f"{float(F.trace()):.3g}: give at least {2 * least:.1g}"
+        )
+    M = _sum(embeddings[known]) + regul * torch.eye(p, dtype=F.dtype, device=F.device)
     chosen: list[int] = []
     for _ in range(min(n - int(known.sum()), max(k, round(most * k)))):
-        gain = _change(embeddings, inverse, F, 1.0).masked_fill(known, -torch.inf)
-        best = int(gain.argmax())
-        inverse = _moved(inverse, embeddings[best], 1.0)
+        best = int(_change(embeddings, M, F / n, 1.0).masked_fill(known, -torch.inf).argmax())
+        M = M + _sum(embeddings[best : best + 1])
         known[best] = True
         chosen.append(best)
     while len(chosen) > k:
-        loss = _change(embeddings[chosen], inverse, F, -1.0)
-        worst = int(loss.argmax())
-        inverse = _moved(inverse, embeddings[chosen.pop(worst)], -1.0)
+        worst = chosen.pop(int(_change(embeddings[chosen], M, F / n, -1.0).argmax()))
+        M = M - _sum(embeddings[worst : worst + 1])
     return torch.tensor(chosen, dtype=torch.int64, device=embeddings.device)
 
 
-def _change(V: Tensor, inverse: Tensor, F: Tensor, sign: float) -> Tensor:
+def _sum(V: Tensor) -> Tensor:
+    """``sum_x V_x^T V_x``, in float64."""
+    total = torch.zeros(V.shape[2], V.shape[2], dtype=torch.float64, device=V.device)
+    for b in _few(V):
+        rows = V[b].flatten(0, 1).double()
+        total += rows.T @ rows
+    return total
+
+
+def _change(V: Tensor, M: Tensor, F: Tensor, sign: float) -> Tensor:
     """By how much ``tr(M^-1 F)`` falls when ``sign V_x^T V_x`` is added to M, for each x."""
-    half = V @ inverse
-    inner = torch.eye(V.shape[1], dtype=V.dtype, device=V.device) + sign * half @ V.mT
-    weighted = half @ F @ half.mT
-    return sign * torch.linalg.solve(inner, weighted).diagonal(dim1=1, dim2=2).sum(1)
+    L = torch.linalg.cholesky(M)
+    found = []
+    for b in _few(V):
+        own = V[b].double()
+        rows = own.flatten(0, 1).T
+        # By triangular systems: of an inverse there would be nothing left where V_x is alone in some direction.
+        root = torch.linalg.solve_triangular(L, rows, upper=False)
+        half = torch.linalg.solve_triangular(L.T, root, upper=True).T.reshape(own.shape)
+        root = root.T.reshape(own.shape)
+        inner = torch.eye(V.shape[1], dtype=L.dtype, device=L.device) + sign * root @ root.mT
+        found.append(sign * torch.linalg.solve(inner, half @ F @ half.mT).diagonal(dim1=1, dim2=2).sum(1))
+    return torch.cat(found)
 
 
-def _moved(inverse: Tensor, v: Tensor, sign: float) -> Tensor:
-    """``(M + sign v^T v)^-1`` from ``M^-1``."""
-    half = v @ inverse
-    inner = torch.eye(len(v), dtype=v.dtype, device=v.device) + sign * half @ v.T
-    made = inverse - sign * half.T @ torch.linalg.solve(inner, half)
-    return (made + made.T) / 2
+def _few(V: Tensor) -> Iterator[slice]:
+    """Examples, as many at a time as work arrays in float64 have room for."""
+    return slices(len(V), chunk_length(4 * 8 * V[:1].numel(), len(V), V.device))
 
 
 @unrecorded
@@ -169,11 +192,19 @@ def greedy(K: FMat | Tensor, k: int, *, labelled: Tensor | None = None, regul: f
         entries = entries[None, :, None, :]
     if entries.ndim != 4 or entries.shape[:2] != entries.shape[2:]:
         raise ValueError(f"K: expected (n, n) or (C, n, C, n), got {tuple(entries.shape)}: use another output=")
+    if not bool(entries.isfinite().all()):
+        raise ValueError("K: there are NaN or infinite entries: look at the parameters of the model")
+    apart, size = float((entries - entries.permute(2, 3, 0, 1)).norm()), float(entries.norm())
+    if apart > 1e-3 * size:
+        raise ValueError(
+            f"K: it differs from its transpose by {apart / size:.1g} of its norm: pass the kernel of all examples with "
+            "themselves"
+        )
     c, n = entries.shape[:2]
     k = arguments.integer("k", k, least=0)
     regul = arguments.number("regul", regul, above=0.0)
     known = torch.zeros(n, dtype=torch.bool, device=entries.device)
-    before = [] if labelled is None else positions(labelled, n, entries.device).tolist()
+    before = [] if labelled is None else positions(labelled, n, entries.device).unique().tolist()
     if k > n - len(before):
         raise ValueError(f"k={k}: there are {n - len(before)} examples without a label")
     blocks = entries.permute(1, 3, 0, 2)  # (n, n, C, C)

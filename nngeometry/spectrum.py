@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import arguments
 from .blocks.operator import drawn_alike
-from .changes import no_grad
+from .changes import no_grad, uncast
 from .linalg import Density, Estimate, Quadrature, eigsh, gaussian, slq
 from .linalg.base import Matvec
 from .linalg.lanczos import Which
@@ -248,6 +248,7 @@ class Spectrum:
         return share * value + exact / self.size, share * error
 
 
+@uncast
 @arguments.called_as
 def spectral_density(
     F: PMat,
@@ -321,6 +322,7 @@ def spectral_density(
     return Spectrum(bulk, exact.double().cpu(), size, min(steps, free), spent + bulk.products)
 
 
+@uncast
 @arguments.called_as
 def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     """The spectra of the diagonal blocks of the layers, by name.
@@ -347,12 +349,13 @@ def layer_spectra(F: PMat, **options: Any) -> dict[str, Spectrum]:
     return spectra
 
 
+@uncast
 @arguments.called_as
 def effective_dimension(F: PMat, regul: float) -> Tensor:
     """How many directions the data determine: ``tr(F (F + regul)^-1) = sum_i l_i / (l_i + regul)``.
 
     Of a posterior with precision ``N F + d`` it is the number of parameters that the data, rather than the prior, have
-    settled, with regul = d / N.
+    settled, with regul = d / N. Negative eigenvalues, which a Hessian may have, count as the formula says.
 
     Args:
         F: A representation that holds entries; for one known by its products use :func:`spectral_density`.
@@ -360,6 +363,9 @@ def effective_dimension(F: PMat, regul: float) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: If F + regul is not positive definite, or regul is lost in rounding.
 
     Example:
         >>> from nngeometry import GGN, PMatKFAC
@@ -378,6 +384,20 @@ def effective_dimension(F: PMat, regul: float) -> Tensor:
             "spectral_density(F).sum(lambda l: l / (l + regul)), which says how far off it may be"
         )
     l = F.eigenvalues()
+    least, largest, eps = float(l.min()), float(l.abs().max()), torch.finfo(l.dtype).eps
+    noise = 16 * len(l) ** 0.5 * eps * largest
+    if least < -noise and least + r <= noise:
+        raise ValueError(
+            f"effective_dimension: the matrix has the eigenvalue {least:.3g}, so with regul={r:g} no posterior whose "
+            "parameters could be counted: use GGN or FIM, which have none below zero (in every representation but "
+            "PMatQuasiDiag), or a larger regul"
+        )
+    if r <= 4 * eps * largest:
+        raise ValueError(
+            f"effective_dimension: regul={r:g} is lost in rounding beside eigenvalues that reach {largest:.3g} in "
+            f"{l.dtype}: give at least {10 * noise:.1g}, or the matrix in float64"
+        )
+    l = torch.where(l.abs() <= noise, l.clamp(min=0), l)  # of a singular matrix some are below zero by rounding
     return (l / (l + r)).sum()
 
 
@@ -399,6 +419,7 @@ class ExtremePairs:
     products: int
 
 
+@uncast
 @arguments.called_as
 def extreme_eigenpairs(
     F: PMat, k: int, which: Which = "largest", *, verbose: bool = False, **options: Any

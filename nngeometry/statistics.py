@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .changes import Borrowed, modes_kept, no_grad, recording
+from .changes import Borrowed, modes_kept, no_grad, recording, uncast
 from .hessian import Hessian
 from .layercollection import LayerCollection
 from .linalg import Estimate
@@ -154,6 +154,7 @@ class Trajectory:
         return [(str(at), of) for at, of in self.at.items()]
 
 
+@uncast
 @arguments.called_as
 def loss_statistics(
     model: nn.Module,
@@ -277,6 +278,7 @@ def loss_statistics(
     )
 
 
+@uncast
 @arguments.called_as
 def loss_trajectory(
     model: nn.Module, checkpoints: Mapping[Any, Mapping[str, Tensor]], loader: Any, *args: Any, **options: Any

@@ -30,7 +30,7 @@ def net(outputs=3):
 )
 def test_one_logit_by_name_and_several_outputs(ask):
     model = net()
-    F = FIM(model, (X,), PMatKFAC)
+    F = FIM(model, (X,), PMatKFAC, Bernoulli())
     data = X, torch.ones(8, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r'classif_binary_logits.*returns 3.*"classif_logits".*Bernoulli\(\)'):
         ask(Posterior(model, F, "classif_binary_logits", num_data=8, data=data))

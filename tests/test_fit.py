@@ -17,9 +17,12 @@ from nngeometry import (
     GGN,
     EmpiricalFisher,
     FIM_MonteCarlo,
+    FVector,
     Gaussian,
     Generator,
     GradientCovariance,
+    GramMatrix,
+    Jacobian,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
@@ -524,6 +527,71 @@ def test_float32_and_bfloat16():
     F = FIM(model, batch, PMatImplicit)
     assert F.dtype == torch.float32
     assert oracle.relative(F.mv(v).to_torch().double(), exact[PMatDense] @ v.to_torch().double()) < 0.1
+
+
+@pytest.mark.parametrize("output", [torch.bfloat16, torch.float32])
+def test_models_that_open_autocast(output):
+    """As precise as what it computes in, with statistics in single precision."""
+    model, batch, _ = CASES["convnet"].make(6)
+    exact = {r: FIM(model, batch, r) for r in (PMatDense, PMatKFAC, PMatEKFAC, PMatDiag, PMatImplicit)}
+    v = PVector.from_model(model).clone().detach()
+    model, batch = model.float(), (batch[0].float(),)
+
+    def cast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x).to(output)
+
+    for representation, expected in exact.items():
+        found = FIM(model, batch, representation, function=cast)
+        assert found.dtype == torch.float32
+        Fv = found.mv(v.to(dtype=torch.float32)).to_torch().double()
+        assert oracle.relative(Fv, expected.mv(v).to_torch()) < 0.03
+
+
+@pytest.mark.parametrize("how", ["model", "autocast"])
+def test_statistics_of_half_precision_are_in_single(how):
+    """A sum of thousands of moments of the size of one comes to a halt in bfloat16, at 256."""
+    x, low = torch.randn(3000, 4).bfloat16(), torch.bfloat16
+    model = nn.Linear(4, 2).to(low if how == "model" else torch.float32)
+
+    def cast(x):
+        with torch.autocast("cpu", dtype=low):
+            return model(x)
+
+    for batches in ([(x,)], list(zip(x.split(100), strict=True))):
+        batches = [(b.float(),) for (b,) in batches] if how == "autocast" else batches
+        K = FIM(model, batches, PMatKFAC, "regression", function=cast if how == "autocast" else None)
+        kron = K.root.parts[0].block
+        a = torch.nn.functional.pad(x.double(), (0, 1), value=1.0)
+        assert oracle.relative(kron.right.to_dense().double(), a.T @ a / len(a)) < 1e-5
+        assert oracle.relative(kron.left.to_dense().double(), torch.eye(2)) < 1e-6
+        assert kron.right.dtype == kron.left.dtype == torch.float32
+
+
+def test_autocast_around_matrices_changes_nothing():
+    model, batch, _ = CASES["convnet"].make(6)
+    model, batch = model.float(), (batch[0].float(),)
+    v = PVector.from_model(model).clone().detach()
+
+    def computed():
+        for representation in (PMatDense, PMatBlockDiag, PMatKFAC, PMatEKFAC, PMatLowRank, PMatImplicit):
+            M = FIM(model, batch, representation)
+            yield M.mv(v).to_torch()
+            yield M.vTMv(v)
+            if representation is not PMatImplicit:
+                yield M.solve(v, regul=0.1).to_torch()
+                yield M.inv(0.1).trace()
+        K = GramMatrix(model, batch)
+        yield K.to_torch()
+        yield K.solve(K.mv(FVector(torch.ones(K.size()[:2], dtype=torch.float32))), regul=1.0).to_torch()
+        J = Jacobian(model, batch)
+        yield J.jvp(v).to_torch()
+        yield J.vjp(J.jvp(v)).to_torch()
+
+    plain = list(computed())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around = list(computed())
+    assert all(map(torch.equal, plain, around))
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

@@ -51,6 +51,12 @@ def _views(m, x):
     return F.linear(x, w, m.bias[2:4]) * F.linear(x, m.weight[4:5])
 
 
+def _without_some(m, x):
+    bias = m.bias.clone()
+    bias[1:3].zero_()
+    return F.linear(x, m.weight, bias)
+
+
 USES = {
     "linear": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, m.weight, m.bias)),
     "no bias": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, m.weight)),
@@ -74,6 +80,8 @@ USES = {
     "no axis of examples": (lambda: nn.Linear(D, D), lambda m, x: x * F.linear(torch.ones(T, D), m.weight, m.bias)),
     "convolution": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight, m.bias, padding=1)),
     "convolution, no bias": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight)),
+    "some of a bias": (lambda: nn.Linear(D, 4), _without_some),
+    "a bias times": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight, 2 * m.bias.exp())),
     "other groups": (lambda: nn.Conv1d(1, 4, 2), lambda m, x: F.conv1d(x, m.weight, m.bias, groups=T)),
     "same": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight, m.bias, padding="same", dilation=2)),
     "a convolution as a matrix": (lambda: nn.Conv1d(D, 4, 1), lambda m, x: F.linear(x, m.weight.squeeze(-1), m.bias)),
@@ -158,6 +166,13 @@ def test_kfac_of_parts():
 def test_what_is_computed_from_a_weight_is_refused():
     model, batch = net("linear")
     model[1].use = lambda m, x: F.linear(x, 2 * m.weight, m.bias)
+    with pytest.raises(NotImplementedError, match=r"layer '1.child' .*nngeometry.whole\(Using\)"):
+        FIM(model, batch, PMatDiag)
+
+
+def test_what_mixes_entries_of_a_bias_is_refused():
+    model, batch = net("linear")
+    model[1].use = lambda m, x: F.linear(x, m.weight, m.bias.flip(0))
     with pytest.raises(NotImplementedError, match=r"layer '1.child' .*nngeometry.whole\(Using\)"):
         FIM(model, batch, PMatDiag)
 

@@ -134,3 +134,22 @@ def test_a_layer_without_factors_is_named():
     with pytest.raises(NotImplementedError, match=r"layer '0' has no pair .*ekfac"):
         fitted(model, loader, "classification", "all", "kron", backend=ours.NNGeometryGGN)
     assert fitted(model, loader, "classification", "all", "ekfac").n_params == 36
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "blockdiag", "lowrank_ggn"])
+def test_what_was_not_fitted_says_so(structure):
+    model, x, _, loader = problem("classification")
+    la = laplace.Laplace(model, "classification", "all", structure)
+    for ask in (lambda: la(x), lambda: la.sample(1), la.log_marginal_likelihood, lambda: la.posterior_precision):
+        with pytest.raises(AttributeError, match="not fitted"):
+            ask()
+    with pytest.raises(ValueError, match="fit: train_loader yielded no minibatch"):
+        la.fit([])
+    la.fit(loader)
+    other = laplace.Laplace(model, "classification", "all", structure)
+    other.load_state_dict(la.state_dict())
+    assert torch.equal(other(x), la(x))
+    state = torch.get_rng_state()
+    one, two = (la.sample(2, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(one, two)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -14,6 +14,7 @@ from nngeometry import (
     Accumulator,
     Bernoulli,
     Categorical,
+    FIM_MonteCarlo,
     Gaussian,
     Hessian,
     LayerCollection,
@@ -305,7 +306,7 @@ def test_draws_of_a_linear_model_are_those_of_its_outputs():
     model, x = nn.Linear(3, 4), torch.randn(6, 3)
     posterior = Posterior(model, FIM(model, (x,), PMatDense), num_data=6)
     a, b = (
-        posterior.predict(x, how, 20000, torch.Generator().manual_seed(k)) for k, how in enumerate(["mc", "samples"])
+        posterior.predict(x, how, 5000, torch.Generator().manual_seed(k)) for k, how in enumerate(["mc", "samples"])
     )
     assert float((a - b).abs().max()) < 0.03
 
@@ -450,6 +451,24 @@ def test_an_update_is_the_posterior_of_all_data(representation):
     assert bool(again.log_marginal_likelihood().isfinite())
 
 
+def test_another_model_is_told(tmp_path):
+    model, x, y = net()
+    posterior = Posterior(net(1)[0], Accumulator(FIM, model, PMatKFAC).update((x,)), data=(x, y))
+    with pytest.raises(ValueError, match="update: the accumulator runs another model"):
+        posterior.update((x, y))
+    posterior.save(tmp_path / "posterior.pt")
+    with pytest.raises(ValueError, match="the layer collection is of another model"):
+        Posterior.load(tmp_path / "posterior.pt", nn.Linear(4, 3))
+
+
+def test_a_prior_that_products_in_single_precision_do_not_resolve():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).float(), 3 * torch.randn(9, 4, dtype=torch.float32)
+    F = FIM(model, (x,), PMatImplicit)
+    with pytest.raises(ValueError, match="prior_precision: with 1e-07 the precision is singular"):
+        Posterior(model, F, num_data=9, prior_precision=1e-7).variance(torch.randn(2, 4, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("likelihood", [Gaussian(0.3), Poisson(), "regression", Bernoulli()])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_save_and_load(tmp_path, likelihood, per_layer):
@@ -493,7 +512,7 @@ def test_float32():
 
 def test_bad_input_is_named():
     model, x, y = net()
-    F = FIM(model, (x,), PMatDense)
+    F, R = FIM(model, (x,), PMatDense), FIM(model, (x,), PMatDense, "regression")
     cases = [
         (TypeError, "matrix: expected a PMat", lambda: Posterior(model, FIM, num_data=9)),
         (ValueError, "has seen nothing", lambda: Posterior(model, Accumulator(FIM, model, PMatKFAC))),
@@ -517,7 +536,7 @@ def test_bad_input_is_named():
             lambda: Posterior(model, F, num_data=8, data=(x, y)).log_likelihood(),
         ),
         (TypeError, "of an Accumulator", lambda: Posterior(model, F, num_data=9).update((x,))),
-        (ValueError, "is for classes", lambda: Posterior(model, F, "regression", num_data=9).predict(x, "bridge")),
+        (ValueError, "is for classes", lambda: Posterior(model, R, "regression", num_data=9).predict(x, "bridge")),
         (
             ValueError,
             "is that of a regression",
@@ -531,7 +550,7 @@ def test_bad_input_is_named():
         (
             ValueError,
             "Gaussian: targets of shape",
-            lambda: Posterior(model, F, "regression", num_data=9, data=(x, y)).log_likelihood(),
+            lambda: Posterior(model, R, "regression", num_data=9, data=(x, y)).log_likelihood(),
         ),
         (
             ValueError,
@@ -547,9 +566,126 @@ def test_bad_input_is_named():
 def test_likelihood_and_outputs_that_disagree():
     torch.manual_seed(0)
     model, x = nn.Linear(3, 1), torch.randn(8, 3)
-    posterior = Posterior(model, FIM(model, (x,), PMatDense, "regression"), "classif_logits", num_data=8)
+    F = FIM(model, (x,), PMatDense, "regression")
+    posterior = Posterior(model, 1.0 * F, "classif_logits", num_data=8)  # a product does not say what it is of
     with pytest.raises(ValueError, match="has 1 class"):
         posterior.predict(x)
+
+
+@pytest.mark.parametrize("of", ["regression", Gaussian(0.2), "classif_binary_logits", "classif_logits", Poisson()])
+@pytest.mark.parametrize("other", ["regression", Gaussian(0.2), Bernoulli(), "segmentation_logits", Poisson()])
+def test_a_matrix_of_another_likelihood(of, other):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(8, 3)
+    alike = {
+        ("classif_binary_logits", Bernoulli()),
+        ("classif_logits", "segmentation_logits"),
+        *((one, one) for one in ("regression", Gaussian(0.2), Poisson())),
+    }
+    for F in (FIM(model, (x,), PMatKFAC, of), Accumulator(FIM_MonteCarlo, model, PMatDiag, variant=of).update((x,))):
+        if (of, other) in alike:
+            assert Posterior(model, F, other, num_data=8).variance(x).shape == (8, 2)
+            continue
+        with pytest.raises(ValueError, match=r"^likelihood: the matrix is that of .* give both the same"):
+            Posterior(model, F, other, num_data=8)
+
+
+def test_predictions_are_those_in_eval_mode():
+    """Whatever mode the model is in, which is left alone, as are its statistics and the random numbers of others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    oracle.randomise(model)
+    x, y = torch.randn(9, 4), torch.randint(3, (9,))
+    posterior = Posterior(model, FIM(model, (x,), PMatKFAC), num_data=9, data=(x, y))
+
+    def found():
+        one = Posterior(model, posterior.matrix, num_data=9, data=(x, y))
+        predictions = [one.predict(x, how, 3, torch.Generator().manual_seed(0)) for how in ("probit", "mc", "samples")]
+        return [*predictions, one.variance(x), one.information(x), one.log_marginal_likelihood()]
+
+    expected = found()
+    model.train()
+    model[2].eval()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    for a, b in zip(found(), expected, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model] == [True, True, False, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatLowRank, PMatImplicit])
+def test_a_prior_of_zero_for_one_of_coupled_layers(representation):
+    model, x, _ = net()
+    prior = dict.fromkeys(LayerCollection.from_model(model), 1.0) | {"4": 0.0}
+    with pytest.raises(ValueError, match=r"prior_precision: it is zero for layer '4', and .* couples layers"):
+        Posterior(model, FIM(model, (x,), representation), num_data=9, prior_precision=prior)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag])
+def test_entries_that_are_no_numbers(representation):
+    model, x, _ = net()
+    F = FIM(model, (x,), representation)
+    for value in (float("nan"), float("inf")):
+        broken = F.to(dtype=F.dtype)
+        broken.root.tensors()[0].flatten()[0] = value
+        with pytest.raises(ValueError, match="matrix: it has NaN or infinite entries"):
+            Posterior(model, broken, num_data=9)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatLowRank])
+def test_a_second_derivative_that_cannot_be_had_is_told(representation):
+    """It was that of the other terms, without a word."""
+    model, x, y = net()
+    posterior = Posterior(model, FIM(model, (x,), representation), num_data=9, data=(x, y))
+    names = list(posterior.layer_collection)
+
+    def evidence(d):
+        return posterior.log_marginal_likelihood(dict(zip(names, d, strict=True)))
+
+    with pytest.raises(NotImplementedError, match="no second derivative: use a matrix with a block for each layer"):
+        torch.autograd.functional.hessian(evidence, torch.ones(len(names)))
+    second = torch.autograd.functional.hessian(posterior.log_marginal_likelihood, torch.tensor(1.0))
+    values = [float(posterior.log_marginal_likelihood(1 + h)) for h in (-1e-4, 0.0, 1e-4)]
+    assert abs(float(second) - (values[0] - 2 * values[1] + values[2]) / 1e-8) < 1e-4 * abs(float(second))
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatLowRank])
+def test_two_layers_with_a_prior_each_are_exact(representation):
+    """A model that is linear in its parameters, with data that come in pieces."""
+    torch.manual_seed(0)
+
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 2), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            return self.one(x[:, :3]) + self.two(x[:, 3:].tanh())
+
+    model, x, y = Added(), torch.randn(30, 7), torch.randn(30, 2)
+    lc, prior = LayerCollection.from_model(model), {"one": 0.7, "two": 2.5}
+    d = torch.cat([torch.full((lc[name].numel(),), value) for name, value in prior.items()])
+    design = oracle.jacobian(model, (x,)).movedim(0, 1).flatten(0, 1)
+    precision = design.T @ design / NOISE + torch.diag(d)
+    mode = torch.linalg.solve(precision, design.T @ y.flatten() / NOISE)
+    PVector(lc, mode.clone()).copy_to_model(model)
+    running = Accumulator(FIM, model, representation, variant=Gaussian(NOISE)).update((x[:11],))
+    posterior = Posterior(model, running, Gaussian(NOISE), prior_precision=prior, data=(x[:11], y[:11]))
+    posterior = posterior.update((x[11:20], y[11:20])).update([(x[20:25], y[20:25]), (x[25:], y[25:])])
+    assert oracle.relative(posterior.covariance.to_torch(), torch.linalg.inv(precision)) < 1e-10
+
+    def evidence(one, two, noise):
+        each = torch.cat([one.expand(8), two.expand(8)])
+        covariance = noise * torch.eye(60) + design / each @ design.T
+        return torch.distributions.MultivariateNormal(torch.zeros(60), covariance).log_prob(y.flatten())
+
+    leaves = [torch.tensor(v, requires_grad=True) for v in (0.7, 2.5, NOISE)]
+    truth = evidence(*leaves)
+    found = posterior.log_marginal_likelihood(dict(zip(prior, leaves[:2], strict=True)), leaves[2])
+    assert abs(float((found - truth).detach())) < 1e-10 * abs(float(truth.detach()))
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(truth, leaves), strict=True):
+        assert abs(float(a - b)) < 1e-9 * abs(float(b))
 
 
 def test_a_matrix_with_negative_eigenvalues_has_no_posterior():

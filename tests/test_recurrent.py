@@ -1,19 +1,24 @@
 """Recurrent layers: linear maps over time, against loops over examples."""
 
+import warnings
+
 import oracle
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nngeometry import (
     FIM,
     EmpiricalFisher,
     GramMatrix,
+    Hessian,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
     PMatDiag,
+    PMatEKFAC,
     PMatImplicit,
     PMatKFAC,
     PVector,
@@ -114,16 +119,125 @@ def test_called_twice():
     assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diag()) < 1e-10
 
 
-def test_packed_sequences():
-    class Packed(Net):
-        def forward(self, x):
-            packed = nn.utils.rnn.pack_padded_sequence(x, [T] * len(x), batch_first=True)
-            return self.head(nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0].flatten(1))
+class Packing(Net):
+    """The same of sequences of several lengths, each token of which has an output that is averaged."""
 
-    model, batch = Packed(nn.GRU(D, 2, batch_first=True)), (torch.randn(4, T, D),)
-    model(batch[0])
-    with pytest.raises(NotImplementedError, match=r"layer 'layer' \(GRU\)"):
-        FIM(model, batch, PMatDiag)
+    def __init__(self, layer, reads="outputs", start=False, longest_first=False):
+        super().__init__(layer, reads, start)
+        self.token, self.longest_first = nn.LazyLinear(2), longest_first
+
+    def forward(self, x, lengths):
+        m = self.layer
+        start = (self.states(x[:, :1].transpose(0, 1)),) if self.start else ()
+        x = x if m.batch_first else x.transpose(0, 1)
+        packed = pack_padded_sequence(x, lengths, batch_first=m.batch_first, enforce_sorted=self.longest_first)
+        y, last = m(packed, *start)
+        last = torch.cat(last if isinstance(last, tuple) else (last,), -1).transpose(0, 1).flatten(1)
+        y = pad_packed_sequence(y, batch_first=True)[0]
+        there = torch.arange(y.shape[1]) < lengths.unsqueeze(1)
+        y = (self.token(y).tanh() * there.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)
+        return self.head({"outputs": y, "last": last, "both": torch.cat([y, last], 1)}[self.reads])
+
+
+class Own(nn.GRU):
+    """A subclass may do something else."""
+
+
+PACKED = {
+    "rnn": lambda: Packing(nn.RNN(D, 3, nonlinearity="relu", batch_first=True), "both"),
+    "lstm": lambda: Packing(nn.LSTM(D, 2, batch_first=True), "both", start=True),
+    "longest first": lambda: Packing(nn.LSTM(D, 2, bias=False), longest_first=True),
+    "gru": lambda: Packing(nn.GRU(D, 2, num_layers=2, bidirectional=True, batch_first=True), "both"),
+    "projection": lambda: Packing(nn.LSTM(D, 3, 2, proj_size=2, bidirectional=True), "both", longest_first=True),
+    "subclass": lambda: Packing(Own(D, 2, batch_first=True), "both"),
+}
+
+
+def packed(name):
+    torch.manual_seed(0)
+    model = PACKED[name]()
+    x, lengths = torch.randn(5, T + 1, D), torch.tensor([4, 3, 3, 2, 1])
+    if not model.longest_first:
+        order = torch.tensor([4, 1, 0, 3, 2])
+        x, lengths = x[order], lengths[order]
+    model.token(torch.zeros(1, (model.layer.proj_size or model.layer.hidden_size) * (1 + model.layer.bidirectional)))
+    model(x, lengths)
+    oracle.randomise(model)
+    return model, (x, lengths)
+
+
+def _jacobian(model, batch):
+    """Of each example alone."""
+    rows, w = [], [*model.parameters()]
+    for x, length in zip(*batch, strict=True):
+        f = model(x[None, :length], length[None])[0]
+        grads = [torch.autograd.grad(one, w, retain_graph=True, materialize_grads=True) for one in f]
+        rows.append(torch.stack([torch.cat([g.flatten() for g in of_one]) for of_one in grads]))
+    return torch.stack(rows, 1)
+
+
+def _fim(model, batch, J):
+    p = model(*batch).softmax(1)
+    H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return torch.einsum("cnp,ncd,dnq->pq", J, H, J) / len(p)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name):
+    model, (x, lengths) = packed(name)
+    J = _jacobian(model, (x, lengths))
+    M = _fim(model, (x, lengths), J)
+    given = {"function": lambda *batch: model(*batch)}
+    data = [(x[:2], lengths[:2]), (x[2:4], lengths[2:4]), (x[4:], lengths[4:])]
+    lc = LayerCollection.from_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert oracle.relative(FIM(model, (x, lengths), PMatDense, **given).to_torch(), M) < 1e-10
+        assert oracle.relative(FIM(model, data, PMatDiag, **given).get_diag(), M.diag()) < 1e-10
+        assert oracle.relative(FIM(model, data, PMatBlockDiag, **given).to_torch(), oracle.blockdiag(M, lc)) < 1e-10
+        assert abs(FIM(model, data, PMatEKFAC, **given).trace() - M.trace()) < 1e-10 * M.trace()
+        v = torch.randn(lc.numel())
+        implicit = FIM(model, data, PMatImplicit, **given)
+        Mv = implicit.mv(PVector(layer_collection=lc, vector_repr=v)).to_torch()
+        assert oracle.relative(Mv, M @ v) < 1e-10
+        K = torch.einsum("cnp,dmp->cndm", J, J)
+        assert oracle.relative(GramMatrix(model, data, **given).to_torch().reshape(K.shape), K) < 1e-10
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_minibatches_of_packed_sequences(longest_first):
+    model, (x, lengths) = packed("longest first" if longest_first else "gru")
+    data = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=longest_first)
+    F1 = FIM(model, (x, lengths), PMatDiag, function=lambda *batch: model(*batch))
+    F2 = FIM(model, data, PMatDiag, function=lambda p: model(*pad_packed_sequence(p, batch_first=True)))
+    assert oracle.relative(F2.get_diag(), F1.get_diag()) < 1e-10
+
+
+def test_products_with_the_hessian_of_packed_sequences():
+    model, (x, lengths) = packed("lstm")
+    y = torch.tensor([0, 1, 1, 0, 1])
+
+    def gradient():
+        loss = sum(F.cross_entropy(model(a[None, :n], n[None]), b[None]) for a, n, b in zip(x, lengths, y, strict=True))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss / len(x), [*model.parameters()])])
+
+    H = Hessian(
+        model,
+        [(x[:2], lengths[:2], y[:2]), (x[2:], lengths[2:], y[2:])],
+        PMatImplicit,
+        nn.CrossEntropyLoss(),
+        targets=2,
+        function=lambda *batch: model(*batch[:2]),
+    )
+    lc = LayerCollection.from_model(model)
+    v, w, eps = torch.randn(lc.numel()), nn.utils.parameters_to_vector(model.parameters()).detach(), 1e-5
+    moved = []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(w + sign * eps * v, model.parameters())
+        moved.append(gradient())
+    nn.utils.vector_to_parameters(w, model.parameters())
+    found = H.mv(PVector(layer_collection=lc, vector_repr=v)).to_torch()
+    assert oracle.relative(found, (moved[0] - moved[1]) / (2 * eps)) < 1e-7
 
 
 def _by_hand(model, x, shifts):
@@ -164,6 +278,34 @@ def test_kfac_where_the_exact_block_does_not_fit(name, monkeypatch):
         n = w.numel()
         assert oracle.relative(own[start : start + n, start : start + n], truth[:, :-1, :, :-1].reshape(n, n)) < 1e-10
         start += n
+
+
+def test_kfac_of_packed_sequences(monkeypatch):
+    """Moments over the steps that there are, as for each sequence alone."""
+    torch.manual_seed(0)
+    model, lengths = Packing(nn.RNN(D, 2, batch_first=True)), torch.tensor([2, 4, 1])
+    x, y = torch.randn(3, 4, D), torch.tensor([0, 1, 1])
+    model(x, lengths)
+    m = oracle.randomise(model).layer
+    monkeypatch.setattr(estimators, "budget", lambda device: 100)
+    loss = nn.CrossEntropyLoss()
+    K = EmpiricalFisher(model, (x, lengths, y), PMatKFAC, loss, function=lambda *b: model(*b[:2]), targets=2)
+    grads, inputs = [], ([], [])
+    for one, n, label in zip(x, lengths, y, strict=True):
+        h, ys, shifts = torch.zeros(2), [], torch.zeros(n, 2, requires_grad=True)
+        for t in range(n):
+            for of, a in zip(inputs, (one[t], h.detach()), strict=True):
+                of.append(F.pad(a, (0, 1), value=1.0))
+            h = (m.weight_ih_l0 @ one[t] + m.bias_ih_l0 + m.weight_hh_l0 @ h + m.bias_hh_l0 + shifts[t]).tanh()
+            ys.append(h)
+        f = model.head(model.token(torch.stack(ys)).tanh().sum(0) / n)
+        grads.append(torch.autograd.grad(F.cross_entropy(f, label), shifts)[0])
+    g, start, own = torch.cat(grads), 0, K.to_torch()[(K.layer_collection.slices()["layer"],) * 2]
+    for w, a in zip((m.weight_ih_l0, m.weight_hh_l0), map(torch.stack, inputs), strict=True):
+        truth = torch.einsum("op,ij->oipj", g.T @ g / len(x), a.T @ a / len(a))
+        k = w.numel()
+        assert oracle.relative(own[start : start + k, start : start + k], truth[:, :-1, :, :-1].reshape(k, k)) < 1e-10
+        start += k
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "projection", "no bias"])

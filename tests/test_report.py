@@ -97,7 +97,7 @@ def test_numbers_are_those_of_the_hessian(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     batch = torch.randn(40, 4), torch.randint(3, (40,))
-    page = written(tmp_path / "page.html", model, batch, seconds=3.0)
+    page = written(tmp_path / "page.html", model, batch, seconds=60.0)
     l = Hessian(model, batch, PMatDense).eigenvalues()
     assert f"{float(l[0]):.4g}" in page.text
     assert f"{float(l[-1]):.4g}" in page.text

@@ -14,7 +14,7 @@ ROOT = Path(nngeometry.__file__).parent
 #: or file by file where its files are on several floors.
 FLOORS = [
     ["tables", "spelling", "wrappers", "changes", "memory", "registry", "derivatives", "forms", "layers"],
-    ["model.entries"],
+    ["model.entries", "model.packed"],
     [
         "model.batch",
         "model.data",

@@ -48,6 +48,7 @@ class ModuleHead(Net):
     """Of a language model."""
 
     bias = False
+    uses = 2
 
     def build(self):
         self.table, self.hidden = nn.Embedding(V, D), nn.Linear(D, D)
@@ -89,6 +90,8 @@ class SomeRows(FunctionalHead):
 class HeadAlone(FunctionalHead):
     """The table is never looked up."""
 
+    uses = 1
+
     def forward(self, ids):
         h = torch.tanh(self.hidden(F.one_hot(ids % D, D).to(self.hidden.weight.dtype)))
         return self.note(h, F.linear(h, self.table.weight)).sum(1)
@@ -124,6 +127,26 @@ class Square(ModuleHead):
         self.head.weight = self.table.weight
 
 
+class SoftLookUp(FunctionalHead):
+    """Words that are not certain are looked up by their probabilities, and the names of arguments are written out."""
+
+    uses = 3
+
+    def forward(self, ids):
+        h = torch.tanh(self.hidden(self.note(ids, self.table(ids))))
+        p = torch.softmax(self.note(h, torch.matmul(input=h, other=self.table.weight.T)), -1)
+        e = self.note(p, torch.einsum("btv,vd->btd", [p, self.table.weight]))
+        return self.note(e, e @ self.table.weight.T).sum(1)
+
+
+class SoftLookUpAlone(FunctionalHead):
+    uses = 1
+
+    def forward(self, ids):
+        p = F.one_hot(ids, V).to(self.hidden.weight.dtype) + 0.3
+        return self.hidden(torch.tanh(self.note(p, p @ self.table.weight))).sum(1)
+
+
 class Autoencoder(Net):
     def build(self):
         self.encoder = nn.Linear(D, 2)
@@ -147,6 +170,7 @@ class TwoLinears(Net):
 
 
 NETS = [ModuleHead, HeadWithBias, FunctionalHead, MatmulHead, SomeRows, HeadAlone, HeadFirst, TwoTables, Square]
+NETS += [SoftLookUp, SoftLookUpAlone]
 OTHERS = [Autoencoder, TwoLinears]
 
 
@@ -158,49 +182,61 @@ def net(make):
     return model, [(ids[:4], ids[:4, 0] % D), (ids[4:], ids[4:, 0] % D)]
 
 
-def uses_written_out(model, loader):
-    """``[L, R]`` of the look-ups and of the head, of the empirical Fisher matrix, features on the left: sums over
+def uses_written_out(model, loader, reduce=False):
+    """``[L, R]`` of the look-ups and of the products, of the empirical Fisher matrix, features on the left: sums over
     examples and positions, that over inputs divided by how many they are. The right ones are diagonal.
     """
-    sums, counts, n = {}, {True: 0, False: 0}, 0
+    sums, n = {}, 0
     for batch in loader:
         for x, label in zip(*batch, strict=True):
             n += 1
             model.noted = []
             loss = F.cross_entropy(model(x.unsqueeze(0)), label.unsqueeze(0))
+            inputs, outputs = {}, {}
             for a, y in model.noted:
                 (g,) = torch.autograd.grad(loss, y, retain_graph=True)
-                look_up = not a.is_floating_point()
-                g = g[0] if look_up or g.shape[-1] == V else F.pad(g[0], (2, 1))
-                left, right = (g, F.one_hot(a[0], V).to(g)) if look_up else (a[0].detach(), g)
-                before = sums.get(look_up, (0, 0))
-                sums[look_up] = before[0] + left.T @ left, before[1] + right.square().sum(0)
-                counts[look_up] += T
-    found = []
-    for look_up, (left, right) in sums.items():
-        found.append((left / n, right / counts[True]) if look_up else (left / counts[False], right / n))
-    return found
+                table = not a.is_floating_point() or a.shape[-1] != D  # of V columns, or a head
+                way = ("look up" if not a.is_floating_point() else "mix") if table else "head"
+                way = "head" if model.hidden.weight.shape[0] == V and way == "mix" else way  # as many features as words
+                a = a[0].detach() if a.is_floating_point() else F.one_hot(a[0], V).to(g)
+                g = F.pad(g[0], (2, 1)) if way == "head" and g.shape[-1] != V else g[0]
+                inputs.setdefault(way, []).append(a)
+                outputs.setdefault(way, []).append(g)
+            for way in inputs:
+                a, g = torch.cat(inputs[way]), torch.cat(outputs[way])
+                if reduce:
+                    a, g = a.mean(0, keepdim=True), g.sum(0, keepdim=True)
+                left, right = (a, g) if way == "head" else (g, a)
+                before = sums.get(way, (0, 0, 0))
+                sums[way] = before[0] + left.T @ left, before[1] + right.square().sum(0), before[2] + len(a)
+    return [
+        (left / count, right / n) if way == "head" else (left / n, right / count)
+        for way, (left, right, count) in sums.items()
+    ]
 
 
 def nearest_written_out(uses):
-    """By a singular value decomposition of the rearranged sum; diagonal right factors."""
+    """By a singular value decomposition of the rearranged sum, with features on the left; diagonal right factors. In
+    the order of the parameters.
+    """
     rearranged = sum(torch.outer(left.flatten(), right) for left, right in uses)
     u, s, v = torch.linalg.svd(rearranged, full_matrices=False)
     side = round(u.shape[0] ** 0.5)
-    return torch.kron(s[0] * u[:, 0].view(side, side), torch.diag(v[0]))
+    return torch.kron(torch.diag(v[0]), s[0] * u[:, 0].view(side, side))
 
 
-@pytest.mark.parametrize("make", NETS)
-def test_kfac_is_the_nearest_product_to_the_sum_of_the_uses(make):
+@pytest.mark.parametrize(
+    ("make", "sharing"), [*((make, "expand") for make in NETS), (ModuleHead, "reduce"), (SoftLookUp, "reduce")]
+)
+def test_kfac_is_the_nearest_product_to_the_sum_of_the_uses(make, sharing):
     model, loader = net(make)
-    F_ = EmpiricalFisher(model, loader, PMatKFAC)
+    F_ = EmpiricalFisher(model, loader, PMatKFAC, sharing=sharing)
     layer = next(iter(F_.layer_collection))
     block = F_.block(layer).to_torch()
-    expected = nearest_written_out(uses_written_out(model, loader))
-    d, v = model.hidden.weight.shape[0], V
-    features_last = expected.view(d, v, d, v).permute(1, 0, 3, 2).reshape(v * d, v * d)
-    assert oracle.relative(block, features_last) < 1e-10
-    assert ("approximate: nearest to the sum of 2" in repr(F_)) == (make is not HeadAlone)
+    expected = nearest_written_out(uses_written_out(model, loader, sharing == "reduce"))
+    assert oracle.relative(block, expected) < 1e-10
+    assert "Kron(Dense, Diag)" in repr(F_)
+    assert (f"approximate: nearest to the sum of {make.uses}" in repr(F_)) == (make.uses > 1)
     b = PVector(F_.layer_collection, torch.randn(F_.size(0), dtype=torch.float64))
     x = F_.solve(b, 1e-2)
     assert oracle.relative(F_.mv(x).to_torch() + 1e-2 * x.to_torch(), b.to_torch()) < 1e-10
@@ -305,3 +341,35 @@ def test_nearest_product(diagonal, count):
 def test_nearest_product_of_nothing_is_zero():
     zero = Kron(Dense(torch.zeros(1, 2, 2)), Diag(torch.zeros(1, 3)))
     assert nearest_product([zero, zero]).to_dense().equal(torch.zeros(6, 6))
+
+
+def test_a_view_made_without_gradients_is_a_constant():
+    class Constant(ModuleHead):
+        def forward(self, ids):
+            with torch.no_grad():
+                turned = self.table.weight.T
+            h = torch.tanh(self.hidden(self.table(ids)))
+            return (h @ turned + self.head(h)).sum(1)
+
+    model, loader = net(Constant)
+    found = FIM(model, loader, PMatDense, "classif_logits").to_torch()
+    assert oracle.relative(found, oracle.fim(model, loader, "classif_logits")) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda h, w: torch.add(input=h, other=w[0]),
+        lambda h, w: torch.mul(h, other=w[0]),
+        lambda h, w: torch.mm(input=h.flatten(0, 1), mat2=w[:D]).view_as(h),
+        lambda h, w: torch.addmm(input=torch.ones(D).to(h), mat1=h.flatten(0, 1), mat2=w[:D]).view_as(h),
+    ],
+)
+def test_arguments_by_name(use):
+    class Named(FunctionalHead):
+        def forward(self, ids):
+            return F.linear(use(self.table(ids), self.table.weight), self.hidden.weight).sum(1)
+
+    model, loader = net(Named)
+    found = FIM(model, loader, PMatDense, "classif_logits").to_torch()
+    assert oracle.relative(found, oracle.fim(model, loader, "classif_logits")) < 1e-10

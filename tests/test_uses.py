@@ -15,6 +15,7 @@ from nngeometry import (
     EmpiricalFisher,
     FIM_MonteCarlo,
     GramMatrix,
+    Hessian,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
@@ -23,8 +24,10 @@ from nngeometry import (
     PMatImplicit,
     PMatKFAC,
     PMatLowRank,
+    PMatQuasiDiag,
     Posterior,
     PVector,
+    Relative,
 )
 from nngeometry.continual import EWC
 from nngeometry.merging import merge
@@ -56,8 +59,8 @@ def shift(model, by=0.1):
 
 
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("decay", [1.0, 0.5])
-@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag])
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatQuasiDiag, PMatLowRank])
 def test_the_penalty_is_the_sum_over_tasks(representation, decay, online):
     model = net()
     ewc = EWC(model, representation, strength=3.0, decay=decay, online=online)
@@ -65,7 +68,7 @@ def test_the_penalty_is_the_sum_over_tasks(representation, decay, online):
     entries, anchors = [], []
     for k in range(3):
         shift(model)
-        x, y = task(k)
+        x, y = task(k, (12, 30, 7)[k])
         ewc.consolidate([(x[:5], y[:5]), (x[5:], y[5:])])
         entries.append(FIM(model, (x,), representation).to_torch())
         anchors.append(PVector.from_model(model).clone().detach().to_torch())
@@ -146,6 +149,28 @@ def test_tasks_with_other_heads_are_named():
         EWC(model, strength=1.0, sharring="expand").consolidate(task(0))
 
 
+@pytest.mark.parametrize("representation", [PMatDiag, PMatKFAC, PMatEKFAC])
+@pytest.mark.parametrize("online", [False, True])
+def test_a_task_that_fails_is_none(representation, online):
+    model = net()
+    ewc, other = (EWC(model, representation, strength=1.0, decay=0.5, online=online) for _ in range(2))
+    for one in (ewc, other):
+        one.consolidate(task(0))
+    for wrong in ([], [task(1), (torch.full((3, 4), float("nan")),)], [task(1), (torch.zeros(3, 5),)]):
+        with pytest.raises((ValueError, RuntimeError), match=r"no minibatch|NaN|fails for the minibatch"):
+            ewc.consolidate(wrong)
+    shift(model)
+    for one in (ewc, other):
+        one.consolidate(task(1))
+    shift(model)
+    assert ewc.tasks == 2
+    assert torch.equal(ewc.penalty(), other.penalty())
+    state = ewc.state_dict()
+    for wrong in ({}, {**state, "more": 1}, {k: v for k, v in state.items() if k != "online"}):
+        with pytest.raises(ValueError, match="load_state_dict: expected what"):
+            other.load_state_dict(wrong)
+
+
 # Merging
 
 
@@ -186,6 +211,36 @@ def test_the_merged_weights_solve_the_sum(representation):
     assert oracle.relative(found.to_torch(), torch.linalg.solve(A, b)) < (
         1e-6 if representation is PMatImplicit else 1e-9
     )
+
+
+@pytest.mark.parametrize("representation", [*ALL, PMatImplicit, PMatQuasiDiag])
+def test_what_no_expert_has_curvature_of_is_the_mean(representation):
+    """A common input is always zero, and so is the curvature of what it is multiplied with."""
+    models, experts = [net(k) for k in range(3)], []
+    for k, model in enumerate(models):
+        x = task(k)[0]
+        x[:, 1] = 0
+        experts.append((model, FIM(model, (x,), representation, "regression")))
+    mean = torch.stack([m[0].weight.detach()[:, 1] for m in models]).mean(0)
+    found = merge(experts, regul=1e-6).to_dict()["0"][0]
+    assert float((found[:, 1] - mean).abs().max()) < 1e-8
+    with pytest.raises(ValueError, match=r"^regul: with 0 the sum .* no single point .* give a larger regul"):
+        merge(experts, regul=0.0)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatImplicit])
+def test_losses_with_a_saddle_have_no_least_sum(representation):
+    models = [net(k) for k in range(2)]
+    experts = [(m, Hessian(m, task(k), representation)) for k, m in enumerate(models)]
+    A = sum(H.to_torch() for _, H in experts)
+    least = float(torch.linalg.eigvalsh(A).min())
+    assert least < -1e-3
+    with pytest.raises(ValueError, match=r"^regul: with .* not positive definite"):
+        merge(experts, regul=-least / 2)
+    b = sum(H.mv(PVector.from_model(m)).to_torch() for m, H in experts).detach()
+    b = b - least * sum(PVector.from_model(m).to_torch().detach() for m in models)
+    found = merge(experts, regul=-2 * least).to_torch()
+    assert oracle.relative(found, torch.linalg.solve(A - 2 * least * torch.eye(len(A)), b)) < 1e-8
 
 
 def test_experts_that_do_not_fit_are_named():
@@ -247,6 +302,101 @@ def test_pruning_many_is_the_constrained_minimum(representation):
     assert torch.equal(prune(F, w, keep(w, 1.0), 0.1).to_torch(), flat)
 
 
+@pytest.mark.parametrize("representation", [*ALL, PMatQuasiDiag])
+@pytest.mark.parametrize("regul", [0.1, Relative(1.0), {"0": 0.1, "2": 0.2}], ids=["number", "relative", "layers"])
+def test_one_weight_after_another(representation, regul):
+    """Each time the one of least saliency, those before staying removed: the rises add up, and the end is that of
+    removing all at once.
+    """
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model).detach()
+    lc, flat = w.layer_collection, w.to_torch()
+    mean = float(F.trace()) / len(flat)
+    d = {"0": 0.1, "2": 0.2} if isinstance(regul, dict) else dict.fromkeys(lc, 0.1 if regul == 0.1 else mean)
+    H = F.to_torch() + torch.diag(torch.cat([torch.full((lc[n].numel(),), d[n]) for n in lc]))
+    kept, now, rise = torch.ones(len(flat)), w, 0.0
+
+    def rises(kept):
+        """Deletion and refit of the quadratic around w."""
+        inside = kept == 1
+        delta = -flat.clone()
+        delta[inside] = torch.linalg.solve(H[inside][:, inside], H[inside][:, ~inside] @ flat[~inside])
+        return float(delta @ H @ delta / 2), flat + delta
+
+    for _ in range(6):
+        scores = saliency(F, now, regul, mask=PVector(lc, kept)).to_torch()
+        assert torch.equal(scores == 0, kept == 0)
+        trial = {q: rises(torch.where(torch.arange(len(flat)) == q, 0.0, kept))[0] for q in kept.nonzero()[::6, 0]}
+        for q, value in trial.items():
+            assert abs(rise + float(scores[q]) - value) < 1e-8 * value
+        q = int(torch.where(kept == 1, scores, torch.inf).argmin())
+        rise, kept[q] = rise + float(scores[q]), 0.0
+        now = prune(F, now, PVector(lc, kept), regul)
+    value, pruned = rises(kept)
+    assert abs(rise - value) < 1e-8 * value
+    assert oracle.relative(now.to_torch(), pruned) < 1e-8
+    assert oracle.relative(prune(F, w, PVector(lc, kept), regul).to_torch(), pruned) < 1e-8
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatLowRank, PMatImplicit])
+def test_of_many_minima_the_nearest(representation):
+    model = net()
+    F, w = FIM(model, task(0), representation), PVector.from_model(model).detach()
+    flat, H, mask = w.to_torch(), F.to_torch(), keep(w**2, 0.6)
+    kept = mask.to_torch() == 1
+    inner = H[kept][:, kept]
+    assert int(torch.linalg.matrix_rank(inner, rtol=1e-10, hermitian=True)) < len(inner)
+    expected = torch.zeros_like(flat)
+    step = torch.linalg.pinv(inner, rtol=1e-10, hermitian=True) @ (H[kept][:, ~kept] @ flat[~kept])
+    expected[kept] = flat[kept] + step
+    assert oracle.relative(prune(F, w, mask, 0.0).to_torch(), expected) < 1e-6
+    if representation is not PMatImplicit:
+        with pytest.raises(ValueError, match=r"saliency: with regul=0.0 .*no single minimum.*singular"):
+            saliency(F, w, 0.0)
+        removed = PVector(w.layer_collection, (torch.arange(len(flat)) > 1).to(flat))
+        with pytest.raises(ValueError, match=r"saliency: with regul=0.0 .*no single minimum.*singular"):
+            saliency(F, w, 0.0, mask=removed)
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatLowRank])
+def test_a_saddle_has_no_saliency(representation):
+    model = net()
+    H, w = Hessian(model, task(0), representation), PVector.from_model(model).detach()
+    least = float(H.eigenvalues().min())
+    assert least < -1e-3
+    for mask in (None, keep(w**2, 0.9)):
+        with pytest.raises(ValueError, match=r"^saliency: with regul=.* no single minimum"):
+            saliency(H, w, -least / 20, mask=mask)
+        assert bool((saliency(H, w, -2 * least, mask=mask).to_torch() >= 0).all())
+    if representation is not PMatDiag:  # of which nothing moves
+        with pytest.raises(ValueError, match=r"^prune: with regul=.* no single minimum"):
+            prune(H, w, keep(w**2, 0.9), -least / 20)
+    assert torch.equal(saliency(H, w, method="obd").to_torch(), H.get_diag() * w.to_torch() ** 2 / 2)
+
+
+def test_weights_that_are_zero_or_shared_or_frozen():
+    torch.manual_seed(0)
+    one = nn.Linear(4, 4)
+    model = oracle.randomise(nn.Sequential(one, nn.Tanh(), one, nn.Tanh(), nn.Linear(4, 3)))
+    model[4].bias.requires_grad_(False)
+    with torch.no_grad():
+        one.weight[0] = 0
+    F, w = FIM(model, task(0), PMatDense), PVector.from_model(model).detach()
+    assert F.size(0) == 20 + 12
+    flat, H = w.to_torch(), F.to_torch() + 0.1 * torch.eye(32)
+    scores = saliency(F, w, 0.1)
+    assert torch.allclose(scores.to_torch(), flat**2 / (2 * torch.linalg.inv(H).diagonal()))
+    assert int((keep(scores, 28 / 32).to_torch() == 0)[:4].sum()) == 4
+    before = model[4].bias.clone()
+    mask = keep(scores, 0.5)
+    prune(F, w, mask, 0.1).copy_to_model(model)
+    assert torch.equal(model[4].bias, before)
+    assert model[2].weight is model[0].weight
+    assert int((PVector.from_model(model).to_torch() == 0).sum()) == 16
+    part = FIM(model, task(0), PMatKFAC, layer_collection=LayerCollection.from_model(model, "4"))
+    assert saliency(part, PVector.from_model(model), 0.1).size(0) == 12
+
+
 def test_what_pruning_does_not_take():
     model = net()
     F, w = FIM(model, task(0), PMatDiag), PVector.from_model(model)
@@ -258,6 +408,11 @@ def test_what_pruning_does_not_take():
         saliency(F, w, method="magnitude")
     with pytest.raises(TypeError, match="w: expected a PVector"):
         saliency(F, model)
+    for ask in (lambda w: saliency(F, w), lambda w: prune(F, w, keep(F.solve(w) ** 2, 1.0))):
+        with pytest.raises(ValueError, match=r"w: the weights are not finite|scores: some are NaN"):
+            ask(w.detach() * float("nan"))
+    with pytest.raises(NotImplementedError, match=r'saliency: method="obs" .*"obd" or another'):
+        saliency(FIM(model, task(0), PMatImplicit), w)
 
 
 # Selection
@@ -300,6 +455,37 @@ def test_the_first_choices_of_bait_are_those_of_brute_force(seed):
     assert set(bait(V, 3, regul=0.5, oversample=4 / 3).tolist()) == set(left)
 
 
+@pytest.mark.parametrize("likelihood", ["classif_logits", "regression"])
+@pytest.mark.parametrize("regul", [1e-6, 1.0])
+@pytest.mark.parametrize(("k", "oversample", "labelled"), [(6, 2.0, [3, 7, 7]), (20, 2.0, []), (50, 2.0, [])])
+def test_bait_is_its_algorithm_done_by_hand(likelihood, regul, k, oversample, labelled):
+    """Among the examples one is there twice. In single precision the choice is the same."""
+    model = oracle.randomise(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), 1)
+    x, _ = task(0, 50)
+    x[20] = x[10]
+    V = fisher_embeddings(model, (x,), likelihood, layer_collection=LayerCollection.from_model(model, "2"))
+    V = V.float().double()
+    each = torch.einsum("nrp,nrq->npq", V, V)
+
+    def risks(M, sign, among):
+        return torch.stack([torch.linalg.solve(M + sign * each[i], each.mean(0)).trace() for i in among])
+
+    M = regul * torch.eye(V.shape[2]) + each[list(set(labelled))].sum(0)
+    free, chosen = [i for i in range(50) if i not in labelled], []
+    for _ in range(min(len(free), round(oversample * k))):
+        chosen.append(free.pop(int(risks(M, 1, free).argmin())))
+        M = M + each[chosen[-1]]
+    while len(chosen) > k:
+        M = M - each[chosen.pop(int(risks(M, -1, chosen).argmin()))]
+    options = {"labelled": torch.tensor(labelled) if labelled else None, "regul": regul, "oversample": oversample}
+    found = bait(V, k, **options).tolist()
+    assert len(set(found)) == k
+    M = [regul * torch.eye(V.shape[2]) + each[[*s, *set(labelled)]].sum(0) for s in (found, chosen)]
+    a, b = (float(torch.linalg.solve(m, each.mean(0)).trace()) for m in M)
+    assert abs(a - b) < 1e-6 * b  # of two that are alike either may stay
+    assert bait(V.float(), k, **options).tolist() == found
+
+
 @pytest.mark.parametrize("output", ["full", "trace"])
 def test_greedy_choices_are_those_of_the_determinant(output):
     model = net()
@@ -329,6 +515,19 @@ def test_what_selection_does_not_take():
         bait(V[0], 1)
     with pytest.raises(ValueError, match="expected \\(n, n\\)"):
         greedy(torch.randn(2, 5, 5), 1)
+    with pytest.raises(ValueError, match=r"^regul=1e-30: .* give at least"):
+        bait(V, 1, regul=1e-30)
+    with pytest.raises(TypeError, match="embeddings: expected real numbers"):
+        bait(V.long(), 1)
+    with pytest.raises(ValueError, match="K: it differs from its transpose"):
+        greedy(torch.randn(5, 5), 1)
+    with pytest.raises(ValueError, match="K: there are NaN"):
+        greedy(torch.full((5, 5), float("nan")), 1)
+    with pytest.raises(ValueError, match="loader: there was no minibatch"):
+        fisher_embeddings(net(), [])
+    twice = torch.tensor([1, 1])
+    assert len(bait(V, 0)) == len(greedy(torch.eye(5), 0)) == 0
+    assert len(greedy(torch.eye(5), 4, labelled=twice)) == len(bait(V, 4, labelled=twice)) == 4
 
 
 # Of a posterior
@@ -344,6 +543,33 @@ def test_effective_dimension(representation):
         effective_dimension(F, 0.0)
     with pytest.raises(NotImplementedError, match="spectral_density"):
         effective_dimension(FIM(net(), task(0), PMatImplicit), 0.1)
+
+
+@pytest.mark.parametrize("representation", ALL)
+def test_effective_dimension_of_singular_matrices(representation):
+    """Five examples of three classes determine ten directions at most, however small regul is."""
+    model = net()
+    F = FIM(model, task(0, 5), representation)
+    l = torch.linalg.eigvalsh(F.to_torch())
+    l = torch.where(l > 1e-12, l, 0.0)
+    for regul in (1e-3, 1e-8, 1e-12):
+        assert abs(float(effective_dimension(F, regul) - (l / (l + regul)).sum())) < 1e-3
+    single = F.to(dtype=torch.float32)
+    assert abs(float(effective_dimension(single, 1e-3) - effective_dimension(F, 1e-3))) < 1e-3
+    with pytest.raises(ValueError, match=r"effective_dimension: regul=1e-09 is lost in rounding .* float64"):
+        effective_dimension(single, 1e-9)
+    assert float(effective_dimension(0 * F, 1e-3)) == 0
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatLowRank, PMatDiag])
+def test_effective_dimension_of_hessians(representation):
+    H = Hessian(net(), task(0), representation)
+    M, least = H.to_torch(), float(H.eigenvalues().min())
+    expected = torch.linalg.solve(M - 2 * least * torch.eye(len(M)), M).trace()
+    assert abs(float(effective_dimension(H, -2 * least) - expected)) < 1e-10 * abs(float(expected))
+    for regul in (-least, -least / 2, 1e-9):
+        with pytest.raises(ValueError, match=r"effective_dimension: the matrix has the eigenvalue -.* use GGN or FIM"):
+            effective_dimension(H, regul)
 
 
 @pytest.mark.parametrize("likelihood", ["classif_logits", "regression"])

@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from nngeometry import (
     FIM,
     GGN,
+    Categorical,
     EmpiricalFisher,
     FIM_MonteCarlo,
+    Gaussian,
     LayerCollection,
     PMatBlockDiag,
     PMatDense,
@@ -455,6 +457,7 @@ def test_ctrl_c_at_every_moment(make):
         with opt.sampled(), torch.no_grad():
             model(x)
 
+    run()  # what is kept for later is made now
     tracer = Tracer((changes.__file__, draws.__file__, __file__))
     moments = tracer.moments(run)
     assert len(moments) > 20
@@ -866,6 +869,51 @@ def test_posterior_is_the_distribution_of_the_draws():
     assert isinstance(found, Posterior)
     assert torch.equal(found.mean.to_torch(), flat(model))
     close(found.precision.to_torch() @ opt.covariance.to_torch(), torch.eye(43), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "loss", "likelihood"),
+    [
+        (FIM_MonteCarlo, nn.CrossEntropyLoss(), Categorical),
+        (partial(FIM, variant="regression"), nn.MSELoss(), Gaussian),
+        (partial(FIM_MonteCarlo, variant=Gaussian(0.5)), nn.MSELoss(), Gaussian),
+        (GGN, nn.CrossEntropyLoss(), Categorical),
+        (partial(GGN, loss=nn.MSELoss()), nn.MSELoss(), None),
+        (partial(EmpiricalFisher, loss=nn.BCEWithLogitsLoss()), nn.BCEWithLogitsLoss(), None),
+    ],
+)
+def test_the_posterior_is_of_the_likelihood_that_was_trained(matrix, loss, likelihood):
+    model, x, y = problem()
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        y = nn.functional.one_hot(y, 3).to(x)
+    opt = made(model, PMatKFAC, matrix)
+    with opt.sampled():
+        loss(model(x), y).backward()
+        opt.observe((x, y))
+    opt.step()
+    if likelihood is None:
+        with pytest.raises(ValueError, match=r"posterior: .* likelihood .* give it"):
+            opt.posterior()
+        assert opt.posterior(Gaussian(1.5)).likelihood == Gaussian(1.5)
+        return
+    assert isinstance(opt.posterior().likelihood, likelihood)
+    if isinstance(matrix, partial):
+        assert torch.equal(opt.posterior().predict(x), model(x))
+        with pytest.raises(ValueError, match="likelihood: the matrix is that of Gaussian"):
+            opt.posterior("classif_logits")
+
+
+def test_the_posterior_of_a_model_in_train_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    opt = made(model)
+    train(opt, model, x, y, 2)
+    before = model[1].running_mean.clone()
+    found = opt.posterior().predict(x)
+    assert torch.equal(model[1].running_mean, before)
+    assert model.training
+    assert torch.equal(opt.posterior().predict(x[:5]), found[:5])
 
 
 @pytest.mark.parametrize("name", REPRESENTATIONS)

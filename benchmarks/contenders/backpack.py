@@ -99,8 +99,8 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "diag_mc": _diag(DiagGGNMC),
     "diag_ef": _diag(SumGradSquared, power=2),
 }
-#: It has no attention, and no Kronecker factors through batch normalisation.
-LACKS = {"transformer": set(JOBS), "resnet18": {"kfac", "kfac_mc"}}
+#: It has no attention, of LSTMs only those of one layer, and no Kronecker factors through batch normalisation.
+LACKS = {name: set(JOBS) for name in ("transformer", "vit", "lstm", "experts")} | {"resnet18": {"kfac", "kfac_mc"}}
 
 
 def fingerprint(task: Task, result: Any) -> float:

@@ -19,11 +19,16 @@ from curvlinops import (
 from settings import PROBES, REGUL, STEPS, Task
 from torch import Tensor, nn
 
+from contenders._kernels import with_forward_derivatives
 from contenders._lanczos import largest_ritz_value
 
 VERSION = metadata.version("curvlinops-for-pytorch")
 NOTES = {"kfac_mc": "other random labels", "spectral_density": "other random vectors, other widths"}
-LACKS: dict[str, set[str]] = {}
+_FACTORS = {"kfac", "kfac_mc", "kfac_ef"}
+_HESSIAN = {"hessian_product", "hessian_product_lanczos"}
+#: Its Kronecker factors are of linear layers and convolutions alone. Of the Hessian the entries of weights of LayerNorm
+#: are not those of double backward, and torch refuses what it makes of SiLU.
+LACKS = {"vit": _FACTORS | _HESSIAN, "lstm": _FACTORS, "experts": _FACTORS | _HESSIAN}
 #: How many columns of the identity are multiplied at once, as all of them do not fit.
 _COLUMNS = 64
 
@@ -168,6 +173,7 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "kfac_solve_1": _solve_1,
     "kfac_solve_320": _solve_320,
 }
+JOBS |= {name: with_forward_derivatives(job) for name, job in JOBS.items() if "product" in name}
 
 
 def fingerprint(task: Task, result: Any) -> float:

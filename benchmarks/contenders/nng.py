@@ -153,8 +153,8 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "gram": _gram,
     "gram_one_batch": _gram,
 }
-#: Linear layers with several positions are none of its layers.
-LACKS = {"transformer": set(JOBS)}
+#: Linear layers with several positions are none of its layers, nor are attention and LSTMs.
+LACKS = {name: set(JOBS) for name in ("transformer", "vit", "lstm", "experts")}
 
 
 def fingerprint(task: Task, result: Any) -> float:

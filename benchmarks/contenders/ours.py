@@ -54,7 +54,7 @@ if "NNGEOMETRY_BUDGET" in os.environ:
 
 
 def _collection(task: Task) -> LayerCollection:
-    return LayerCollection.from_model(task.model, *task.layers)
+    return LayerCollection.from_model(task.model, *(() if task.everything else task.layers))
 
 
 def _maker(task: Task, metric: Any = FIM) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
+from contenders._kernels import with_forward_derivatives
 from contenders._lanczos import largest_ritz_value
 
 VERSION = torch.__version__
@@ -27,7 +28,7 @@ class Diagonal(NamedTuple):
 
 
 def _parameters(task: Task) -> Parameters:
-    return {f"{name}.{k}": p.detach() for name, layer in task.layers.items() for k, p in layer.named_parameters()}
+    return {name: p.detach() for name, p in task.named.items()}
 
 
 def _flat(task: Task, per_example: Parameters, axes: int) -> Tensor:
@@ -161,6 +162,7 @@ JOBS: dict[str, Callable[[Task], Callable[[], Any]]] = {
     "gram": _gram,
     "gram_one_batch": _gram,
 }
+JOBS |= {name: with_forward_derivatives(job) for name, job in JOBS.items() if "product" in name}
 
 
 def fingerprint(task: Task, result: Any) -> float:

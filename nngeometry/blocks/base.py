@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..changes import no_grad
+from ..changes import no_grad, with_methods_uncast
 from ..linalg import cg, eigsh, minres
 from ..memory import require
 from ..registry import Registry
@@ -30,6 +30,7 @@ CLASSES: Registry[Block] = Registry("block")
 
 
 @dataclass(frozen=True, eq=False)
+@with_methods_uncast
 class Block(ABC):
     """A linear map on tensors of shape ``(..., *shape)``, symmetric unless it says otherwise.
 
@@ -56,7 +57,7 @@ class Block(ABC):
     """
 
     def __init_subclass__(cls) -> None:
-        CLASSES.add(cls)
+        CLASSES.add(with_methods_uncast(cls))
 
     # What a structure is: these four, of which the first two are due.
 
@@ -285,7 +286,7 @@ class Block(ABC):
         """Raise ``ValueError`` if ``M + regul`` has an eigenvalue that is negative by more than rounding, as far as
         entries are known.
         """
-        if self.definite or self.matrix_free:
+        if self.matrix_free or (regul >= 0 and self.shows_semidefinite()):
             return
         l = self.eigenvalues()
         least, noise = float(l.min()), l.numel() * torch.finfo(l.dtype).eps * float(l.abs().max())

@@ -46,12 +46,10 @@ class Dense(Block):
     def mv(self, V: Tensor) -> Tensor:
         batch = self.data.shape[:-2]
         lead = V.shape[: V.ndim - len(self._into)]
-        V = V.reshape(*lead, *batch, self.data.shape[-1])
-        if not batch:
-            out = V @ self.data.T
-        elif batch == (1,):
-            out = V @ self.data[0].T
+        if prod(batch) == 1:  # one large product, however V lies in memory
+            out = V.reshape(-1, self.data.shape[-1]) @ self.data.view(self.data.shape[-2:]).T
         else:
+            V = V.reshape(*lead, *batch, self.data.shape[-1])
             n = len(batch)
             axes = list(range(n))
             free = list(range(n + 2, n + 2 + len(lead)))

@@ -174,6 +174,10 @@ class DirectSum(Block):
     def logdet(self, regul: float = 0.0) -> Tensor:
         return torch.stack([part.block.logdet(regul) for part in self.parts]).sum()
 
+    def check_positive(self, regul: float = 0.0) -> None:
+        for part in self.parts:
+            part.block.check_positive(regul)
+
     def sample(self, noise: Tensor) -> Tensor:
         return self.join(lambda part: part.block.sample(part.take(noise)))
 

@@ -95,9 +95,8 @@ class Kron(Block):
         shifted = Kron(_shifted(self.left, regul**0.5 / pi), _shifted(self.right, regul**0.5 * pi))
         return shifted.inv().mv
 
-    def check_positive(self, regul: float = 0.0) -> None:
-        if not (self.left.shows_semidefinite() and self.right.shows_semidefinite()):
-            super().check_positive(regul)
+    def shows_semidefinite(self) -> bool:
+        return self.left.shows_semidefinite() and self.right.shows_semidefinite()
 
     def statistics(self) -> tuple[Block, ...]:
         return (*self.left.statistics(), *self.right.statistics())

@@ -99,6 +99,10 @@ class Varying:
 
     def check_positive(self, M: Block) -> None:
         """Raise ``ValueError`` if ``M + R`` has a negative eigenvalue, as far as entries are known."""
+        if isinstance(M, DirectSum):
+            for part in M.parts:
+                self.on(part).check_positive(part.block)
+            return
         M.congruence(self._inverse_root()).check_positive(1.0)
 
     def solver_by_factors(self, M: Block) -> Map:

@@ -91,6 +91,17 @@ class Gather(LayerJacobian):
         mean.scatter_add_(1, self.ids.clamp(min=0), real.to(self.g.dtype) / self.ids.shape[1])
         return second_moment(mean.unsqueeze(1)), self.examples
 
+    def right_squares(self, reduce: bool) -> tuple[Tensor, int]:
+        """The diagonal of :meth:`right_factor`, ``(1, size)``."""
+        if not reduce:
+            return self.right_factor(reduce)
+        examples = torch.arange(self.examples, device=self.ids.device).unsqueeze(1)
+        keys, counts = (examples * self.size + self.ids)[self.ids >= 0].unique(return_counts=True)
+        shares = (counts / self.ids.shape[1]).to(self.g.dtype)
+        return self.g.new_zeros(1, self.size).index_add_(
+            1, keys % self.size, shares.square().unsqueeze(0)
+        ), self.examples
+
     def weighted(self, w: Tensor) -> Gather:
         return Gather(self.ids, self.g * w[0].T[self.ids.clamp(min=0)], self.size)
 

@@ -303,3 +303,8 @@ class Outer(LayerJacobian):
         if self.filled is not None:  # of the mean over positions, twice
             total = total / total.new_tensor(self.filled).pow(2 if reduce else 1).view(-1, 1, 1)
         return total, count
+
+    def right_squares(self, reduce: bool) -> tuple[Tensor, int]:
+        """The diagonal of :meth:`right_factor`, ``(G, cols)``, of which no more is made."""
+        a = self.a.mean(1, keepdim=True) if reduce else self.a
+        return a.square().sum((0, 1)), a.shape[0] * a.shape[1]

@@ -185,12 +185,16 @@ class _Represented(ParametricLaplace):
 
     def fit(self, train_loader: Any, override: bool = True, progress_bar: bool = False) -> None:
         """Make the matrix of a loader; with ``override=False`` its examples are added."""
-        if override or self.H is None:
-            self.H, self.loss, self.n_data = None, 0.0, 0
         self.model.eval()
         batches = [
             (batch, batch[self.dict_key_y]) if isinstance(batch, MutableMapping) else batch for batch in train_loader
         ]
+        if not batches:
+            raise ValueError(
+                "fit: train_loader yielded no minibatch: it is empty, or an iterator that was consumed before"
+            )
+        if override or self.H is None:
+            self.H, self.loss, self.n_data = None, 0.0, 0
         n = 0
         with torch.no_grad():
             for x, y in batches:
@@ -272,8 +276,9 @@ class _Represented(ParametricLaplace):
     def _glm_predictive_distribution(self, X: Any, joint: bool = False, diagonal_output: bool = False) -> Any:
         if joint or self.enable_backprop:
             return super()._glm_predictive_distribution(X, joint, diagonal_output)
+        metric = self._covariance()  # raises before fit
         assert self.H is not None
-        lc, metric = self.H.layer_collection, self._covariance()
+        lc = self.H.layer_collection
         function, output = _whole(self.model, X), "diag" if diagonal_output else "full"
         source: Generator = of_outputs(self.model, function, lc)
         batches = list(source.minibatches(_minibatch(X)))

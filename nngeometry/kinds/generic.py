@@ -16,6 +16,7 @@ from ..derivatives.composites import OneExample
 from ..derivatives.pulling import NO_BATCHING_RULE
 from ..forms import LayerJacobian, Lazy
 from ..model.entries import rows
+from ..model.packed import Padded, arguments_packed, is_packed, padded
 from ..model.recurrent import recurrent_without_cudnn
 from ..model.refused import EXCLUDE, Refused, named
 from .kind import whole
@@ -46,7 +47,7 @@ def generic(
     """
     leaves, tree = pytree.tree_flatten(inputs)
     if isinstance(module, nn.RNNBase):
-        known = recurrent(module, params, leaves, axes, gys, dtype)
+        known = _recurrent(module, params, inputs, axes, gys, dtype)
         if known is not None:
             return known
     # One example is a batch of one: the axis that vmap hides is put back with length one.
@@ -57,9 +58,10 @@ def generic(
 
     def outputs(p: dict[str, Tensor], xs: Sequence[Any]) -> tuple[Tensor, ...]:
         batch_of_one = [x.unsqueeze(a) if a is not None else x for x, a in zip(xs, axes, strict=True)]
-        args, kwargs = pytree.tree_unflatten(batch_of_one, tree)
-        found = pytree.tree_leaves(functional_call(module, p, args, kwargs, tie_weights=False))
-        return tuple(found[k].reshape(g.shape[2:]) for k, g in gys)
+        args, kwargs = arguments_packed(pytree.tree_unflatten(batch_of_one, tree))
+        found = functional_call(module, p, args, kwargs, tie_weights=False)
+        found = pytree.tree_leaves(found, is_leaf=is_packed)
+        return tuple(padded(found[k], g.shape[2:]).reshape(g.shape[2:]) for k, g in gys)
 
     def one_example(xs: Sequence[Any], gs: tuple[Tensor, ...]) -> Tensor:
         pull = vjp(lambda p: outputs(p, xs), {k: p.detach() for k, p in params.items()})[1]
@@ -122,6 +124,24 @@ def generic(
             return one_by_one(xs, gs)
 
     return Lazy(compute, cotangents, examples, (numel,), dtype, gys[0][1].device)
+
+
+def _recurrent(
+    module: nn.Module,
+    params: Mapping[str, Tensor],
+    inputs: Any,
+    axes: Sequence[int | None],
+    gys: Sequence[tuple[int, Tensor]],
+    dtype: torch.dtype,
+) -> LayerJacobian | None:
+    """That of a recurrent module which is called as it is known to be."""
+    leaves = pytree.tree_leaves(inputs)
+    args, kwargs = inputs
+    first = next(iter((*args, *kwargs.values())), None)
+    if isinstance(first, Padded):
+        x, lengths, *states = leaves
+        return recurrent(module, params, [x, *states], [axes[0], *axes[2:]], gys, dtype, lengths)
+    return recurrent(module, params, leaves, axes, gys, dtype)
 
 
 def _undisturbed(module: nn.Module) -> Change:

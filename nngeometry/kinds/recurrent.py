@@ -29,18 +29,26 @@ class _Used:
     bias: str | None
     inputs: list[Tensor]
     outputs: list[Tensor]
+    backwards: bool
 
 
 class _Run:
-    """The arithmetic of a recurrent module, with all uses of its linear maps."""
+    """The arithmetic of a recurrent module, with all uses of its linear maps.
 
-    def __init__(self, module: Any, params: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    within: which sequences are not at their end yet, ``(T, B, 1)``, None if all are of one length.
+    """
+
+    def __init__(
+        self, module: Any, params: Mapping[str, Tensor], dtype: torch.dtype, within: Tensor | None = None
+    ) -> None:
         self.module = module
+        self.within = within
         self.params = {name: p.detach().to(dtype) for name, p in params.items()}
         self.used: list[_Used] = []
 
     def _map(self, weight: str, bias: str | None) -> _Used:
-        self.used.append(_Used(weight, bias if bias in self.params else None, [], []))
+        backwards = weight.endswith("_reverse")
+        self.used.append(_Used(weight, bias if bias in self.params else None, [], [], backwards))
         return self.used[-1]
 
     def _apply(self, of: _Used, x: Tensor) -> Tensor:
@@ -76,7 +84,9 @@ class _Run:
         state = self._map(f"weight_hh_{of}", f"bias_hh_{of}")
         project = self._map(f"weight_hr_{of}", None) if f"weight_hr_{of}" in self.params else None
         ys = []
-        for one in x:
+        steps = self._steps(into.backwards, len(x))
+        for one, within in zip(x, steps, strict=True):
+            before, c_before = h, c
             a, b = self._apply(into, one), self._apply(state, h)
             if c is not None:
                 i, f, g, o = (a + b).chunk(4, -1)
@@ -89,8 +99,16 @@ class _Run:
                 h = (1 - z) * n + z * h
             else:
                 h = (a + b).tanh() if self.module.nonlinearity == "tanh" else (a + b).relu()
+            if within is not None:  # behind its end, and backwards in front of it, a sequence stays where it is
+                h = torch.where(within, h, before)
+                c = None if c is None or c_before is None else torch.where(within, c, c_before)
             ys.append(h)
         return ys, h, c
+
+    def _steps(self, backwards: bool, count: int) -> Sequence[Tensor | None]:
+        if self.within is None:
+            return [None] * count
+        return list(self.within.flip(0) if backwards else self.within)
 
 
 def recurrent(
@@ -100,12 +118,14 @@ def recurrent(
     axes: Sequence[int | None],
     gys: Sequence[tuple[int, Tensor]],
     dtype: torch.dtype,
+    lengths: Tensor | None = None,
 ) -> Beside | None:
     """The Jacobian of a recurrent module in its flat parameters; None if it, or how it is called, is not known here.
 
-    Arguments as of :func:`nngeometry.kinds.generic.generic`, inputs as leaves.
+    Arguments as of :func:`nngeometry.kinds.generic.generic`, inputs as leaves. lengths: of sequences that were packed;
+    examples are then along the first axis of what is given and returned over time.
     """
-    time_axis = 1 if getattr(module, "batch_first", False) else 0
+    time_axis = 1 if lengths is not None or getattr(module, "batch_first", False) else 0
     tensors, where = (
         [x for x in inputs if x is not None],
         [a for x, a in zip(inputs, axes, strict=True) if x is not None],
@@ -123,7 +143,10 @@ def recurrent(
     states = given or [x.new_zeros(count, n, size) for size in sizes or [module.hidden_size]]
     if len(states) != len(sizes or [0]):
         return None
-    run = _Run(module, params, dtype)
+    within = None
+    if lengths is not None and int(lengths.min()) < len(x):
+        within = (torch.arange(len(x)).unsqueeze(1) < lengths.cpu()).to(x.device).unsqueeze(2)
+    run = _Run(module, params, dtype, within)
     with Changed(recording(True)):
         found = run.outputs(list(x), states[0], states[1] if sizes else None)
         ys, gs = [], []
@@ -140,7 +163,12 @@ def recurrent(
         a = torch.stack(used.inputs, 1).unsqueeze(2)
         g = torch.stack([next(grads) for _ in used.outputs], 2).unsqueeze(3)
         a = a if used.bias is None else F.pad(a, (0, 1), value=1.0)
-        maps.append(LinearMap(Outer(a, g), starts[used.weight], None if used.bias is None else starts[used.bias]))
+        bias, filled = None if used.bias is None else starts[used.bias], None
+        if within is not None:
+            of_steps = within.flip(0) if used.backwards else within
+            a = a * of_steps.transpose(0, 1).unsqueeze(3)
+            filled = (int(within.sum()) / within.numel(),)
+        maps.append(LinearMap(Outer(a, g, filled=filled), starts[used.weight], bias))
     return Beside(maps, sum(p.numel() for p in params.values()))
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from . import entries
+from .packed import sequences
 
 #: Where something is in a minibatch: the position in its container, and so on inward.
 Path = tuple[int, ...]
@@ -309,10 +310,7 @@ def picked(tree: Any, index: Tensor, n: int, whole: frozenset[Path], path: Path 
     if is_array(tree):
         return (tree[index.cpu().numpy()], True) if tree.ndim > 0 and len(tree) == n else (tree, False)
     if isinstance(tree, PackedSequence):
-        raise TypeError(
-            "a packed sequence cannot be taken apart by examples: pass padded sequences and their lengths in the "
-            "minibatch, and pack them in function="
-        )
+        return (sequences(tree, index), True) if tree.batch_sizes[0] == n else (tree, False)
     if path and ((*path, AS_LIST) in whole or is_list_of_examples(tree, n)):
         return opened(tree).close([tree[k] for k in index.tolist()]), True  # type: ignore[union-attr]
     found = opened(tree)

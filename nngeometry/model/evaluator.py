@@ -32,6 +32,7 @@ from .batch_statistics import (
 )
 from .entries import same_entries
 from .independence import called_apart
+from .packed import lengths_fall
 from .recurrent import recurrent_without_cudnn
 from .weights import Weights
 
@@ -293,11 +294,17 @@ class Evaluator:
             if nbytes_of(self.model.parameters()) > _SMALL_MODEL or nbytes_of(data.tensors_of(batch)) > room:
                 return 0
             keep_freed(self.device)  # there are more minibatches
-            if data.count(batch) < 2 or not data.aligned(batch):
+            if data.count(batch) < 2 or not data.aligned(batch) or self.needs_order(batch):
                 return 0
             return 2 * room // max(1, made_of_two(batch))
 
         return data.grouped(self.minibatches(examples), most, lambda batch: self.keeps_apart(batch, [0], 2))
+
+    def needs_order(self, batch: data.Batch) -> bool:
+        """Whether a minibatch has the longest sequences first because the model packs them as they come."""
+        if not any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+            return False
+        return self.looked(lambda: lengths_fall(self.model, lambda: self.outputs_of(batch)))
 
     def keeps_apart(self, batch: data.Batch, some: Sequence[int], among: int | None = None) -> bool:
         """Whether the model returns the same for some examples of a minibatch as for these among others.

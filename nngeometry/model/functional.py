@@ -7,7 +7,7 @@ recorded as those of a call of the layer are, so that the layer keeps its form, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..changes import Change, entered, forward_hook
+from ..derivatives.pulling import nodes
 from ..forms import Gather, LayerJacobian, Lazy, Outer
 from ..kinds import Kind, Packing
 from ..kinds.affine import conv, embedding
@@ -63,7 +64,7 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen = _READ.get(func)
-        if seen is None or not any(self._base(t) is not None for t in (*args, *kwargs.values())):
+        if seen is None or not any(self._base(t) is not None for t in _operands(*args, *kwargs.values())):
             return func(*args, **kwargs)
         return seen(self, lambda: func(*args, **kwargs), *args, **kwargs)
 
@@ -73,6 +74,8 @@ class Uses(TorchFunctionMode):
             return None
         key = id(t) if id(t) in self._homes else id(t._base)
         if key not in self._homes or any(key in own for own in self._inside):
+            return None
+        if key != id(t) and t.grad_fn is None:  # a view made under torch.no_grad is a constant
             return None
         home, base = self._homes[key]
         return home, base
@@ -86,6 +89,31 @@ class Uses(TorchFunctionMode):
         """The same of one axis."""
         found = self._base(t)
         return None if found is None else Vector.of(t, found[1], found[0])
+
+    def scaled(self, t: Any) -> tuple[Vector, Tensor | None] | None:
+        """Of which vector a tensor is made, and by what its derivative is that of it, entry by entry: a bias of which
+        some entries were set to zero (on a copy), or one times a number. None for another tensor.
+        """
+        v = self.vector(t)
+        if v is not None:
+            return v, None
+        if not isinstance(t, Tensor) or t.ndim != 1 or not t.requires_grad:
+            return None
+        leaves: set[int] = set()
+        for k, node in enumerate(nodes([t])):
+            if k == _MOST_NODES:
+                return None
+            if hasattr(node, "variable"):
+                leaves.add(id(node.variable))
+        found = self._homes.get(leaves.pop()) if len(leaves) == 1 else None
+        if found is None or found[1].shape != t.shape or self._base(found[1]) is None:
+            return None
+        slope, again = _pulled(t, found[1], 1.0), _pulled(t, found[1], 2.0)
+        entries = _generic(t, 1.0), _generic(t, 2.0)
+        slope = slope / entries[0]
+        if not torch.allclose(slope * entries[1], again, rtol=8 * torch.finfo(t.dtype).eps, atol=0.0):
+            return None  # entries depend on each other
+        return Vector(found[0], 0, len(t)), slope
 
     def part(self, t: Any) -> Part | None:
         """The entries of a parameter that a tensor has, None if it has none."""
@@ -107,16 +135,23 @@ class Uses(TorchFunctionMode):
 
     def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor) -> Tensor:
         """Record ``y = F.linear(x, weight, bias)``."""
-        w, b = self.matrix(weight) if x.layout == torch.strided else None, self.vector(bias)
-        together = w is not None and b is not None and b.belongs_to(w)
+        w = self.matrix(weight) if x.layout == torch.strided else None
+        b, slope = self.scaled(bias) or (None, None)
+        together = w is not None and b is not None and slope is None and b.belongs_to(w)
         if w is not None:
             y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
         if b is not None and not together:
-            y = self.add(b.home, b.form, y, y, True)
+            y = self.add(b.home, lambda gy, x: b.form(gy if slope is None else gy * slope, x), y, y, True)
         return y
 
 
-#: From a function to what records a call of it, ``(uses, compute, *its arguments)``.
+def _operands(*given: Any) -> Iterator[Any]:
+    """What a function is called with, also in a list."""
+    for x in given:
+        yield from x if isinstance(x, list | tuple) else (x,)
+
+
+#: From a function to what records a call of it, ``(uses, compute, *its arguments)``, by the names that torch has.
 _READ: dict[Any, Callable[..., Any]] = {}
 _Compute = Callable[[], Tensor]
 
@@ -135,12 +170,14 @@ def _linear(uses: Uses, compute: _Compute, input: Tensor, weight: Tensor, bias: 
 
 
 @_reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor | None = None, **named: Tensor) -> Tensor:
-    b = next(iter(named.values())) if b is None else b
-    if uses.matrix(b) is not None and a.ndim > 0:
-        return uses.linear(a, b.mT, None, compute())
-    if uses.matrix(a) is not None and b.ndim > 1:  # the same from the left
-        return uses.linear(b.mT, a, None, compute().mT).mT
+def _matmul(
+    uses: Uses, compute: _Compute, input: Tensor, other: Any = None, *, mat2: Any = None, out: Any = None
+) -> Tensor:
+    other = mat2 if other is None else other
+    if out is None and uses.matrix(other) is not None and input.ndim > 0:
+        return uses.linear(input, other.mT, None, compute())
+    if out is None and uses.matrix(input) is not None and other.ndim > 1:  # the same from the left
+        return uses.linear(other.mT, input, None, compute().mT).mT
     return compute()
 
 
@@ -150,34 +187,36 @@ def _rmatmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor) -> Tensor:
 
 
 @_reads(torch.addmm, Tensor.addmm)
-def _addmm(uses: Uses, compute: _Compute, b: Tensor, x: Tensor, w: Tensor, **scales: Any) -> Tensor:
-    if scales or b.ndim != 1 or uses.matrix(w) is None:
+def _addmm(uses: Uses, compute: _Compute, input: Tensor, mat1: Tensor, mat2: Any, *old: Any, **scales: Any) -> Tensor:
+    if old or scales or input.ndim != 1 or uses.matrix(mat2) is None:
         return compute()
-    return uses.linear(x, w.mT, b, compute())
+    return uses.linear(mat1, mat2.mT, input, compute())
 
 
 @_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def _add(uses: Uses, compute: _Compute, a: Any, b: Any, **scales: Any) -> Tensor:
+def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **scales: Any) -> Tensor:
     y = compute()
-    if scales:
+    if old or scales:
         return y
-    for one, other in ((a, b), (b, a)):
+    for one, two in ((input, other), (other, input)):
         v = uses.vector(one)
-        if v is not None and isinstance(other, Tensor) and other.shape == y.shape:
-            return uses.add(v.home, v.form, other, y, True)
+        if v is not None and isinstance(two, Tensor) and two.shape == y.shape:
+            return uses.add(v.home, v.form, two, y, True)
         part = uses.part(one)
-        if part is not None and _of_examples(other, y) and _alike_for_all(part, y):
-            return uses.add(part.home, part.form, other, y, False)
+        if part is not None and _of_examples(two, y) and _alike_for_all(part, y):
+            return uses.add(part.home, part.form, two, y, False)
     return y
 
 
 @_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
-def _mul(uses: Uses, compute: _Compute, a: Any, b: Any) -> Tensor:
+def _mul(uses: Uses, compute: _Compute, input: Any, other: Any, *, out: Any = None) -> Tensor:
     y = compute()
-    for one, other in ((a, b), (b, a)):
+    if out is not None:
+        return y
+    for one, two in ((input, other), (other, input)):
         part = uses.part(one)
-        if part is not None and uses.part(other) is None and _of_examples(other, y) and _alike_for_all(part, y):
-            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), other, y, False)
+        if part is not None and uses.part(two) is None and _of_examples(two, y) and _alike_for_all(part, y):
+            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), two, y, False)
     return y
 
 
@@ -188,6 +227,20 @@ def _expand(uses: Uses, compute: _Compute, t: Tensor, *size: Any, **named: Any) 
     if part is None or not _alike_for_all(part, y):
         return y
     return uses.add(part.home, part.form, y, y, False)
+
+
+def _generic(t: Tensor, phase: float) -> Tensor:
+    """A vector like another one, without zeros, and another one for each phase."""
+    return torch.cos(torch.arange(len(t), dtype=t.dtype, device=t.device) + phase).add_(2)
+
+
+def _pulled(y: Tensor, t: Tensor, phase: float) -> Tensor:
+    """The derivative in t of a generic sum of what is made of it."""
+    return torch.autograd.grad(y, t, _generic(y, phase), retain_graph=True)[0].detach()
+
+
+#: Of how many operations what is made of a bias is looked through.
+_MOST_NODES = 32
 
 
 def _of_examples(x: Any, y: Tensor) -> bool:
@@ -203,6 +256,7 @@ def _alike_for_all(part: Part, y: Tensor) -> bool:
 @_reads(torch.einsum)
 def _einsum(uses: Uses, compute: _Compute, equation: Any, *operands: Any) -> Tensor:
     """Two operands of which one is a matrix: one of its axes is summed, the other is new."""
+    operands = tuple(_operands(*operands))
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return compute()
     inputs, output = equation.replace(" ", "").replace("...", ".").split("->")
@@ -278,14 +332,19 @@ def _conv(
     groups: int = 1,
 ) -> Tensor:
     y, d = compute(), weight.dim() - 2
-    found, b = uses._base(weight), uses.vector(bias)
+    found, (b, slope) = uses._base(weight), uses.scaled(bias) or (None, None)
     home = None if found is None or found[1] is not weight or input.ndim < d + 2 else found[0]
-    together = home is not None and b is not None and b.home.layer is home.layer and b.start == 0
+    together = home is not None and b is not None and slope is None and b.home.layer is home.layer and b.start == 0
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
         y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
     if b is not None and not together:
-        y = uses.add(b.home, lambda gy, x: b.form(gy.movedim(2, -1), x), y, y, False)
+
+        def form(gy: Tensor, x: Tensor) -> LayerJacobian:
+            g = gy.movedim(2, -1)
+            return b.form(g if slope is None else g * slope, x)
+
+        y = uses.add(b.home, form, y, y, False)
     return y
 
 

@@ -135,8 +135,11 @@ class Recorded(Evaluator):
         common = [k for k, (_, each) in enumerate(edges) if each]
         if not common:
             return found
-        of_each = []
+        of_each: list[Sequence[Tensor | None]] = []
         for b in range(s.shape[1]):
+            if not s[:, b].any():  # a look at one example among others
+                of_each.append([None] * len(common))
+                continue
             alone = torch.zeros_like(s)
             alone[:, b] = s[:, b]
             of_each.append(pull([edges[k][0] for k in common], alone))

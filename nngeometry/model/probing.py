@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from itertools import islice, product
+from itertools import chain, islice, product
 from math import hypot
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
 from .operations_apart import recorded_apart
 from .recording import Call, Layout
-from .refused import EXCLUDE, Refused, named
+from .refused import EXCLUDE, Refused, Unclear, named
 from .structure import Structure
 from .weights import Weights
 
@@ -46,6 +46,20 @@ class _Gradients(NamedTuple):
     truth_alone: Sequence[Tensor | None]
     of_all: Sequence[Tensor | None]
     truth: Sequence[Tensor | None]
+
+
+class _Some(NamedTuple):
+    """Which examples a model is run on, two and three, and where the two are among the three."""
+
+    two: tuple[int, int]
+    three: tuple[int, int, int]
+    among: tuple[int, int]
+
+
+#: As different as can be.
+_SOME = _Some((1, 0), (0, 1, 2), (1, 0))
+#: In their order and the same ones, of which the longest is first if sequences are packed as they come.
+_ALIKE = _Some((0, 1), (0, 0, 1), (1, 2))
 
 
 class Probed(Recorded):
@@ -116,6 +130,21 @@ class Probed(Recorded):
     def _probe(
         self, sites: Sequence[Site], batch: data.Batch, measure: bool, opened: frozenset[str] = frozenset()
     ) -> Plan:
+        try:
+            return self._probe_some(_SOME, sites, batch, measure, opened)
+        except RuntimeError as error:
+            if isinstance(error, Refused) and not isinstance(error, Unclear):
+                raise
+            if data.count(batch) == 1 or not any(isinstance(m, nn.RNNBase) for m in self.model.modules()):
+                raise
+            try:
+                return self._probe_some(_ALIKE, sites, batch, measure, opened)
+            except Exception as other:
+                raise (other if isinstance(other, Refused) else error) from None
+
+    def _probe_some(
+        self, some: _Some, sites: Sequence[Site], batch: data.Batch, measure: bool, opened: frozenset[str]
+    ) -> Plan:
         n = data.count(batch)
         for site in sites:
             require_derivative(site.module)
@@ -123,7 +152,7 @@ class Probed(Recorded):
         weights, state = Weights([self.model], parameters), State(self.model, values=True)
         before = weights.marks()
         with self.running(weights.in_place, *self.within(batch), state):
-            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in ([1, 0], [0, 1, 2])]
+            few = [data.take(batch, torch.tensor([k % n for k in index])) for index in (some.two, some.three)]
             with BytesMade() if measure else nullcontext() as made:
                 f2, two = self._forward(sites, few[0], None, opened)
             f3, three = self._forward(sites, few[1], None, opened)
@@ -132,7 +161,7 @@ class Probed(Recorded):
             weights.check(before)
             check_same(
                 f2,
-                f3[[1, 0]],
+                f3[list(some.among)],
                 f3,
                 "the output of the model for an example depends on the others, or is random",
                 MIXES,
@@ -237,7 +266,12 @@ class Probed(Recorded):
         )
         ways = [plan.layouts[k].ways() for k in constant]  # type: ignore[union-attr]
         wrong: Exception | None = None
-        for way in islice(product(*ways), _MOST_WAYS):
+        alike = list(dict.fromkeys(tuple(of[0] if w not in of else w for of in ways) for w in ways[0]))
+        others = (way for way in product(*ways) if way not in alike)
+        for tries, way in enumerate(islice(chain(alike, others), _MOST_WAYS)):
+            if tries == len(alike) and not self._has_way(sites, batch, plan, constant[0], expected):
+                wrong = refused  # as it is with all others
+                break
             layouts = list(plan.layouts)
             for k, expand in zip(constant, way, strict=True):
                 layouts[k] = replace(layouts[k], expand=expand)  # type: ignore[type-var]
@@ -262,6 +296,25 @@ class Probed(Recorded):
             return self._with_each_alone(sites, batch, plan, constant, parameters)
         assert wrong is not None
         raise wrong
+
+    def _has_way(self, sites: Sequence[Site], batch: data.Batch, plan: Plan, k: int, expected: Tensor) -> bool:
+        """Whether one call whose output has no axis of examples can be given one by itself, such that the output of an
+        example depends on its own copy alone.
+        """
+        layout = plan.layouts[k]
+        assert layout is not None
+        for expand in layout.ways():
+            layouts = list(plan.layouts)
+            layouts[k] = replace(layout, expand=expand)
+            with suppress(Exception):
+                f, calls = self._forward(sites, batch, replace(plan, layouts=tuple(layouts)))
+                if f.shape == expected.shape and same_up_to_rounding(f, expected, expected):
+                    weights = every_other(f)
+                    one = weighted(_generic_cotangent(f), weights)
+                    (g,) = torch.autograd.grad(f, calls[k].edges, one, allow_unused=True)
+                    if g is None or not g[weights == 0].any():
+                        return True
+        return False
 
     def _with_each_alone(
         self,
@@ -331,6 +384,8 @@ class Probed(Recorded):
         if len(f) > 1:
             check_apart(calls, plan.layouts, probed.of_all, probed.alone, every_other(f))
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
+        if any(call.cast for call in calls):  # the precision that the model asks for
+            exact = max(exact, tolerance(coarsest([f], self.dtype)))
         for grads, truth, most in (
             (probed.alone, probed.truth_alone, exact),
             (probed.of_all, probed.truth, max(exact, _OF_SUMS)),

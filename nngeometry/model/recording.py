@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from ..changes import Change, forward_hook
+from ..changes import Change, forward_hook, is_cast
 from ..layercollection import Site
-from .refused import EXCLUDE, Refused, named
+from .packed import arguments_padded, has_packed, outputs_padded
+from .refused import EXCLUDE, Refused, Unclear, named
 
 
 class Output(NamedTuple):
@@ -33,13 +34,14 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module, as its forward hook saw it."""
+    """One call of a module, as its forward hook saw it. cast: whether inside of ``torch.autocast``."""
 
     site: Site
     inputs: Any  # (args, kwargs)
     versions: list[int]
     outputs: tuple[Output, ...]  # the differentiable ones
     edges: tuple[GradientEdge, ...]
+    cast: bool = False
 
     @property
     def what(self) -> str:
@@ -119,17 +121,24 @@ class Recorder:
         """Record one call, and return the output that is passed on."""
         number = len(self.calls)
         expand = self._constant[number] if number < len(self._constant) else None
+        if type(output) is not Tensor and has_packed((args, kwargs, output)):
+            args, kwargs = arguments_padded((args, kwargs))
+            output, again = outputs_padded(output)
+            return again(self._added(site, args, kwargs, output, expand))
+        return self._added(site, args, kwargs, output, expand)
+
+    def _added(self, site: Site, args: Any, kwargs: Any, output: Any, expand: Expand | None) -> Any:
         found = self._passed_on(site, output, expand)
         one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
         if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
             x, y = args[0], Output(0, found.shape, found.dtype)
-            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),)))
+            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),), is_cast()))
             return found
         inputs = _detached((args, kwargs))
         leaves = differentiable(found)
         outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
         edges = tuple(_edge(y) for _, y in leaves)
-        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges))
+        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges, is_cast()))
         return found
 
     def _passed_on(self, site: Site, output: Any, expand: Expand | None) -> Any:
@@ -302,7 +311,7 @@ def _axis(call: Call, two: torch.Size, three: torch.Size) -> int | None:
     changed = [k for k, (m, n) in enumerate(zip(two, three, strict=False)) if m != n]
     if len(two) == len(three) and len(changed) == 1 and two[changed[0]] * 3 == three[changed[0]] * 2:
         return changed[0]
-    raise Refused(
+    raise Unclear(
         [call.site.name],
         f"{call.what}: a tensor of shape {tuple(two)} for two examples and {tuple(three)} for three has no axis that "
         "is that of examples",

@@ -25,6 +25,12 @@ class Refused(NotImplementedError, ValueError):
         return f"{self.problem}: {', or '.join(self.remedies)}"
 
 
+class Unclear(Refused):
+    """Where the examples are in a tensor cannot be told from how its shape changes with their number: other examples
+    may be longer, too.
+    """
+
+
 def named(name: str, module: Any, more: int = 0) -> str:
     """How messages name a layer. more: how many others it stands for.
 

@@ -343,10 +343,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
     """
     table = layer.packing.crossed is True
 
-    def of_use(j: LayerJacobian, n: int) -> State:
+    def of_use(j: LayerJacobian, n: int, diagonal: bool) -> State:
         if isinstance(j, forms.Transposed) and isinstance(j.of, forms.Outer):  # the inputs are on the left
             left, count = j.of.right_factor(reduce) if n else (0, 0)
-            return left, j.columns_factor(reduce) if table else j.of.left_factor(reduce), count
+            return left, j.columns_factor(reduce) if diagonal else j.of.left_factor(reduce), count
         if not isinstance(j, forms.Outer | forms.Gather):
             raise ValueError(
                 f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
@@ -355,17 +355,19 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
                 'PMatLowRank, ... (or unit="example", or the loss as a function of the output); otherwise the layer '
                 "collection is of another model, so build it with LayerCollection.from_model(model)"
             )
-        right, count = j.right_factor(reduce) if n else (0, 0)
+        right, count = (j.right_squares if diagonal else j.right_factor)(reduce) if n else (0, 0)
         return j.left_factor(reduce), right, count
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         (j,) = js
         if isinstance(j, forms.Sum):
-            return tuple(statistic for part in j.parts for statistic in of_use(part, n))
+            return tuple(statistic for part in j.parts for statistic in of_use(part, n, table))
+        if table and not isinstance(j, forms.Gather):
+            return of_use(j, n, True)
         samples = j.right_samples(reduce) if n and thin and isinstance(j, forms.Outer) else None
         if samples is not None:
             return j.left_factor(reduce), Samples(samples), len(samples)  # type: ignore[attr-defined]
-        return of_use(j, n)
+        return of_use(j, n, False)
 
     def finish(state: State, n: float) -> Block:
         # What is left of a decayed count may be less than one.

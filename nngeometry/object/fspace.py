@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import arguments
 from ..blocks import Block, Dense, Operator, Rectangular
 from ..blocks.base import Map, check_order
+from ..changes import with_methods_uncast
 from ..memory import require
 from . import old_arguments
 from .arithmetic import VectorSpace
@@ -19,6 +20,7 @@ from .regul import Relative, regul_number
 from .vector import FVector
 
 
+@with_methods_uncast
 class FMat(VectorSpace):
     """A kernel between outputs of examples, ``K[c, x, d, y] = J[c, x] M J'[d, y]^T``, or what a layout keeps of it.
 
@@ -557,6 +559,7 @@ class FMat(VectorSpace):
         return FVector(torch.nn.functional.one_hot(classes, count).T.to(self._empty()))
 
 
+@with_methods_uncast
 class FMatDense(FMat):
     """All entries, in memory.
 
@@ -588,6 +591,7 @@ class FMatDense(FMat):
         super().__init__(root, layout)
 
 
+@with_methods_uncast
 class FMatImplicit(FMat):
     """``K u = J M J'^T u`` by automatic differentiation; holds no entry."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import arguments, forms
 from ..blocks import Block
-from ..changes import Borrowed, no_grad
+from ..changes import Borrowed, no_grad, with_methods_uncast
 from ..generator import Generator
 from ..layercollection import LayerCollection
 from ..linearisation import jacobians
@@ -26,6 +26,7 @@ from .kernel_layouts import Full, positions
 from .vector import Array, FlatArray, FVector, PVector, check_same_space
 
 
+@with_methods_uncast
 class PFMap(VectorSpace, ABC):
     """A linear map J from parameters to C outputs of n examples: rows ``J[c, x]`` in parameter space.
 
@@ -289,6 +290,7 @@ class Adjoint:
         return self.map
 
 
+@with_methods_uncast
 class PFMapDense(FlatArray, PFMap):
     """All entries of a map: ``PFMapDense(layer_collection, data)``. Every PMat takes it as many right-hand sides.
 
@@ -381,6 +383,7 @@ class PFMapDense(FlatArray, PFMap):
         return PFMap.__repr__(self)
 
 
+@with_methods_uncast
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
@@ -528,6 +531,7 @@ def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
     return BatchJacobian(slab.examples, slab.outputs, held)
 
 
+@with_methods_uncast
 class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 

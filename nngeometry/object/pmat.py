@@ -424,6 +424,17 @@ class PMat(VectorSpace):
         """
         return self._regul(regul).logdet(self.root)
 
+    def check_positive(self, regul: RegulLike = 0.0) -> None:
+        """Check that M + regul has no eigenvalue that is negative by more than rounding, as far as entries are known.
+
+        Args:
+            regul: As in :meth:`solve`, by default 0.
+
+        Raises:
+            ValueError: If it has.
+        """
+        self._regul(regul).check_positive(self.root)
+
     # Spectrum
 
     def pow(self, exponent: float | None = None, *old: Any, **named: Any) -> PMat:

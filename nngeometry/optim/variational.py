@@ -12,12 +12,13 @@ from .. import arguments
 from ..accumulator import Accumulator
 from ..changes import Borrowed
 from ..layercollection import LayerCollection
+from ..likelihood import Likelihood
 from ..metrics import FIM_MonteCarlo
 from ..object import PMat, PMatDiag, PMatEye, PVector, random_pvector
 from ..posterior import Posterior
 from ..team import Team
 from .draws import Draw, Draws, Gradients, in_draws, valued
-from .layered import LayeredOptimizer, options_for, own_generator
+from .layered import LayeredOptimizer, options_for, own_generator, parameters_of
 from .refresh import policy
 from .running import Running
 
@@ -155,7 +156,7 @@ class VIOptimizer(LayeredOptimizer):
             layer_collection=lc,
             **chosen,
         )
-        self._likelihood = chosen.get("variant", "classif_logits")
+        self._likelihood = _likelihood_of(matrix, chosen)
         self._steps = 0
         #: The covariance and its root, and of what they are.
         self._made: tuple[Any, PMat, PMat] | None = None
@@ -193,20 +194,30 @@ class VIOptimizer(LayeredOptimizer):
         risen = 1.0 if self.warmup == 0 else min(1.0, (self._steps + 1) / self.warmup)
         return self.temperature * risen
 
-    def posterior(self) -> Posterior:
+    def posterior(self, likelihood: str | Likelihood | None = None) -> Posterior:
         """q as a :class:`~nngeometry.Posterior`, of the precision ``(N (S + gamma) + tau delta) / tau``.
 
+        Args:
+            likelihood: What the outputs mean, by default what the matrix is of: the ``variant=`` of FIM and
+                FIM_MonteCarlo, or classes for the loss ``nn.CrossEntropyLoss()``.
+
         Raises:
-            ValueError: If nothing was observed yet.
+            ValueError: If nothing was observed yet, or the likelihood of another loss was not given.
         """
         if self.matrix is None:
             raise ValueError("posterior: there was no step yet, so that there is no curvature: train first")
+        of = self._likelihood if likelihood is None else likelihood
+        if of is None:
+            raise ValueError(
+                "posterior: the matrix does not tell the likelihood that its loss is of: give it, posterior(Gaussian("
+                "variance)) for a regression or posterior(Bernoulli()) for labels that are there or not"
+            )
         tau, n = self.tau, self.num_data
         prior = self._by_layer(lambda group: n * group["damping"] + tau * group["prior_precision"])
         return Posterior(
             self.model,
             self.matrix,
-            self._likelihood,
+            of,
             num_data=n,
             prior_precision=prior,
             temperature=tau,
@@ -369,6 +380,15 @@ class VIOptimizer(LayeredOptimizer):
 
 
 _REMEDY = "use more prior_precision or damping, or a representation and a matrix that are positive, e.g. GGN or FIM"
+
+
+def _likelihood_of(matrix: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """The likelihood that a matrix is of, or its name; None if that is not known."""
+    known, given = parameters_of(matrix), {**getattr(matrix, "keywords", {}), **options}
+    if "variant" in known:
+        return given.get("variant", "classif_logits")
+    loss = given.get("loss")
+    return "classif_logits" if "loss" in known and (loss is None or isinstance(loss, nn.CrossEntropyLoss)) else None
 
 
 def _of_each(
