@@ -198,7 +198,7 @@ plot_spectra(course, OUTPUT / "deep_curvature_spectra.png")
 # Statistics of loss, gradient and curvature over minibatches, at each checkpoint of both trainings.
 trajectories = {}
 for name, folder in folders.items():
-    trajectories[name] = loss_trajectory(models[name], weights(folder), few, probes=6 if small else 9)
+    trajectories[name] = loss_trajectory(models[name], weights(folder), few, probes=12)
     print(f"\n{name}, over {len(few)} minibatches\n{trajectories[name]}", flush=True)
 plot_statistics(trajectories, OUTPUT / "deep_curvature_statistics.png")
 

@@ -359,7 +359,7 @@ def _noise(looked: _Looked, page: _Page) -> None:
         if n < 4 or not data.aligned(only):
             raise ValueError("there is only one minibatch, which cannot be split")
         minibatches = [data.content(data.take(only, part)) for part in torch.arange(n).chunk(4) if len(part) > 0]
-    probes = max(6, min(15, int(0.6 * looked.products("noise", 10))))
+    probes = max(12, min(15, int(0.6 * looked.products("noise", 10))))
     found = loss_statistics(
         looked.model,
         data.Minibatches(minibatches),

@@ -4,6 +4,7 @@ import base64
 import re
 import shutil
 import subprocess
+from collections import OrderedDict
 from html.parser import HTMLParser
 
 import pytest
@@ -26,6 +27,15 @@ SECTIONS = [
     "Tangent kernel",
 ]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+#: How wide a page is in a frame, and how much of each of its tables is hidden.
+_FRAME = """<body style="margin:0"><iframe id="f" src="p.html" width="{width}" height="900" style="border:0"></iframe>
+<pre id="o"></pre><script>onload = () => {{
+  const page = document.getElementById("f").contentDocument
+  const hidden = [...page.querySelectorAll("table")].map(t => t.scrollWidth - t.clientWidth).join(" ")
+  document.getElementById("o").textContent = `page ${{page.documentElement.scrollWidth}}, tables ${{hidden}}.`
+}}</script></body>"""
 
 
 class Page(HTMLParser):
@@ -117,10 +127,10 @@ def test_a_large_net_is_looked_at_on_few_examples(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_opens_in_a_browser(tmp_path, width):
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    path = report(
-        model, (torch.randn(40, 4), torch.randint(3, (40,))), path=tmp_path / "p.html", seconds=2.0, verbose=False
-    )
+    model = nn.Sequential(OrderedDict(a_module_with_a_long_name_in_it=nn.Linear(4, 5), norm=nn.BatchNorm1d(5)))
+    model.add_module("head", nn.Linear(5, 3))
+    batch = torch.randn(40, 4), torch.randint(3, (40,))
+    path = report(model, batch, path=tmp_path / "p.html", seconds=1.0, title=60 * "long", verbose=False)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--window-size={width},900"]
     page = [path.as_uri(), f"--user-data-dir={tmp_path / 'profile'}"]
 
@@ -132,8 +142,14 @@ def test_it_opens_in_a_browser(tmp_path, width):
     found = run("--dump-dom")
     assert "Tangent kernel" in found.stdout
     assert "CONSOLE" not in found.stderr
+    page[0] = (tmp_path / "frame.html").as_uri()  # a window of Chromium is never as small as a telephone
+    (tmp_path / "frame.html").write_text(_FRAME.format(width=width))
+    measured = run("--allow-file-access-from-files", "--disable-web-security", "--dump-dom").stdout
+    wide, tables = re.search(r"page (\d+), tables ([\d ]*)\.", measured).groups()
+    assert int(wide) <= width
+    assert all(int(hidden) == 0 for hidden in tables.split())
     shot = tmp_path / "shot.png"
-    run(f"--screenshot={shot}")
+    run("--allow-file-access-from-files", f"--screenshot={shot}")
     assert shot.stat().st_size > 10_000
 
 

@@ -207,7 +207,7 @@ def test_tables_of_layers_called_anything_and_of_nothing():
     [
         (lambda b: iter(b), {}, "more than once"),
         (lambda b: [(x,) for x, _ in b], {}, "no labels"),
-        (lambda b: b, {"probes": 2}, "probes: expected at least 6"),
+        (lambda b: b, {"probes": 11}, "probes: expected at least 12"),
         (lambda b: [], {}, "no minibatch"),
     ],
 )

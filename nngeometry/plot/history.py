@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import COLOURS, PANEL, Figure, dressed, finished, legend, new_figure, require_matplotlib
+from .style import COLOURS, FONT, PANEL, Figure, dressed, finished, legend, new_figure, require_matplotlib
 
 #: The panels: title, whether the axis is logarithmic, and what is drawn with which label.
 _PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
@@ -15,6 +15,8 @@ _PANELS: tuple[tuple[str, bool, dict[str, str]], ...] = (
     ("norms", True, {"grad_norm": "gradient", "weight_norm": "weights"}),
     ("learning rate", True, {"lr": "learning rate"}),
 )
+#: Of the runs beyond the first, second ... time that the colours are used.
+_MARKERS = ("", "s", "^", "x")
 
 
 def plot_history(
@@ -54,6 +56,7 @@ def plot_history(
     if not panels:
         raise ValueError("plot_history: there is no epoch to draw")
     figure = new_figure(1.2 * PANEL * len(panels), PANEL)
+    first: dict[str, Any] = {}
     for k, (title, log, names) in enumerate(panels):
         ax = dressed(figure.add_subplot(1, len(panels), k + 1), title, "epoch")
         positive, second = True, ""
@@ -62,24 +65,31 @@ def plot_history(
                 points = _points(of, name)
                 if not points:
                     continue
-                ax.plot(
+                alone = len(points) == 1 or (len(points) < 30 and name.startswith("test"))
+                beyond = _MARKERS[r // len(COLOURS) % len(_MARKERS)]  # colours
+                (line,) = ax.plot(
                     *zip(*points, strict=True),
                     color=COLOURS[(r if several else c) % len(COLOURS)],
                     label=label if not several else run if c == 0 else None,
                     linewidth=1.2,
                     linestyle="--" if several and c else "-",
-                    marker="o" if len(points) < 30 and name.startswith("test") else None,
+                    marker=beyond or ("o" if alone else None),
+                    markevery=max(1, len(points) // 8) if beyond else None,
                     markersize=3,
                 )
+                first.setdefault(run, line)
                 positive = positive and all(value > 0 for _, value in points)
                 second = label if c else second
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if log and positive:
             ax.set_yscale("log")
         if several and second:
-            ax.plot([], [], "--", color="grey", linewidth=1.2, label=second)
-        if several or len(names) > 1:
+            (line,) = ax.plot([], [], "--", color="grey", linewidth=1.2, label=second)
+            legend(ax, handles=[line])
+        if not several and len(names) > 1:
             legend(ax)
+    if several:  # beside all panels, whose lines they would hide
+        figure.legend(list(first.values()), list(first), loc="outside right center", fontsize=FONT - 1, frameon=False)
     return finished(figure, path)
 
 

@@ -105,6 +105,8 @@ def _lines(found: list[Landscape], ncols: int) -> Figure:
 def _levels(loss: torch.Tensor) -> tuple[Any, bool]:
     """The levels of contours, and whether they are logarithmic."""
     finite = loss[loss.isfinite()]
+    if len(finite) == 0:
+        raise ValueError("plot_landscape: there is no finite loss to draw")
     low, high = float(finite.min()), float(finite.max())
     log = low > 0 and high > _LOG * low
     if log:

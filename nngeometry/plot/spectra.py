@@ -15,6 +15,8 @@ from .style import COLOURS, FONT, PANEL, Figure, colour_map, dressed, finished, 
 
 #: How far the colour scale reaches below the largest density, in powers of ten.
 _DECADES = 5.0
+#: At most as many columns have their names beneath.
+_NAMED = 14
 
 
 def plot_spectra(spectra: Mapping[Any, Spectrum], path: str | Path | None = None) -> Figure:
@@ -31,7 +33,7 @@ def plot_spectra(spectra: Mapping[Any, Spectrum], path: str | Path | None = None
         The figure, which pyplot does not know of.
 
     Raises:
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, or all eigenvalues are zero.
         ImportError: Without matplotlib.
 
     Example:
@@ -48,11 +50,14 @@ def plot_spectra(spectra: Mapping[Any, Spectrum], path: str | Path | None = None
         raise ValueError("plot_spectra: there is no spectrum to draw")
     for found in spectra.values():
         arguments.instance("spectra", found, Spectrum, "from spectral_density(F)")
-    figure = new_figure(max(1.6, 0.35 * len(spectra) + 0.9) * PANEL, 1.5 * PANEL)
+    figure = new_figure(min(4.0, max(1.6, 0.35 * len(spectra) + 0.9)) * PANEL, 1.5 * PANEL)
     ax = dressed(figure.add_subplot(), "", "epoch" if _numbers(spectra) else "", "eigenvalue")
     lows, highs = zip(*(s.range() for s in spectra.values()), strict=True)
     low, high = min(lows), max(highs)
-    linear = max(1e-3 * max(abs(low), abs(high)), 1e-300)
+    largest = max(abs(low), abs(high))
+    if largest == 0:
+        raise ValueError("plot_spectra: all eigenvalues are zero, of which there is no density to draw")
+    linear = 1e-3 * largest
     grid = _symlog(low, high, linear)
     columns = []
     for s in spectra.values():
@@ -78,7 +83,8 @@ def plot_spectra(spectra: Mapping[Any, Spectrum], path: str | Path | None = None
     powers = [10.0**k for k in range(ceil(log10(linear)), 1 + ceil(log10(max(abs(low), abs(high), linear))))]
     ax.set_yticks([-p for p in reversed(powers) if p <= -float(grid[0])] + [0] + [p for p in powers if p <= grid[-1]])
     ax.set_ylim(float(grid[0]), float(grid[-1]))
-    ax.set_xticks(range(len(spectra)), [str(k) for k in spectra], rotation=0 if _numbers(spectra) else 30)
+    shown = range(0, len(spectra), -(-len(spectra) // _NAMED))
+    ax.set_xticks(shown, [str(list(spectra)[k]) for k in shown], rotation=0 if _numbers(spectra) else 30)
     bar = figure.colorbar(drawn, ax=ax)
     bar.set_label(r"$\log_{10}$ density on this axis", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)

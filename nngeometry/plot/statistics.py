@@ -55,9 +55,11 @@ def plot_statistics(
     """
     require_matplotlib("plot_statistics")
     runs = dict(trajectory) if isinstance(trajectory, Mapping) else {"": trajectory}
+    if ncols is not None:
+        arguments.integer("ncols", ncols, least=1)
     for of in runs.values():
         arguments.instance("trajectory", of, Trajectory, "from loss_trajectory(model, checkpoints, loader)")
-    if not any(of.at for of in runs.values()):
+    if not names or not any(of.at for of in runs.values()):
         raise ValueError("plot_statistics: there is nothing to draw")
     columns = {run: of.columns() for run, of in runs.items()}
     for name in names:
