@@ -66,6 +66,11 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibr
         )
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"calibration: labels are classes, whole numbers, got {labels.dtype}")
+    if bool(((labels < 0) | (labels >= p.shape[1])).any()):
+        raise ValueError(
+            f"calibration: labels are {int(labels.min())} to {int(labels.max())}, and there are {p.shape[1]} classes, "
+            f"0 to {p.shape[1] - 1}: leave out examples without a label"
+        )
     if not bool(((p.sum(1) - 1).abs() < 1e-2).all()) or bool((p < 0).any()):  # NaN too
         raise ValueError(
             "calibration: the rows of probabilities do not sum to one: give outputs.softmax(1), averaged over draws"

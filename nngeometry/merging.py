@@ -71,7 +71,7 @@ def merge(experts: Sequence[tuple[nn.Module | PVector, PMat]], regul: float = 1e
         total.check_positive(r)
         found: PVector = mean + total.solve(b, regul=r)
     except ValueError as error:
-        raise ValueError(f"{_NO_MINIMUM.format(r)} ({error})") from error
+        raise ValueError(_NO_MINIMUM.format(r, error)) from error
     return found
 
 
@@ -89,32 +89,35 @@ def _weights(k: int, expert: Any, F: PMat) -> PVector:
 
 def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float) -> Tensor:
     """``(total + regul)^-1 b`` by its products, with the mean of the experts' inverses for a preconditioner."""
+    eps = torch.finfo(total.dtype).eps
+    noise = 4 * eps * max(float(F.norm(2)) for F in matrices)
     solved = partial(
         cg,
         lambda rows: total.matvec(rows) + regul * rows,
-        preconditioner=None if total.matrix_free else _near(matrices, regul),
+        preconditioner=None if total.matrix_free else _near(matrices, max(regul, 2 * len(matrices) * noise)),
     )
-    eps = torch.finfo(total.dtype).eps
     try:
-        if regul == 0:  # b is in the range also of a singular sum, and what is drawn at random is not
+        if regul <= noise:  # b is in the range also of a singular sum, and what is drawn at random is not
             draw = gaussian(1, len(b), like=total.like, generator=torch.Generator().manual_seed(0))
-            solved(draw, rtol=max(1e-6, 100 * eps))
+            largest = float(torch.linalg.vector_norm(solved(draw, rtol=max(1e-6, 100 * eps)).x))
+            if largest * noise > 0.1:
+                raise ValueError(_NO_MINIMUM.format(regul, f"its inverse is about {largest:.1g}"))
         return solved(b.unsqueeze(0), rtol=max(1e-10, 100 * eps)).x[0]
     except RuntimeError as error:
-        raise ValueError(f"{_NO_MINIMUM.format(regul)} ({error})") from error
+        raise ValueError(_NO_MINIMUM.format(regul, error)) from error
 
 
-def _near(matrices: list[PMat], regul: float) -> Callable[[Tensor], Tensor]:
+def _near(matrices: list[PMat], shift: float) -> Callable[[Tensor], Tensor]:
     """The mean of the experts' inverses."""
-    shifts = [max(regul, 1e-8 * float(F.trace()) / F.size(0)) or 1.0 for F in matrices]
-    inverses = [(len(matrices) * F).inv(shift) for F, shift in zip(matrices, shifts, strict=True)]
+    shifts = [max(shift, 1e-8 * float(F.trace()) / F.size(0)) or 1.0 for F in matrices]
+    inverses = [(len(matrices) * F).inv(c) for F, c in zip(matrices, shifts, strict=True)]
     return lambda rows: torch.stack([inverse.matvec(rows) for inverse in inverses]).mean(0)
 
 
 _NO_MINIMUM = (
     "regul: with {:g} the sum of the matrices is not positive definite to working precision, so no single point makes "
     "the losses of the experts least: give a larger regul, with which directions without curvature get the mean of the "
-    "experts, and matrices without negative eigenvalues (FIM or GGN)"
+    "experts, and matrices without negative eigenvalues (FIM or GGN) ({})"
 )
 
 __test__ = {merge.__name__: merge.__doc__ or ""}

@@ -41,6 +41,8 @@ def test_certain_predictions_are_in_the_last_bin():
         (torch.eye(3), torch.zeros(4, dtype=torch.long), ValueError, r"\(n, C\) and labels \(n,\)"),
         (torch.eye(3), torch.zeros(3), ValueError, "labels are classes"),
         (torch.eye(3)[:0], torch.zeros(0, dtype=torch.long), ValueError, r"expected probabilities \(n, C\)"),
+        (torch.eye(3), torch.tensor([0, 1, -100]), ValueError, "labels are -100 to 1, and there are 3 classes"),
+        (torch.eye(3), torch.tensor([0, 1, 3]), ValueError, "leave out examples without a label"),
         ([[1.0]], torch.zeros(1, dtype=torch.long), TypeError, "probabilities: expected a Tensor"),
     ],
 )

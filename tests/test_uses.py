@@ -216,16 +216,24 @@ def test_the_merged_weights_solve_the_sum(representation):
 @pytest.mark.parametrize("representation", [*ALL, PMatImplicit, PMatQuasiDiag])
 def test_what_no_expert_has_curvature_of_is_the_mean(representation):
     """A common input is always zero, and so is the curvature of what it is multiplied with."""
-    models, experts = [net(k) for k in range(3)], []
-    for k, model in enumerate(models):
-        x = task(k)[0]
+    models, inputs = [net(k) for k in range(3)], [task(k)[0] for k in range(3)]
+    for x in inputs:
         x[:, 1] = 0
-        experts.append((model, FIM(model, (x,), representation, "regression")))
+    experts = [(m, FIM(m, (x,), representation, "regression")) for m, x in zip(models, inputs, strict=True)]
     mean = torch.stack([m[0].weight.detach()[:, 1] for m in models]).mean(0)
     found = merge(experts, regul=1e-6).to_dict()["0"][0]
     assert float((found[:, 1] - mean).abs().max()) < 1e-8
     with pytest.raises(ValueError, match=r"^regul: with 0 the sum .* no single point .* give a larger regul"):
         merge(experts, regul=0.0)
+    for model in models:
+        model.float()
+    if representation is PMatImplicit:
+        single = [FIM(m, (x.float(),), PMatImplicit, "regression") for m, x in zip(models, inputs, strict=True)]
+    else:
+        single = [F.to(dtype=torch.float32) for _, F in experts]
+    if representation not in (PMatDiag, PMatQuasiDiag):  # of which all is known of these directions: zeros
+        with pytest.raises(ValueError, match=r"^regul: with 1e-08 the sum .* give a larger regul"):
+            merge(list(zip(models, single, strict=True)))
 
 
 @pytest.mark.parametrize("representation", [PMatDense, PMatBlockDiag, PMatDiag, PMatImplicit])

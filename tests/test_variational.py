@@ -925,3 +925,5 @@ def test_a_temperature_of_zero_has_no_noise(name):
         with opt.sampled():
             close(flat(model), mu)
         train(opt, model, x, y)
+    with pytest.raises(ValueError, match="posterior: at temperature=0"):
+        opt.posterior()

@@ -213,6 +213,8 @@ class VIOptimizer(LayeredOptimizer):
                 "variance)) for a regression or posterior(Bernoulli()) for labels that are there or not"
             )
         tau, n = self.tau, self.num_data
+        if tau == 0:
+            raise ValueError("posterior: at temperature=0 the weights have one value and no distribution: give another")
         prior = self._by_layer(lambda group: n * group["damping"] + tau * group["prior_precision"])
         return Posterior(
             self.model,
