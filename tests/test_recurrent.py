@@ -97,6 +97,18 @@ def test_kernels_and_products(name):
     assert oracle.relative(FIM(model, batch, PMatImplicit).mv(v).to_torch(), M @ v.to_torch()) < 1e-10
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_product_with_the_hessian(name):
+    model, (x,) = net(name)
+    y, lc = torch.arange(len(x)) % 2, LayerCollection.from_model(model)
+    v, params = torch.randn(lc.numel()), list(model.parameters())
+    g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), params, create_graph=True)
+    g = nn.utils.parameters_to_vector(g)
+    expected = nn.utils.parameters_to_vector(torch.autograd.grad(g @ v, params))
+    H = Hessian(model, [(x[:3], y[:3]), (x[3:], y[3:])], PMatImplicit, nn.CrossEntropyLoss())
+    assert oracle.relative(H.mv(PVector(layer_collection=lc, vector_repr=v)).to_torch(), expected) < 1e-10
+
+
 @pytest.mark.parametrize("frozen", ["weight_hh_l0", "bias_ih_l0"])
 def test_some_parameters(frozen):
     model, batch = net("lstm")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .lstm import lstm
+
 #: A sixth in single precision, with which torch's own backward of hardsigmoid multiplies in any.
 _SIXTH = float(torch.tensor(1 / 6, dtype=torch.float32))
 
@@ -175,7 +177,7 @@ def ctc_loss(
 
 
 #: From a function of torch to what is used in its place where derivatives of derivatives are wanted.
-COMPOSITES: dict[Any, Callable[..., Tensor]] = {
+COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
@@ -183,6 +185,7 @@ COMPOSITES: dict[Any, Callable[..., Tensor]] = {
     torch.cdist: cdist,
     F.pdist: pdist,
     torch.pdist: pdist,
+    torch.lstm: lstm,
 }
 
 

@@ -23,7 +23,9 @@ _EXACT = (nn.RNN, nn.LSTM, nn.GRU)
 
 @dataclass
 class _Used:
-    """A linear map as it was used: its parameters by name, its inputs and its outputs over time, ``(B, features)``."""
+    """A linear map as it was used: its parameters by name, its inputs and its outputs, ``(B, features)`` of each step
+    or ``(T, B, features)`` of all at once.
+    """
 
     weight: str
     bias: str | None
@@ -58,8 +60,8 @@ class _Run:
         of.outputs.append(y)
         return y
 
-    def outputs(self, x: Sequence[Tensor], h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
-        """From inputs at each time ``(B, I)`` and initial states ``(layers, B, H)`` to what the module returns, time
+    def outputs(self, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
+        """From inputs ``(T, B, I)`` and initial states ``(layers, B, H)`` to what the module returns, time
         first.
         """
         directions = 1 + self.module.bidirectional
@@ -68,37 +70,40 @@ class _Run:
             of_directions = []
             for d in range(directions):
                 k = layer * directions + d
-                order = list(reversed(x)) if d else list(x)
+                order = x.flip(0) if d else x
                 ys, hk, ck = self._direction(order, h[k], None if c is None else c[k], f"l{layer}" + "_reverse" * d)
-                of_directions.append(ys[::-1] if d else ys)
+                of_directions.append(torch.stack(ys[::-1] if d else ys))
                 last_h.append(hk)
                 last_c.append(ck)
-            x = [torch.cat(at, -1) for at in zip(*of_directions, strict=True)]
-        found = torch.stack(list(x)), torch.stack(last_h)
+            x = torch.cat(of_directions, -1)
+        found = x, torch.stack(last_h)
         return found if c is None else (*found, torch.stack(last_c))  # type: ignore[arg-type]
 
-    def _direction(
-        self, x: Sequence[Tensor], h: Tensor, c: Tensor | None, of: str
-    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    def _direction(self, x: Tensor, h: Tensor, c: Tensor | None, of: str) -> tuple[list[Tensor], Tensor, Tensor | None]:
         into = self._map(f"weight_ih_{of}", f"bias_ih_{of}")
         state = self._map(f"weight_hh_{of}", f"bias_hh_{of}")
         project = self._map(f"weight_hr_{of}", None) if f"weight_hr_{of}" in self.params else None
         ys = []
-        steps = self._steps(into.backwards, len(x))
-        for one, within in zip(x, steps, strict=True):
+        every, added = self._apply(into, x), type(self.module) is not nn.GRU
+        if added:  # what comes of states is added to what comes of inputs: the derivatives in both are the same
+            state.outputs = into.outputs
+            every = every if state.bias is None else every + self.params[state.bias]
+        for a, within in zip(every.unbind(0), self._steps(into.backwards, len(x)), strict=True):
             before, c_before = h, c
-            a, b = self._apply(into, one), self._apply(state, h)
+            if added:
+                state.inputs.append(h.detach())
+                a = torch.addmm(a, h, self.params[state.weight].mT)
             if c is not None:
-                i, f, g, o = (a + b).chunk(4, -1)
+                i, f, g, o = a.chunk(4, -1)
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 h = o.sigmoid() * c.tanh()
                 h = h if project is None else self._apply(project, h)
-            elif type(self.module) is nn.GRU:
-                (ar, az, an), (br, bz, bn) = a.chunk(3, -1), b.chunk(3, -1)
+            elif not added:
+                (ar, az, an), (br, bz, bn) = a.chunk(3, -1), self._apply(state, h).chunk(3, -1)
                 z, n = (az + bz).sigmoid(), (an + (ar + br).sigmoid() * bn).tanh()
                 h = (1 - z) * n + z * h
             else:
-                h = (a + b).tanh() if self.module.nonlinearity == "tanh" else (a + b).relu()
+                h = a.tanh() if self.module.nonlinearity == "tanh" else a.relu()
             if within is not None:  # behind its end, and backwards in front of it, a sequence stays where it is
                 h = torch.where(within, h, before)
                 c = None if c is None or c_before is None else torch.where(within, c, c_before)
@@ -148,20 +153,28 @@ def recurrent(
         within = (torch.arange(len(x)).unsqueeze(1) < lengths.cpu()).to(x.device).unsqueeze(2)
     run = _Run(module, params, dtype, within)
     with Changed(recording(True)):
-        found = run.outputs(list(x), states[0], states[1] if sizes else None)
+        found = run.outputs(x, states[0], states[1] if sizes else None)
         ys, gs = [], []
         for leaf, g in gys:
             ys.append(found[leaf])
             gs.append(g.to(dtype).transpose(1, 2))  # time, or layers, in front of examples
-        flat = [y for used in run.used for y in used.outputs]
-        grads = iter(
-            torch.autograd.grad(ys, flat, gs, is_grads_batched=True, allow_unused=True, materialize_grads=True)
+        outputs = {id(used.outputs): used.outputs for used in run.used}
+        flat = [y for each in outputs.values() for y in each]
+        several = len(gs[0]) > 1
+        grads = torch.autograd.grad(
+            ys,
+            flat,
+            gs if several else [g[0] for g in gs],
+            is_grads_batched=several,  # a detour for a single one
+            allow_unused=True,
+            materialize_grads=True,
         )
+    remaining = iter(grads if several else [g.unsqueeze(0) for g in grads])
+    cotangents = {key: _over_time([next(remaining) for _ in each], 1) for key, each in outputs.items()}
     starts = dict(zip(params, accumulate((p.numel() for p in params.values()), initial=0), strict=False))
     maps = []
     for used in run.used:
-        a = torch.stack(used.inputs, 1).unsqueeze(2)
-        g = torch.stack([next(grads) for _ in used.outputs], 2).unsqueeze(3)
+        a, g = _over_time(used.inputs, 0).unsqueeze(2), cotangents[id(used.outputs)].unsqueeze(3)
         a = a if used.bias is None else F.pad(a, (0, 1), value=1.0)
         bias, filled = None if used.bias is None else starts[used.bias], None
         if within is not None:
@@ -170,6 +183,13 @@ def recurrent(
             filled = (int(within.sum()) / within.numel(),)
         maps.append(LinearMap(Outer(a, g, filled=filled), starts[used.weight], bias))
     return Beside(maps, sum(p.numel() for p in params.values()))
+
+
+def _over_time(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Of all steps, from one tensor or one of each: examples at ``axis``, steps after them."""
+    if parts[0].ndim == axis + 3:
+        return parts[0].transpose(axis, axis + 1).contiguous()
+    return torch.stack(list(parts), axis + 1)
 
 
 _NAMES = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
