@@ -165,3 +165,15 @@ def test_all_representations(x):
         F = FIM(model, (x,), representation)
         assert oracle.relative(F.mv(v).to_torch(), M @ v.to_torch()) < 1e-10
         assert oracle.relative(F.trace(), M.trace()) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be vectorised over examples")
+def test_a_replaced_forward_is_differentiated_itself(x):
+    model = Net()
+    forward = model.experts.forward
+    model.experts.forward = lambda *args: 2 * forward(*args)
+    M = oracle.fim(model, [(x,)], "classif_logits")
+    assert oracle.relative(FIM(model, (x,), PMatDense).to_torch(), M) < 1e-10
+    F = FIM(model, (x,), PMatKFAC)
+    at = F.layer_collection.slices()[NAME]
+    assert oracle.relative(F.block(NAME).to_torch(), M[at, at]) < 1e-10

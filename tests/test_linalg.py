@@ -245,6 +245,17 @@ def test_rounding_of_products_is_no_asymmetry(size):
         funm(lambda v: product(v, 100.0), torch.randn(2, N, generator=generator).float(), torch.exp, tol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 3e-4), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("basis", [30, 200])
+def test_slight_asymmetry_is_refused_where_the_matrix_is_built(dtype, off, basis):
+    A = matrix(torch.linspace(0, 1, 120, dtype=torch.float64))
+    K = torch.randn(120, 120, generator=seeded(1), dtype=torch.float64)
+    K = K - K.T
+    B = (A + off * K / torch.linalg.matrix_norm(K, 2)).to(dtype)
+    with pytest.raises(ValueError, match="not symmetric"):
+        eigsh(lambda v: v @ B, 120, 4, basis=basis, like=torch.empty(0, dtype=dtype))
+
+
 def test_eigsh_leaves_the_global_generator_alone():
     A = matrix(torch.rand(N, generator=seeded()))
     state = torch.get_rng_state()

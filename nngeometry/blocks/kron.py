@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -129,7 +129,7 @@ class Kron(Block):
         return Kron(self.left.transpose(), self.right.transpose())
 
     def scale(self, c: float) -> Kron:
-        return Kron(self.left.scale(c), self.right)
+        return replace(self, left=self.left.scale(c))  # what it stands for is scaled alike
 
     def plus(self, other: Block) -> Block | None:
         return self.eig().plus(other) if isinstance(other, Eye) else None

@@ -162,6 +162,9 @@ class Sum(LayerJacobian):
     def on_demand(self) -> bool:
         return any(part.on_demand for part in self.parts)
 
+    def columns(self, ids: Tensor) -> Tensor:
+        return total_of(part.columns(ids) for part in self.parts)
+
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self.parts)
 

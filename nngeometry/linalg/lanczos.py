@@ -40,7 +40,8 @@ class Eigenpairs(NamedTuple):
         values: The eigenvalues ``(k,)``.
         vectors: Orthonormal rows ``(k, p)``.
         residuals: ``|A v - l v|`` ``(k,)``, computed from the matrix at the end, or a bound of it that takes what
-            rounding did to every product into account; within this distance of each value there is an eigenvalue.
+            rounding did to every product into account; within this distance of each value there is an eigenvalue, but
+            for a few units of rounding of the dtype.
         products: How many vectors were multiplied with the matrix.
     """
 
@@ -244,7 +245,7 @@ def eigsh(
     block = min(block, size)
     capacity = max(wanted + max(wanted // 2, 10) + 2 * block, basis or _affordable(size, like, max(200, 4 * wanted)))
     if capacity >= size:
-        return _dense_pairs(matvec, size, wanted, which, like)
+        return _dense_pairs(matvec, size, wanted, which, like, tol)
     limit = max(2000, 100 * wanted) if max_products is None else max_products
     if generator is None:
         generator = torch.Generator(like.device).manual_seed(0)
@@ -259,7 +260,7 @@ def eigsh(
         if anew or not len(space.next):
             space.seed(gaussian(block, size, like=like, generator=generator))
         if small and size <= space.products <= limit - size:
-            return _dense_pairs(matvec, size, wanted, which, like, space.products)
+            return _dense_pairs(matvec, size, wanted, which, like, tol, space.products)
         if space.products + len(space.next) > limit:
             raise RuntimeError(_failure(space, wanted, which, tol, settled is not None))
         space.expand(4 * tol)
@@ -392,7 +393,9 @@ def _true_pairs(space: _Space, which: Which) -> tuple[Eigenpairs, Tensor, Tensor
     return Eigenpairs(values, vectors, torch.linalg.vector_norm(rest, dim=1), space.products), images, rest
 
 
-def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, products: int = 0) -> Eigenpairs:
+def _dense_pairs(
+    matvec: Matvec, size: int, wanted: int, which: Which, like: Tensor, tol: float, products: int = 0
+) -> Eigenpairs:
     dense = to_dense(matvec, size, like)
     if not bool(dense.isfinite().all()):
         raise RuntimeError("eigsh: a product is not finite")
@@ -402,7 +405,12 @@ def _dense_pairs(matvec: Matvec, size: int, wanted: int, which: Which, like: Ten
     order = _order(values, which)[:wanted]
     order = order[_sorted(values[order], which)]
     values, vectors = values[order], columns[:, order].mT
-    residuals = torch.linalg.vector_norm(vectors @ dense.mT - values.unsqueeze(1) * vectors, dim=1)
+    images = vectors @ dense.mT
+    residuals = torch.linalg.vector_norm(images - values.unsqueeze(1) * vectors, dim=1)
+    worst, scale = residuals.argmax(), float(norms(dense).max())
+    if (off := float(residuals[worst])) > max(tol, size**0.5 * noise(dense)) * scale:
+        _require_precise(matvec, vectors[worst, None].contiguous(), images[worst, None], off, scale)
+        raise ValueError("eigsh: the matrix is not symmetric")
     return Eigenpairs(values, vectors.contiguous(), residuals, products + size)
 
 

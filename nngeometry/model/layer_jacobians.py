@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -241,6 +243,8 @@ class Recorded(Evaluator):
         where = {id(x): axis for x, axis in zip(leaves_of(call.inputs), layout.inputs, strict=True)}
         if kind.bound:
             given = call.arguments()
+            if given.keys() != _arguments(type(site.module)):  # the forward of this one was replaced
+                return None
             constant = {k for k, x in given.items() if isinstance(x, Tensor) and where[id(x)] is None}
             moved = {
                 k: self._cast(x if k in constant else _to_front(x, where[id(x)] or 0, 0))
@@ -265,6 +269,12 @@ class Recorded(Evaluator):
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
+
+
+@cache
+def _arguments(t: type[nn.Module]) -> frozenset[str]:
+    """The names of the arguments of the modules of a type."""
+    return frozenset([*inspect.signature(t.forward).parameters][1:])
 
 
 def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
