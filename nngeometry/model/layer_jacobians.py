@@ -243,7 +243,7 @@ class Recorded(Evaluator):
         where = {id(x): axis for x, axis in zip(leaves_of(call.inputs), layout.inputs, strict=True)}
         if kind.bound:
             given = call.arguments()
-            if given.keys() != _arguments(type(site.module)):  # the forward of this one was replaced
+            if given.keys() != _arguments(type(site.module).forward):  # the forward of this one was replaced
                 return None
             constant = {k for k, x in given.items() if isinstance(x, Tensor) and where[id(x)] is None}
             moved = {
@@ -272,9 +272,9 @@ class Recorded(Evaluator):
 
 
 @cache
-def _arguments(t: type[nn.Module]) -> frozenset[str]:
-    """The names of the arguments of the modules of a type."""
-    return frozenset([*inspect.signature(t.forward).parameters][1:])
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    """The names of the arguments of the forward of a type."""
+    return frozenset([*inspect.signature(forward).parameters][1:])
 
 
 def _collected(sites: Sequence[Site]) -> list[nn.Parameter]:
