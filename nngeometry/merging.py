@@ -99,7 +99,8 @@ def _iterated(total: PMat, matrices: list[PMat], b: Tensor, regul: float) -> Ten
     try:
         if regul <= noise:  # b is in the range also of a singular sum, and what is drawn at random is not
             draw = gaussian(1, len(b), like=total.like, generator=torch.Generator().manual_seed(0))
-            largest = float(torch.linalg.vector_norm(solved(draw, rtol=max(1e-6, 100 * eps)).x))
+            found = solved(draw, rtol=max(1e-6, 100 * eps), max_products=min(3 * len(b) + 30, 10_000)).x
+            largest = float(torch.linalg.vector_norm(found))
             if largest * noise > 0.1:
                 raise ValueError(_NO_MINIMUM.format(regul, f"its inverse is about {largest:.1g}"))
         return solved(b.unsqueeze(0), rtol=max(1e-10, 100 * eps)).x[0]
