@@ -74,9 +74,9 @@ class Linearisations:
         """The map of every minibatch, what it counts in a mean, and the bytes that one vector takes in it."""
         return self.each()
 
-    def each(self, single: bool = False) -> Iterator[tuple[Any, float, int]]:
+    def each(self, single: bool = False, sized: bool = True) -> Iterator[tuple[Any, float, int]]:
         """The same. single: this may be the only time, so that of several minibatches none is kept the first time, but
-        all are the second time.
+        all are the second time. sized: whether the bytes are asked for; without, they may be zero.
         """
         self.evaluator.check_mode()
         if self._kept is None and self._norms != self.evaluator.norms_as_in_training():
@@ -84,9 +84,9 @@ class Linearisations:
                 "the model has other norms in train mode than when this was made of it: put it into that mode again "
                 "(model.train(), model.eval()), or make it again"
             )
-        return iter(self._kept) if self._kept is not None else self._linearised(single)
+        return iter(self._kept) if self._kept is not None else self._linearised(single, sized)
 
-    def _linearised(self, single: bool) -> Iterator[tuple[Any, float, int]]:
+    def _linearised(self, single: bool, sized: bool) -> Iterator[tuple[Any, float, int]]:
         """All minibatches linearised; all are kept if together they fit, and if there may be more products."""
         evaluator = self.evaluator
         groups = evaluator.joined(self.examples, lambda b: _COPIES * evaluator.dry_run(b, self.weights.in_place).made)
@@ -94,7 +94,7 @@ class Linearisations:
         once, self._used = single and not self._used, True
         keep: list[tuple[Any, float, int]] | None = None if once and len(head) > 1 else []
         for position, batches in chain(head, groups):
-            made = self._prepare(position, batches)
+            made = self._prepare(position, batches, sized or keep is not None)
             if keep is not None:
                 keep.append(made)
                 keep = keep if sum(held for *_, held in keep) <= budget(evaluator.device) else None
@@ -102,7 +102,7 @@ class Linearisations:
             del made
         self._kept = keep
 
-    def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Any, float, int]:
+    def _prepare(self, position: int, batches: list[data.Batch], sized: bool) -> tuple[Any, float, int]:
         within: list[Change] = []
         if self.evaluator.batch_statistics or self.evaluator.undivided:
             with Borrowed(self.weights.in_place):
@@ -114,6 +114,8 @@ class Linearisations:
         else:
             made, weight, roots = self._looked_at(position, batches, within)
         self.checked = True
+        if not sized:
+            return made, weight, 0
         # What is made again on the way back would be made to be counted: it is taken for too much to keep.
         held = saved_bytes(roots) if self._replay is None else budget(self.evaluator.device) + 1
         return made, weight, held
@@ -217,7 +219,7 @@ class Products(Linearisations):
 
     def once(self, V: Tensor) -> Tensor:
         """The same, which keeps nothing for a second product if it is the first."""
-        return self._product(V, self.each(single=True))
+        return self._product(V, self.each(single=True, sized=len(V) > 1))
 
     def _product(self, V: Tensor, maps: Iterable[tuple[Any, float, int]]) -> Tensor:
         V = V.detach().to(self.dtype)

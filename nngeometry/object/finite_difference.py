@@ -66,8 +66,8 @@ class Differences(Linearisations):
         gradient = Gradient(self, data.join(batches))
         return gradient, gradient.weight, ()
 
-    def _prepare(self, position: int, batches: list[data.Batch]) -> tuple[Gradient, float, int]:
-        gradient, weight, _ = super()._prepare(position, batches)
+    def _prepare(self, position: int, batches: list[data.Batch], sized: bool) -> tuple[Gradient, float, int]:
+        gradient, weight, _ = super()._prepare(position, batches, sized)
         return gradient, weight, nbytes_of([*data.tensors_of(gradient.batch), gradient.origin])
 
     def __call__(self, V: Tensor) -> Tensor:
