@@ -192,10 +192,16 @@ class Router(nn.Module):
     def flat(self, h):
         return h.reshape(-1, D)
 
+    def back(self, y):
+        return y
+
 
 class PositionsFirst(Router):
     def flat(self, h):
         return h.transpose(0, 1).reshape(-1, D)
+
+    def back(self, y):
+        return y.unflatten(0, (T, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class Routing(Net):
@@ -204,7 +210,7 @@ class Routing(Net):
         self.router = router()
 
     def forward(self, x):
-        weights, index = torch.tanh(self.router(x)).softmax(-1).topk(2)
+        weights, index = torch.tanh(self.router.back(self.router(x))).softmax(-1).topk(2)
         h = x.flatten(0, 1)
         return self.head(torch.tanh(h + self.experts(h, index, weights)).view_as(x)).mean(1)
 
