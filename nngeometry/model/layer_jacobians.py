@@ -243,7 +243,7 @@ class Recorded(Evaluator):
         where = {id(x): axis for x, axis in zip(leaves_of(call.inputs), layout.inputs, strict=True)}
         if kind.bound:
             given = call.arguments()
-            if given.keys() != _arguments(type(site.module)):  # the forward of this one was replaced
+            if given.keys() != _arguments(type(site.module)):  # type: ignore[arg-type]  # its forward was replaced
                 return None
             constant = {k for k, x in given.items() if isinstance(x, Tensor) and where[id(x)] is None}
             moved = {
