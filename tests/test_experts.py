@@ -177,3 +177,49 @@ def test_a_replaced_forward_is_differentiated_itself(x):
     F = FIM(model, (x,), PMatKFAC)
     at = F.layer_collection.slices()[NAME]
     assert oracle.relative(F.block(NAME).to_torch(), M[at, at]) < 1e-10
+
+
+class Router(nn.Module):
+    """It flattens examples and positions by itself, as that of DeepSeek does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E, D))
+
+    def forward(self, h):
+        return nn.functional.linear(self.flat(h), self.weight)
+
+    def flat(self, h):
+        return h.reshape(-1, D)
+
+    def back(self, y):
+        return y
+
+
+class PositionsFirst(Router):
+    def flat(self, h):
+        return h.transpose(0, 1).reshape(-1, D)
+
+    def back(self, y):
+        return y.unflatten(0, (T, -1)).transpose(0, 1).flatten(0, 1)
+
+
+class Routing(Net):
+    def __init__(self, router):
+        super().__init__()
+        self.router = router()
+
+    def forward(self, x):
+        weights, index = torch.tanh(self.router.back(self.router(x))).softmax(-1).topk(2)
+        h = x.flatten(0, 1)
+        return self.head(torch.tanh(h + self.experts(h, index, weights)).view_as(x)).mean(1)
+
+
+def test_a_router_that_flattens_examples(x):
+    model = Routing(Router)
+    batches = [(x,), (x[:1],)]
+    M = oracle.fim(model, batches, "classif_logits")
+    assert oracle.relative(FIM(model, batches, PMatDense).to_torch(), M) < 1e-10
+    assert oracle.relative(FIM(model, batches, PMatDiag).get_diag(), M.diagonal()) < 1e-10
+    with pytest.raises(ValueError, match="router"):
+        FIM(Routing(PositionsFirst), (x,), PMatDense)

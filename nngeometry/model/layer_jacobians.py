@@ -208,11 +208,13 @@ class Recorded(Evaluator):
             )
         leaves = leaves_of(call.inputs)
         outputs = [(y, axis) for y, axis, used in zip(call.outputs, layout.outputs, layout.used, strict=True) if used]
-        inputs = zip(leaves, layout.inputs, strict=True)
+        inputs = [(t, axis) for t, axis in zip(leaves, layout.inputs, strict=True) if axis is not None]
         axes = [(t.shape, axis) for t, axis in (*inputs, *outputs) if axis is not None]
         lengths = {shape[axis] for shape, axis in axes}
         length = min(lengths, default=examples)
-        several = site.kind.bound and all(other % length == 0 for other in lengths)  # e.g. a mask for each head
+        flattened = site.kind.function is None and all(t.shape[axis] == length for t, axis in inputs)  # by a router
+        several = site.kind.bound or flattened  # e.g. a mask for each head
+        several = several and all(other % length == 0 for other in lengths)
         if (len(lengths) > 1 and not several) or length % examples:
             raise Refused(
                 [site.name], f"{call.what}: its inputs and outputs split {examples} examples differently", EXCLUDE
@@ -224,7 +226,8 @@ class Recorded(Evaluator):
                 zero = next(iter(site.params.values())).new_zeros(1, dtype=y.dtype)
                 gy = zero.expand(cotangents, *([length] if layout.each else []), *y.shape)
             shape = (length, *y.shape) if layout.each else y.shape
-            fronts.append(_to_front(gy.reshape(cotangents, *shape), axis or 0, 1))
+            front = _to_front(gy.reshape(cotangents, *shape), axis or 0, 1)
+            fronts.append(front.unflatten(1, (length, -1)) if flattened and front.shape[1] > length else front)
         form = self._known(call, layout, fronts, [axis for _, axis in axes], length)
         if form is None:
             of_leaves = [(y.leaf, g) for (y, _), g in zip(outputs, fronts, strict=True)]
