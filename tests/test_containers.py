@@ -1,4 +1,4 @@
-"""Parameters of containers: added, multiplied, given to all examples. They are seen by what is done with them."""
+"""Parameters of modules without a form: added, multiplied, given to all examples. They are seen by what is done with them."""
 
 from __future__ import annotations
 
@@ -103,3 +103,51 @@ def test_another_use_is_noticed():
         model.use = before
     M = (M + oracle.fim(model, batches[:1], "classif_logits")) / 2
     assert oracle.relative(running.matrix().to_torch(), M) < 1e-10
+
+
+class Norm(nn.Module):
+    """As Hugging Face writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(D) + 0.5), nn.Parameter(torch.randn(D))
+
+    def forward(self, h):
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)) + self.bias
+
+
+class Router(nn.Module):
+    """A weight, and no layer of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, h):
+        return h * torch.nn.functional.linear(h, self.weight).softmax(-1)
+
+
+class Odd(nn.Module):
+    """A use that is not among those that are known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D))
+
+    def forward(self, h):
+        return h * self.weight.sigmoid()
+
+
+@pytest.mark.parametrize("parts", [[Norm], [Router], [Odd], [Norm, Odd, Router, Norm]])
+def test_own_modules_are_seen_by_what_is_done_with_their_parameters(parts):
+    torch.manual_seed(0)
+    between = [part() for part in parts]
+    model = nn.Sequential(nn.Linear(2, D), *between, nn.Tanh(), nn.Linear(D, 3))
+    batch = (torch.randn(5, 2),)
+    lc = LayerCollection.from_model(model)
+    generator = Generator(model, lc, rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
+    plan = generator.probe(lc.sites(model), next(generator.minibatches([batch])))
+    assert plan.opened == {str(k) for k, m in enumerate(between, 1) if not isinstance(m, Odd)}
+    M = oracle.fim(model, [batch], "classif_logits")
+    assert oracle.relative(FIM(model, batch, PMatDense).to_torch(), M) < 1e-10
+    assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diagonal()) < 1e-10

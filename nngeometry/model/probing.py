@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice, product
 from math import hypot
 from typing import Any, NamedTuple
@@ -106,10 +107,16 @@ class Probed(Recorded):
         measure: whether to count what the model makes.
         """
         self._apart.clear()
-        containers = frozenset(site.name for site in sites if _is_container(site))
-        if containers:  # their own parameters may be seen by what is done with them, at a fraction of the cost
-            with suppress(Exception):
-                return self.apart(batch, lambda b: self._probe(sites, b, measure, containers))
+        opened = frozenset(site.name for site in sites if _has_no_form(site))
+        for _ in range(_MOST_LOOKS):  # what is done with their parameters may be seen, at a fraction of the cost
+            if not opened:
+                break
+            try:
+                return self.apart(batch, partial(self._probe, sites, measure=measure, opened=opened))
+            except Refused as error:
+                opened = opened.difference(error.layers) if opened.intersection(error.layers) else frozenset()
+            except Exception:
+                break
         try:
             return self.apart(batch, lambda b: self._probe(sites, b, measure))
         except Refused as error:
@@ -434,9 +441,9 @@ class Probed(Recorded):
                 )
 
 
-def _is_container(site: Site) -> bool:
-    """Whether a module has parameters beside its children, and no form of its own."""
-    return site.kind.function is None and not site.kind.whole and next(site.module.children(), None) is not None
+def _has_no_form(site: Site) -> bool:
+    """Whether a module has none of its own, as those that a user writes."""
+    return site.kind.function is None and not site.kind.whole
 
 
 def _rows_are_examples(plan: Plan) -> bool:
@@ -471,3 +478,5 @@ _OF_SUMS = 1e-4
 
 #: How many ways of giving examples copies of what is alike for them are tried.
 _MOST_WAYS = 16
+#: How often modules without a form are looked at by what they do with their parameters.
+_MOST_LOOKS = 3
