@@ -1,4 +1,4 @@
-"""Parameters of modules without a form: added, multiplied, given to all examples. They are seen by what is done with them."""
+"""Parameters of modules without a form: added, multiplied, given to all examples. What is done with them is seen."""
 
 from __future__ import annotations
 
