@@ -757,18 +757,25 @@ def test_a_pending_backward_survives_the_trace_of_an_implicit_matrix():
 
 
 class NeedsTheBatch(nn.Module):
+    """What it does with its parameter has no form of its own, so that it is run on examples alone."""
+
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.ones(3))
 
     def forward(self, x, n):
+        return (x * self.w.exp()).view(n, -1)
+
+
+class ScalesTheBatch(NeedsTheBatch):
+    def forward(self, x, n):
         return (x * self.w).view(n, -1)
 
 
 class GivesTheBatch(nn.Module):
-    def __init__(self):
+    def __init__(self, inner=NeedsTheBatch):
         super().__init__()
-        self.inner = NeedsTheBatch()
+        self.inner = inner()
 
     def forward(self, x):
         return self.inner(x, x.shape[0])
@@ -778,6 +785,12 @@ class GivesTheBatch(nn.Module):
 def test_a_module_that_does_not_run_on_one_example_is_named():
     with pytest.raises((NotImplementedError, ValueError), match=r"layer 'inner' \(NeedsTheBatch\)"):
         FIM(GivesTheBatch(), (torch.randn(4, 3),), PMatDense)
+
+
+def test_a_module_that_does_not_run_on_one_example_is_seen_by_what_it_does():
+    model, batch = GivesTheBatch(ScalesTheBatch), (torch.randn(4, 3),)
+    M = oracle.fim(model, [batch], "classif_logits")
+    assert oracle.relative(FIM(model, batch, PMatDense).to_torch(), M) < 1e-10
 
 
 def test_a_representation_is_a_class():
