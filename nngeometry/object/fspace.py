@@ -34,6 +34,9 @@ class FMat(VectorSpace):
 
     _remedy = "a kernel goes (@) with an FVector or FMat, (+) with an FMat of the same shape and (*) with a number"
 
+    def __init_subclass__(cls) -> None:
+        with_methods_uncast(cls)
+
     def __init__(self, root: Block, layout: Layout) -> None:
         self.root = root
         self.layout = layout
@@ -559,7 +562,6 @@ class FMat(VectorSpace):
         return FVector(torch.nn.functional.one_hot(classes, count).T.to(self._empty()))
 
 
-@with_methods_uncast
 class FMatDense(FMat):
     """All entries, in memory.
 
@@ -591,7 +593,6 @@ class FMatDense(FMat):
         super().__init__(root, layout)
 
 
-@with_methods_uncast
 class FMatImplicit(FMat):
     """``K u = J M J'^T u`` by automatic differentiation; holds no entry."""
 

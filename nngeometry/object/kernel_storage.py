@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..changes import with_methods_uncast
 from ..forms import copy_transposed
 from ..memory import chunk_length, require
 from ..model import data
@@ -66,7 +65,6 @@ def _new(kernel: Kernel, name: str, rows: slice, cols: slice) -> Tensor:
     return kernel.layout.of_examples(rows.stop - rows.start, cols.stop - cols.start).empty(kernel.left)
 
 
-@with_methods_uncast
 class FMatMemmap(FMat):
     """All entries, on disk: for kernels larger than memory, ``GramMatrix(..., representation=FMatMemmap.at(folder))``.
 

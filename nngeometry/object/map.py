@@ -39,6 +39,9 @@ class PFMap(VectorSpace, ABC):
     _dense_matrix: ClassVar[Callable[..., Any]]
     _remedy = "a map J goes (@) with a PVector, a PMat or J2.T, (+) with a map of the same shape and (*) with a number"
 
+    def __init_subclass__(cls) -> None:
+        with_methods_uncast(cls)
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
@@ -290,7 +293,6 @@ class Adjoint:
         return self.map
 
 
-@with_methods_uncast
 class PFMapDense(FlatArray, PFMap):
     """All entries of a map: ``PFMapDense(layer_collection, data)``. Every PMat takes it as many right-hand sides.
 
@@ -383,7 +385,6 @@ class PFMapDense(FlatArray, PFMap):
         return PFMap.__repr__(self)
 
 
-@with_methods_uncast
 class PFMapFactored(PFMap):
     """The Jacobian in the form in which its layers produce it: inputs and output gradients, nothing of size C n P.
 
@@ -531,7 +532,6 @@ def _at(weights: Weights, slab: BatchJacobian) -> BatchJacobian:
     return BatchJacobian(slab.examples, slab.outputs, held)
 
 
-@with_methods_uncast
 class PFMapImplicit(PFMap):
     """A map that is known by its products: of a model by automatic differentiation, or made of other maps.
 
