@@ -63,6 +63,7 @@ class Observation:
         outputs: Those of the model, for all examples of the chunk.
         batch: These examples.
         minibatches: How many begin with this chunk.
+        last: Whether it is the last chunk of its examples.
     """
 
     n: int
@@ -71,6 +72,7 @@ class Observation:
     outputs: Tensor
     batch: data.Batch
     minibatches: int
+    last: bool
 
 
 class Generator(Probed):
@@ -359,10 +361,9 @@ class Generator(Probed):
                     "of a Generator return Cotangents.of(s) with s of shape (C, *outputs)"
                 )
             n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
+            last = c.stop == cotangents.count
             # Not kept here, so that who receives it can let go of it.
-            yield Observation(
-                n, counted, self._pulled(f, calls, s, plan, c.stop == cotangents.count, batch), outputs, batch, begun
-            )
+            yield Observation(n, counted, self._pulled(f, calls, s, plan, last, batch), outputs, batch, begun, last)
 
     def _pulled(
         self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool, batch: data.Batch

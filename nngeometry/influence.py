@@ -178,12 +178,12 @@ class Influence:
             shares: list[Tensor] = []
             for slab in batch_jacobians(self._train, train):
                 if self._inverse is None:
-                    left, right = slab, self._solved([slab])
+                    left, right = slab.forms, self._solved([slab]).forms
                 else:
-                    pair = through(self._inverse, slab.forms)
-                    left, right = (BatchJacobian(slab.examples, slab.outputs, found) for found in pair)
-                one = {name: form.paired(right.forms[name])[0] for name, form in left.forms.items()}
+                    left, right = through(self._inverse, slab.forms)
+                one = {name: form.paired(right[name])[0] for name, form in left.items()}
                 shares.append(torch.stack([one[name] for name in names]) if per_layer else _sum(one).unsqueeze(0))
+                del slab, left, right  # before the next ones are made
             return shares
 
         found = self._gathered(train, own)
@@ -237,9 +237,9 @@ class Influence:
         """For each minibatch of training examples its first and its scores ``(q, b)``, layer by layer."""
         arguments.loader(queries, "queries")
         lc = self.matrix.layer_collection
-        found = list(batch_jacobians(self._query, queries))
+        found = batch_jacobians(self._query, queries)
         if self._inverse is None:
-            asked = [self._solved(found)]
+            asked = [self._solved(list(found))]
         else:
             asked = [BatchJacobian(s.examples, s.outputs, images(self._inverse, s.forms)) for s in found]
         layout = Traced((1, 1), (0, 0))
@@ -247,6 +247,7 @@ class Influence:
         for slab in batch_jacobians(self._train, train):
             yield start, {name: torch.cat([tile(q, slab, layout, [name])[0] for q in asked]) for name in lc}
             start += slab.examples
+            del slab  # before the next one is made
 
     def _begun(self, train: Any) -> Any:
         """The training examples of this rank, or the loader as it is."""

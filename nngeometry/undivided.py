@@ -77,8 +77,9 @@ class Undivided(Generator):
             for c in slices(cotangents.count, chunk_length(held, cotangents.count, f.device)):
                 s = cotangents.take(c.start, c.stop).to(f.dtype)
                 new = int(c.start == 0)
-                forms = self._rows(f, parameters, s, batch, c.stop == cotangents.count)
-                yield Observation(new, new * weight, forms, outputs, batch, new)
+                last = c.stop == cotangents.count
+                forms = self._rows(f, parameters, s, batch, last)
+                yield Observation(new, new * weight, forms, outputs, batch, new, last)
                 del forms
             del f
 

@@ -1,11 +1,15 @@
 """Influence scores equal their definition with dense matrices, and what leaving an example out does."""
 
+import gc
+import weakref
+
 import oracle
 import pytest
 import torch
 from models import CASES, SMALL
 from torch import nn
 
+import nngeometry.influence
 from nngeometry import (
     FIM,
     GGN,
@@ -126,3 +130,32 @@ def test_sign_and_scale_are_those_of_leaving_one_out():
     )
     for a, b in zip(scores, changes, strict=True):
         assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.99
+
+
+@pytest.mark.parametrize("representation", [PMatDense, PMatKFAC, PMatEKFAC])
+@pytest.mark.parametrize("ask", [lambda i, q, t: i.scores(q, t), lambda i, q, t: i.self_scores(t)])
+def test_gradients_of_a_minibatch_are_let_go_of_before_the_next_ones_are_made(representation, ask, monkeypatch):
+    model, train, _, queries = problem(SMALL[0], 12)
+    influence = Influence(model, FIM(model, train, representation), LOSS, 0.1)
+    loader = [tuple(t[a : a + 3] for t in train) for a in range(0, 12, 3)]
+    held: list[weakref.ref] = []
+    jacobians = nngeometry.influence.batch_jacobians
+
+    def watched(generator, examples):
+        def forward(*_):
+            gc.collect()
+            assert not any(one() for one in held)
+
+        hook = model.register_forward_pre_hook(forward)
+        for slab in jacobians(generator, examples):
+            hook.remove()
+            if examples is loader:
+                held.extend(weakref.ref(form) for form in slab.forms.values())
+            hook = model.register_forward_pre_hook(forward)
+            yield slab
+            del slab
+        hook.remove()
+
+    monkeypatch.setattr(nngeometry.influence, "batch_jacobians", watched)
+    ask(influence, queries, loader)
+    assert len(held) == 4 * len(influence.matrix.layer_collection)

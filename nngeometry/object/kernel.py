@@ -44,35 +44,35 @@ class BatchJacobian:
 
 
 def batch_jacobians(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[BatchJacobian]:
-    """One slab for each minibatch, all with as many outputs."""
-    pending: list[Forms] = []
+    """One slab for each minibatch, all with as many outputs. It is not kept here: who lets go of it before asking for
+    the next one holds one at a time.
+    """
+    chunks: list[Forms] = []
     n, outputs = 0, None
     for observation in without_grad(generator.stream(examples, plan)):
-        if observation.n and pending:
-            slab = _slab(n, pending)
-            outputs = _same_outputs(slab, outputs)
-            yield slab
-            pending = []
         n = observation.n or n
-        pending.append(observation.forms)
-    if pending:
-        slab = _slab(n, pending)
-        _same_outputs(slab, outputs)
-        yield slab
+        chunks.append(observation.forms)
+        last = observation.last
+        del observation
+        if last:
+            outputs = _same_outputs(sum(next(iter(chunk.values())).cotangents for chunk in chunks), outputs)
+            yield _slab(n, chunks)
 
 
-def _same_outputs(slab: BatchJacobian, outputs: int | None) -> int:
+def _same_outputs(found: int, outputs: int | None) -> int:
     """How many outputs a slab has. Raises ``ValueError`` if those before had others."""
-    if outputs not in (None, slab.outputs):
+    if outputs not in (None, found):
         raise ValueError(
-            f"the minibatches have different numbers of outputs, {outputs} and {slab.outputs}: give them as many, or "
+            f"the minibatches have different numbers of outputs, {outputs} and {found}: give them as many, or "
             "let function= return as many for all"
         )
-    return slab.outputs
+    return found
 
 
 def without_grad(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each made outside of autograd. Between them the mode is the caller's, also of one who stops early."""
+    """The items, each made outside of autograd and not kept. Between them the mode is the caller's, also of one who
+    stops early.
+    """
     end = object()
     while True:
         with no_grad():
@@ -80,11 +80,14 @@ def without_grad(items: Iterator[Item]) -> Iterator[Item]:
         if item is end:
             return
         yield item
+        del item
 
 
 @unrecorded
-def _slab(n: int, chunks: Sequence[Forms]) -> BatchJacobian:
-    joined = {name: forms.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
+def _slab(n: int, chunks: list[Forms]) -> BatchJacobian:
+    """Of the chunks, which are taken out of the list."""
+    taken, chunks[:] = chunks[:], []
+    joined = {name: forms.stack([chunk[name] for chunk in taken]) for name in taken[0]}
     return BatchJacobian(n, next(iter(joined.values())).cotangents, joined)
 
 
@@ -132,13 +135,13 @@ def images(matrix: Any, found: Forms) -> Forms:
     """M J through a PMat. What :func:`through` leaves in an eigenbasis is turned back, so that what it meets need not
     be turned: for few examples on this side and many on the other.
     """
-    _, right = _through(matrix.root, found, matrix.layer_collection)
+    out: Forms = {}
     for part, layers in _parts(matrix.root, matrix.layer_collection):
+        right = _right_of(part, layers, found, _left_of(part, layers, found))
         for name, layer in layers.items():
             basis = _basis(part, layer, found[name])
-            if basis is not None:
-                right[name] = _rotated(right[name], basis)
-    return right
+            out[name] = right[name] if basis is None else _rotated(right[name], basis)
+    return out
 
 
 def check_separate(matrix: Any) -> None:
@@ -192,29 +195,23 @@ def _factors(matrix: Any, slab: BatchJacobian) -> Iterator[tuple[LayerJacobian, 
         elif isinstance(block, Diag) and part.packing.view is None:
             yield form, form, layer.packing.pack(block.d)
         else:
-            yield form, _right_of(part, layer, form, form), None
+            yield form, _right_of_one(part, layer, form, form), None
 
 
 def _through(metric: Block, found: Forms, layer_collection: LayerCollection) -> tuple[Forms, Forms]:
-    left = _left_of(metric, found, layer_collection)
+    left: Forms = {}
     right: Forms = {}
     for part, layers in _parts(metric, layer_collection):
-        if len(layers) == 1:
-            ((name, layer),) = layers.items()
-            right[name] = _right_of(part, layer, found[name], left[name])
-        else:
-            right.update(_mapped(part, layers, found))
+        mine = _left_of(part, layers, found)
+        left |= mine
+        right |= _right_of(part, layers, found, mine)
     return left, right
 
 
-def _left_of(metric: Block, found: Forms, layer_collection: LayerCollection) -> Forms:
-    left = dict(found)
-    for part, layers in _parts(metric, layer_collection):
-        for name, layer in layers.items():
-            basis = _basis(part, layer, found[name])
-            if basis is not None:
-                left[name] = _rotated(found[name], basis.transpose())
-    return left
+def _left_of(part: Part, layers: Mapping[str, Layer], found: Forms) -> Forms:
+    """The left sides for the layers of a part."""
+    bases = {name: _basis(part, layer, found[name]) for name, layer in layers.items()}
+    return {name: found[name] if b is None else _rotated(found[name], b.transpose()) for name, b in bases.items()}
 
 
 def _parts(metric: Block, layer_collection: LayerCollection) -> Iterator[tuple[Part, dict[str, Layer]]]:
@@ -251,7 +248,15 @@ def _whole(metric: Block) -> Part:
     return Part(((0, p),), Packing.flat(p), metric)
 
 
-def _right_of(part: Part, layer: Layer, form: LayerJacobian, left: LayerJacobian) -> LayerJacobian:
+def _right_of(part: Part, layers: Mapping[str, Layer], found: Forms, left: Forms) -> Forms:
+    """The right sides for the layers of a part."""
+    if len(layers) > 1:
+        return _mapped(part, layers, found)
+    ((name, layer),) = layers.items()
+    return {name: _right_of_one(part, layer, found[name], left[name])}
+
+
+def _right_of_one(part: Part, layer: Layer, form: LayerJacobian, left: LayerJacobian) -> LayerJacobian:
     """The right side for one layer. Kronecker products act on the factors of a form, so that it stays one."""
     block = part.block
     if _basis(part, layer, form) is not None:
@@ -276,7 +281,7 @@ def _rotated(form: LayerJacobian, kron: Kron) -> LayerJacobian:
     return out.rotate(None, right.mv)
 
 
-def _mapped(part: Part, layers: dict[str, Layer], found: Forms) -> Forms:
+def _mapped(part: Part, layers: Mapping[str, Layer], found: Forms) -> Forms:
     """M J for a part of any structure, dense."""
     flat = dense_rows(found, layers)
     packed = part.packing.pack(flat)
@@ -310,6 +315,7 @@ def stacked_rows(
             mine = [slab.forms[name] for name in layers]
             forms.write_rows(mine, _places(layers), out[:, start : start + slab.examples])
         start += slab.examples
+        del slab, mine
     assert out is not None
     return out
 
@@ -392,7 +398,7 @@ class KernelSide:
         lc = self.generator.layer_collection
         made = []
         for where, slab in zip(self.where(run), found, strict=True):
-            _same_outputs(slab, self.outputs)
+            _same_outputs(slab.outputs, self.outputs)
             made.append((where, sides(slab, self.metric, lc, self.partners)))
         return made
 
