@@ -318,8 +318,8 @@ class Generator(Probed):
                 yield from self._observe(sites, [b], position + k, plan, by_example)
             return
         weight = sum(map(self.weigh, data.split(fixed, batches), batches))
-        per_cotangent = f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
         n, count = len(f), cotangents.count
+        per_cotangent = _bytes_pulled(f, calls, cotangents.shared)
         busy = 1 if by_example else tuning(f.device).busy  # inputs are looked at once, however few cotangents at a time
         step = chunk_length(per_cotangent * busy, count, f.device)
         few = min(n, max(2, n * step // max(1, count)))  # with all cotangents; a model may squeeze away a single one
@@ -380,6 +380,16 @@ class Generator(Probed):
             return found
         there = partial(Borrowed, *within)
         return {k: form.within(there) for k, form in found.items()}
+
+
+def _bytes_pulled(f: Tensor, calls: Sequence[Call], shared: bool) -> int:
+    """About what one cotangent takes, with what comes of it. One that all examples share, and where it is an output of
+    a layer, too, is held once.
+    """
+    if not shared:
+        return f.nbytes + sum(y.nbytes for c in calls for y in c.outputs)
+    pulled = ((y, edge) for c in calls for y, edge in zip(c.outputs, c.edges, strict=True))
+    return f.nbytes // max(1, len(f)) + sum(y.nbytes for y, edge in pulled if edge.node is not f.grad_fn)
 
 
 def fold(stream: Iterable[Observation], step: Callable[[Observation], None]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -220,24 +220,31 @@ def example_kernels(
                 f"example_kernels: the metric is {metric.dtype} on {metric.device}, the Jacobian {generator.dtype} on "
                 f"{generator.device}: move it with .to(device, dtype)"
             )
-    full, found = output == "full", []
+    return torch.cat([own for _, own in linearised(generator, loader, metric, output)])
+
+
+def linearised(generator: Generator, loader: Any, metric: PMat | None, output: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The outputs of examples ``(b, *out)`` with their :func:`example_kernels`, a few examples at a time, as the
+    generator runs the model on them.
+    """
+    full = output == "full"
     step: int | None = None
-    for batch in generator.minibatches(loader):
-        n = data.count(batch)
+    for slab in batch_jacobians(generator, loader, by_example=True):
+        n = slab.examples
         if step is None and n > 1:
-            (few,) = batch_jacobians(generator, data.Minibatches([data.take(batch, torch.arange(2))]))
-            step = max(1, budget(generator.device) // _SHARE // max(1, example_bytes(metric, few, full)))
+            each = example_bytes(metric, slab.narrow(0, 2), full)
+            step = max(1, budget(generator.device) // _SHARE // max(1, each))
         made: Tensor | None = None
         for b in slices(n, step or n):
-            piece = batch if b == slice(0, n) else data.take(batch, torch.arange(b.start, b.stop))
-            (slab,) = batch_jacobians(generator, data.Minibatches([piece]))
-            own = within_examples(metric, slab, full).movedim(-1, 0)
+            own = within_examples(metric, slab.narrow(b.start, b.stop), full).movedim(-1, 0)
             made = own.new_empty(n, *own.shape[1:]) if made is None else made
             made[b] = own  # at once: what is kept between large arrays that come and go keeps their memory apart
-            del slab, own
+            del own
+        f = slab.f
+        del slab
+        assert f is not None
         assert made is not None
-        found.append(made)
-    return found[0] if len(found) == 1 else torch.cat(found)
+        yield f, made
 
 
 #: What Jacobians of examples that are looked at together may take is the memory budget divided by that.

@@ -42,6 +42,7 @@ class Cotangents:
     Args:
         count: How many there are, C.
         take: From ``(start, stop)`` to these cotangents, ``(stop - start, B, *out)``.
+        shared: Whether they are the same for all examples, and held once. By default not.
 
     Example:
         >>> Cotangents.of(torch.ones(3, 5, 2)).narrow(1, 4).take(0, 2).shape
@@ -50,6 +51,7 @@ class Cotangents:
 
     count: int
     take: Callable[[int, int], Tensor]
+    shared: bool = False
 
     @classmethod
     def of(cls, s: Tensor) -> Cotangents:
@@ -80,7 +82,7 @@ class Cotangents:
             first: The first of the examples.
             last: The end of them, which is not included.
         """
-        return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last])
+        return Cotangents(self.count, lambda start, stop: self.take(start, stop)[:, first:last], self.shared)
 
 
 def as_cotangents(found: Any) -> Cotangents:
@@ -139,7 +141,7 @@ def each_output(f: Tensor) -> Cotangents:
         s[c, start + c] = 1.0
         return s.view(-1, 1, *f.shape[1:]).expand(-1, *f.shape)
 
-    return Cotangents(count, take)
+    return Cotangents(count, take, shared=True)
 
 
 class Likelihood(ABC):

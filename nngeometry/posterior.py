@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,12 @@ from .accumulator import Accumulator
 from .changes import no_grad
 from .evidence import Evidence, Prior, checked_prior, plain_prior
 from .generator import Generator
-from .gram import example_kernels
+from .gram import linearised
 from .jacobian import of_outputs
 from .likelihood import VARIANTS, Bernoulli, Categorical, Gaussian, Likelihood, Poisson, likelihood_of
 from .linalg import gaussian
 from .losses.targets import Targets, selected
-from .memory import chunk_length, slices
+from .memory import chunk_length
 from .model import data as examples
 from .object import PMat, PVector, at
 from .objective import in_eval_mode
@@ -206,7 +206,7 @@ class Posterior:
 
         Source: MacKay (1992), Neural Computation 4, 590-604; Houlsby et al. (2011), 1112.5745.
         """
-        return torch.cat([self._information(f, v) for f, v in self._covariances(x)])
+        return self._of_covariances(x, self._information)
 
     def _information(self, f: Tensor, v: Tensor) -> Tensor:
         cotangents = self.likelihood.sqrt(f)
@@ -249,8 +249,8 @@ class Posterior:
         if how == "probit":
             return self.likelihood.averaged(*self._linearised(x, "diag"))
         if how == "bridge":
-            return torch.cat([_bridge(f, v) for f, v in self._covariances(x)])
-        return torch.cat([self._drawn(f, v, samples, generator) for f, v in self._covariances(x)])
+            return self._of_covariances(x, _bridge)
+        return self._of_covariances(x, lambda f, v: self._drawn(f, v, samples, generator))
 
     def _drawn(self, f: Tensor, v: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         """The mean of y over draws of outputs."""
@@ -265,8 +265,7 @@ class Posterior:
     def _outputs_of(self) -> Generator:
         return of_outputs(self.model, self.function, self.layer_collection)
 
-    def _outputs(self, batches: list[examples.Batch]) -> Tensor:
-        source = self._outputs_of()
+    def _outputs(self, source: Generator, batches: list[examples.Batch]) -> Tensor:
         with no_grad():
             f = torch.cat([source.outputs(batch) for batch in batches])
         self._check_outputs(f)
@@ -281,9 +280,9 @@ class Posterior:
                 "labels which are each there or not"
             )
 
-    def _batches(self, x: Any, name: str = "x") -> list[examples.Batch]:
+    def _batches(self, x: Any, source: Generator, name: str = "x") -> list[examples.Batch]:
         arguments.loader(x, name)
-        batches = examples.Minibatches(self._outputs_of().minibatches(x))
+        batches = examples.Minibatches(source.minibatches(x))
         if any(examples.count(batch) == 0 for batch in batches):
             raise ValueError(f"{name}: a minibatch of it has no example: pass at least one")
         return batches
@@ -291,38 +290,32 @@ class Posterior:
     def _linearised(self, x: Any, output: str) -> tuple[Tensor, Tensor]:
         """Means and variances of the outputs."""
         arguments.one_of("output", output, ["diag", "full"])
-        batches = self._batches(x)
-        with self._at_mean():
-            f = self._outputs(batches)
-            v = self._kernels(batches, output)
+        f, v = (torch.cat(several) for several in zip(*self._each(x, output, lambda *pair: pair), strict=True))
         return f, v.view(f.shape) if output == "diag" else v
 
-    def _covariances(self, x: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Means and covariances ``(n, C, C)`` of the outputs, of all examples at once or, where that would be large, of
-        a few at a time.
+    def _of_covariances(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A function of the means and covariances ``(n, C, C)`` of the outputs, of so many examples at a time as these
+        let; which go together does not depend on the minibatches.
         """
-        batches = self._batches(x)
-        with self._at_mean():
-            f = self._outputs(batches)
-            few = chunk_length(_HELD * f[0].numel() ** 2 * f.element_size(), len(f), f.device)
-        if few == len(f):
-            with self._at_mean():
-                v = self._kernels(batches, "full")
-            yield f, v
-            return
-        for batch, own in zip(batches, examples.split(f, batches), strict=True):
-            for b in slices(len(own), few):
-                part = examples.Minibatches([examples.take(batch, torch.arange(b.start, b.stop))])
-                with self._at_mean():
-                    v = self._kernels(part, "full")
-                yield own[b], v
+        return torch.cat(self._each(x, "full", of))
 
-    def _kernels(self, batches: list[examples.Batch], output: str) -> Tensor:
-        lc = self.layer_collection
-        own = PVector.from_model(self.model, lc)
-        metric = self.covariance.to(own.device, own.dtype)
-        with self._solving():
-            return example_kernels(self.model, batches, metric, output, function=self.function, layer_collection=lc)
+    def _each(self, x: Any, output: str, of: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+        """A function of means and variances of the outputs, for a few examples at a time."""
+        source = self._outputs_of()
+        batches = self._batches(x, source)
+        n = sum(map(examples.count, batches))
+        metric = self.covariance.to(source.device, source.dtype)
+
+        def checked() -> Iterator[tuple[Tensor, Tensor]]:
+            for f, v in linearised(source, batches, metric, output):
+                self._check_outputs(f)
+                yield f, v
+
+        def together(v: Tensor) -> int:
+            return chunk_length(_HELD * v[0].numel() * v.element_size(), n, v.device)
+
+        with self._at_mean(), self._solving():
+            return [of(f, v) for f, v in _regrouped(checked(), together)]
 
     @contextmanager
     def _solving(self) -> Iterator[None]:
@@ -340,13 +333,14 @@ class Posterior:
             ) from error
 
     def _averaged(self, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
-        batches = self._batches(x)
+        source = self._outputs_of()
+        batches = self._batches(x, source)
         total: Any = 0.0
         draws = self.sample(samples, generator)
         with in_eval_mode(self.model):
             for draw in draws:
                 with at(self.model, self._cast(draw)):
-                    total = total + self.likelihood.mean(self._outputs(batches))
+                    total = total + self.likelihood.mean(self._outputs(source, batches))
         return total / samples
 
     @contextmanager
@@ -472,7 +466,7 @@ class Posterior:
             raise ValueError(
                 "update: the accumulator runs another model than that of the posterior: make both of the same one"
             )
-        batches = self._batches(loader, "loader")
+        batches = self._batches(loader, self._outputs_of(), "loader")
         running = copy.deepcopy(self.accumulator)
         with at(self.model, self._cast(self.mean)):
             running.update(batches)
@@ -606,6 +600,25 @@ def _check_same(matrix: PMat, likelihood: Likelihood) -> None:
 
 
 _OURS: dict[str, Any] = {of.__name__: of for of in (Bernoulli, Categorical, Gaussian, Poisson)}
+
+
+def _regrouped(
+    pieces: Iterable[tuple[Tensor, Tensor]], together: Callable[[Tensor], int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of tensors of the same examples, ``together(second)`` of them at a time."""
+    held: list[tuple[Tensor, Tensor]] = []
+    for pair in pieces:
+        held.append(pair)
+        few = together(pair[1])
+        if sum(len(f) for f, _ in held) < few:
+            continue
+        f, v = (torch.cat(several) for several in zip(*held, strict=True))
+        whole = len(f) // few * few
+        yield from zip(f[:whole].split(few), v[:whole].split(few), strict=True)
+        held = [(f[whole:], v[whole:])]
+    f, v = (torch.cat(several) for several in zip(*held, strict=True))
+    if len(f):
+        yield f, v
 
 
 def _bridge(f: Tensor, v: Tensor) -> Tensor:

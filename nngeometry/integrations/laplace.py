@@ -19,7 +19,7 @@ from laplace.utils.matrix import Kron as LaplaceKron
 from torch import Tensor, nn
 
 from ..generator import Generator
-from ..gram import example_kernels
+from ..gram import linearised
 from ..jacobian import Jacobian, of_outputs
 from ..layercollection import LayerCollection
 from ..likelihood import Categorical, Gaussian, Likelihood
@@ -281,10 +281,7 @@ class _Represented(ParametricLaplace):
         lc = self.H.layer_collection
         function, output = _whole(self.model, X), "diag" if diagonal_output else "full"
         source: Generator = of_outputs(self.model, function, lc)
-        batches = list(source.minibatches(_minibatch(X)))
-        with torch.no_grad():
-            f = torch.cat([source.outputs(batch) for batch in batches])
-        v = example_kernels(self.model, _minibatch(X), metric, output, function=function, layer_collection=lc)
+        f, v = (torch.cat(of) for of in zip(*linearised(source, _minibatch(X), metric, output), strict=True))
         return f, v
 
 

@@ -30,11 +30,15 @@ Place = Callable[[str, slice, slice], Tensor]
 
 @dataclass(frozen=True)
 class BatchJacobian:
-    """The Jacobians of neighbouring examples under all cotangents, layer by layer."""
+    """The Jacobians of neighbouring examples under all cotangents, layer by layer.
+
+    f: the outputs of the model ``(B, *out)``, where it has just been run.
+    """
 
     examples: int
     outputs: int
     forms: Forms
+    f: Tensor | None = None
 
     def narrow(self, start: int, stop: int) -> BatchJacobian:
         """The examples ``start:stop``."""
@@ -43,20 +47,22 @@ class BatchJacobian:
         )
 
 
-def batch_jacobians(generator: Generator, examples: Any, plan: Plan | None = None) -> Iterator[BatchJacobian]:
-    """One slab for each minibatch, all with as many outputs. It is not kept here: who lets go of it before asking for
-    the next one holds one at a time.
+def batch_jacobians(
+    generator: Generator, examples: Any, plan: Plan | None = None, by_example: bool = False
+) -> Iterator[BatchJacobian]:
+    """One slab for each minibatch, or by example for a few examples at a time (:meth:`Generator.stream`), all with as
+    many outputs. It is not kept here: who lets go of it before asking for the next one holds one at a time.
     """
     chunks: list[Forms] = []
     n, outputs = 0, None
-    for observation in without_grad(generator.stream(examples, plan)):
+    for observation in without_grad(generator.stream(examples, plan, by_example)):
         n = observation.n or n
         chunks.append(observation.forms)
-        last = observation.last
+        f, last = observation.outputs, observation.last
         del observation
         if last:
             outputs = _same_outputs(sum(next(iter(chunk.values())).cotangents for chunk in chunks), outputs)
-            yield _slab(n, chunks)
+            yield _slab(n, chunks, f)
 
 
 def _same_outputs(found: int, outputs: int | None) -> int:
@@ -84,11 +90,11 @@ def without_grad(items: Iterator[Item]) -> Iterator[Item]:
 
 
 @unrecorded
-def _slab(n: int, chunks: list[Forms]) -> BatchJacobian:
+def _slab(n: int, chunks: list[Forms], f: Tensor) -> BatchJacobian:
     """Of the chunks, which are taken out of the list."""
     taken, chunks[:] = chunks[:], []
     joined = {name: forms.stack([chunk[name] for chunk in taken]) for name in taken[0]}
-    return BatchJacobian(n, next(iter(joined.values())).cotangents, joined)
+    return BatchJacobian(n, next(iter(joined.values())).cotangents, joined, f)
 
 
 @dataclass(frozen=True)
