@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from nngeometry.model.operations_apart import recorded_apart
@@ -11,6 +13,13 @@ from nngeometry.model.operations_apart import recorded_apart
 W = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
 POSITIONS = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
 TOKEN = torch.randn(1, 1, 4, dtype=torch.float64, requires_grad=True)
+
+WEIGHTS = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+_ATTENTION = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+_TIME_FIRST = nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True, dtype=torch.float64)
+_LSTM = nn.LSTM(4, 4, bidirectional=True, batch_first=True, dtype=torch.float64)
+_LSTM_TIME_FIRST = nn.LSTM(4, 3, 2, dtype=torch.float64)
+_GRU = nn.GRU(4, 3, batch_first=True, dtype=torch.float64)
 
 #: Of x (B, 3, 4), which is computed of parameters.
 APART = {
@@ -36,6 +45,24 @@ APART = {
     "padded": lambda x: F.pad(x, (1, 1, 0, 2)),
     "gated": lambda x: F.glu(F.gelu(x) * torch.sigmoid(x), -1),
     "data": lambda x: torch.where(x > 0, x * torch.rand(len(x), 3, 4), 0.1 * x),
+    "time first": lambda x: F.linear(x.transpose(0, 1), W).add(x.mT.unsqueeze(2).select(2, 0).permute(2, 0, 1))[0],
+    "heads beside examples": lambda x: (
+        F.scaled_dot_product_attention(*(x.transpose(0, 1).reshape(3, -1, 2).transpose(0, 1),) * 3)
+        .transpose(0, 1)
+        .reshape(3, -1, 4)
+        .transpose(0, 1)
+    ),
+    "multi-head attention": lambda x: _ATTENTION(x, x, x, need_weights=False)[0],
+    "cross-attention": lambda x: _TIME_FIRST(x.transpose(0, 1), *(x[:, :2].transpose(0, 1),) * 2)[0].mean(0),
+    "lstm": lambda x: _LSTM(x)[0][:, -1],
+    "lstm from states": lambda x: torch.cat(_LSTM(x, (x[:, :2].transpose(0, 1).contiguous(),) * 2)[1], 0).mT.mT[0],
+    "lstm, time first": lambda x: _LSTM_TIME_FIRST(x.transpose(0, 1))[0].sum(0),
+    "gru": lambda x: _GRU(x)[0].amin(1),
+    "masked": lambda x: (x @ x.mT).masked_fill(torch.eye(3).bool(), -1.0).topk(2).values,
+    "broadcast": lambda x: x.unsqueeze(1) + x.sum(1)[:, None, None].expand(-1, 2, -1, -1) * POSITIONS,
+    "last": lambda x: (x.permute(1, 2, 0) / x.permute(1, 2, 0).norm(dim=1, keepdim=True)).cumsum(0).permute(2, 0, 1),
+    "matrices with examples in rows": lambda x: (x.transpose(0, 1) @ WEIGHTS).transpose(0, 1),
+    "matrices with examples in columns": lambda x: (WEIGHTS @ x.permute(1, 2, 0)).permute(2, 0, 1),
 }
 MIXED = {
     "mean": lambda x: x - x.mean(0),
@@ -56,7 +83,21 @@ MIXED = {
     "across": lambda x: torch.stack([x, x], 0).flatten(0, 1)[: len(x)] + x.view(3, len(x), 4).permute(1, 0, 2),
     "largest": lambda x: x - x.max(0).values,
     "own weights": lambda x: torch.einsum("btk,sk->bts", x, x.mean(1)),
+    "weights of all": lambda x: x @ x.mean(0).T.expand(len(x), -1, -1),
+    "square": lambda x: _square(x) + _square(x).T,
+    "square product": lambda x: _square(x) @ _square(x),
+    "heads of several": lambda x: F.scaled_dot_product_attention(*(x.reshape(2, -1, 3, 4),) * 3).reshape(x.shape),
+    "lstm over examples": lambda x: _LSTM_TIME_FIRST(x)[0],
+    "time in the place of examples": lambda x: x.reshape(3, len(x), 4).transpose(0, 1) * x,
+    "sum of halves": lambda x: torch.cat([x[:3] + x[3:]] * 2),
+    "summed with the transpose of blocks": lambda x: (
+        F.linear(x.transpose(0, 1), W).reshape(-1, 4) + F.linear(x, W).reshape(-1, 4)
+    ).view(len(x), 3, 4),
 }
+
+
+def _square(x):
+    return x.flatten(1)[:, : len(x)]
 
 
 def _of(function):
@@ -67,7 +108,16 @@ def _of(function):
 @pytest.mark.parametrize("name", APART)
 def test_apart(name):
     f = _of(APART[name])
-    assert recorded_apart(f, 6)
+    found = recorded_apart(f, 6)
+    assert found
+    s, weights = torch.randn_like(f), torch.arange(1.0, 7)
+    edges = [GradientEdge(node, k, ()) for node, k in found]
+    of_all = torch.autograd.grad(f, edges, s, retain_graph=True, allow_unused=True)
+    of_weighted = torch.autograd.grad(f, edges, s * weights.view(-1, *[1] * (s.ndim - 1)), allow_unused=True)
+    for blocks, g, other in zip(found.values(), of_all, of_weighted, strict=True):
+        if g is not None:
+            expected = g.reshape(blocks, 6, -1) * weights[:, None]
+            assert torch.allclose(other.reshape(blocks, 6, -1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -75,6 +125,18 @@ def test_apart(name):
 def test_mixed(name, after):
     f = _of(MIXED[name])
     assert not recorded_apart(f.mean(-1) if after == "mean" else f.relu(), 6)
+
+
+@pytest.mark.parametrize("again", [lambda t, x: x * t.mean(0), lambda t, x: x * t.clone()[0], lambda t, x: x])
+def test_copies_of_a_parameter(again):
+    """Rows of copies are of one example each where nothing else is done with them."""
+    copies = TOKEN.expand(6, -1, -1).clone()
+    f = again(copies, torch.cat([copies, _of(lambda x: x)], 1))
+    found = recorded_apart(f, 6)
+    apart = found is not None and (copies.grad_fn, 0) in found
+    s, weights = torch.randn_like(f), torch.arange(6.0)
+    g, other = (torch.autograd.grad(f, copies, t, retain_graph=True)[0] for t in (s, s * weights.view(-1, 1, 1)))
+    assert apart == torch.allclose(other, g * weights.view(-1, 1, 1))
 
 
 def test_what_is_not_known_is_not_believed():

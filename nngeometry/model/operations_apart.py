@@ -1,8 +1,9 @@
-"""Models that keep examples apart by the operations that autograd has recorded: each treats rows one by one."""
+"""Models that keep examples apart by the operations that autograd has recorded: each treats them one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,41 +11,90 @@ from torch import Tensor
 
 #: What a node was computed from: another node, None if nothing is differentiated, and which of its outputs.
 _From = tuple[Any, int]
-#: From a node and the shape of what it computed to those of its inputs that have the same rows, the examples' one after
-#: the other; the others have none of an example. None if rows need not be apart.
-_Rule = Callable[[Any, torch.Size], Sequence[_From] | None]
+#: From a node, the shape of what it computed and the axis of examples in it to its inputs with those examples, in the
+#: same order, each with the axis of them; the other inputs have none of an example. None if they need not be apart.
+_Rule = Callable[[Any, torch.Size, int], Sequence[tuple[_From, int]] | None]
 
 _RULES: dict[str, _Rule] = {}
 
 
-def recorded_apart(f: Tensor, examples: int) -> bool:
-    """Whether every operation between the parameters and ``f``, whose rows are the examples, is known to treat rows one
-    by one, so that a cotangent of one example pulls back to that example's rows of all that was computed on the way.
+def recorded_apart(f: Tensor, examples: int) -> dict[_From, int] | None:
+    """Where the examples are in what was computed of the parameters on the way to ``f``, whose rows they are, if every
+    operation is known to treat them one by one: so that a cotangent of one pulls back to what is that example's. None
+    if one is not.
+
+    It is told by how many blocks of entries, in the order of :meth:`Tensor.flatten`, there are that have all examples
+    one after the other: 1 where they are along the first axis.
 
     >>> net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
-    >>> recorded_apart(net(x).tanh(), 5), recorded_apart(net(x) - net(x).mean(0), 5)
-    (True, False)
+    >>> f = net(x)
+    >>> list(recorded_apart(f.T.tanh().T, 5).values()), recorded_apart(f - f.mean(0), 5)
+    ([1, 2, 2, 1], None)
     """
     if f.ndim == 0 or len(f) != examples:
-        return False
-    seen: set[_From] = set()
-    remaining: list[_From] = [(f.grad_fn, f.output_nr)]
+        return None
+    found: dict[_From, int] = {}
+    followed: set[_From] = set()
+    otherwise: set[_From] = set()  # what parameters are seen through, and is not only taken one example at a time
+    remaining: list[tuple[_From, int]] = [((f.grad_fn, f.output_nr), 1)]
     while remaining:
-        one = remaining.pop()
-        if _of_parameters(one) or one in seen:
+        one, blocks = remaining.pop()
+        views = _views_of_parameter(one)
+        same = found.setdefault(one, blocks) == blocks
+        if views is not None:
+            otherwise.update(views[1:] if same else views)
             continue
-        seen.add(one)
-        node, shape = one[0], _shape(one)
-        if not shape or shape[0] % examples:
-            return False
-        rule = _RULES.get(node.name())
-        rowwise = None if rule is None else rule(node, shape)
-        if rowwise is None:
-            return False
-        if not all(other in rowwise or _of_parameters(other) for other in node.next_functions):
-            return False
-        remaining.extend(rowwise)
-    return True
+        if one in followed:
+            if not same:
+                return None
+            continue
+        followed.add(one)
+        before = _before(one, blocks, examples)
+        if before is None:
+            return None
+        with_examples = [other for other, _ in before]
+        for other in one[0].next_functions:
+            if other not in with_examples:
+                views = _views_of_parameter(other)
+                if views is None:
+                    return None
+                otherwise.update(views)
+        remaining.extend(before)
+    return {one: blocks for one, blocks in found.items() if one not in otherwise}
+
+
+def _before(one: _From, blocks: int, examples: int) -> Sequence[tuple[_From, int]] | None:
+    """The inputs of a node with examples, and how many blocks of these each has; None if that is not known."""
+    node, shape = one[0], _shape(one)
+    if node.name() in _NAMES_OF_RESHAPES:  # which keep the order of entries, and with it that of examples
+        return [(other, blocks) for other in node.next_functions]
+    axis = _axis(shape, blocks, examples)
+    rule = _RULES.get(node.name())
+    inputs = None if rule is None or axis is None else rule(node, shape, axis)
+    if inputs is None:
+        return None
+    assert axis is not None
+    within = blocks // prod(shape[:axis])
+    if any(o[0] is not None and _shape(o)[a : a + 1] != shape[axis : axis + 1] for o, a in inputs):
+        return None
+    return [(o, prod(_shape(o)[:a]) * within) for o, a in inputs if o[0] is not None]
+
+
+def _axis(shape: torch.Size, blocks: int, examples: int) -> int | None:
+    """The axis that the examples are along, possibly with several entries of each, and several times one after the
+    other; None if they are along several.
+
+    >>> _axis(torch.Size([3, 5, 2]), 3, 5), _axis(torch.Size([3, 10, 2]), 3, 5), _axis(torch.Size([15, 2]), 3, 5)
+    (1, 1, 0)
+    >>> _axis(torch.Size([3, 2, 5]), 3, 5)
+    """
+    before = 1
+    for axis, size in enumerate(shape):
+        if blocks < before * size:
+            apart = blocks % before == 0 and size % (blocks // before * examples) == 0
+            return axis if apart else None
+        before *= size
+    return None
 
 
 def _is_leaf(node: Any) -> bool:
@@ -57,19 +107,26 @@ def _shape(one: _From) -> torch.Size:
     return shape
 
 
-#: How parameters may be seen.
-_VIEWS = "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Expand Clone Slice Select Split Unbind"
-_NAMES_OF_VIEWS = frozenset(f"{name}Backward0" for name in _VIEWS.split())
+def _numbered(names: str) -> list[str]:
+    return [f"{name}Backward0" for name in names.split()]
 
 
-def _of_parameters(one: _From) -> bool:
-    """Whether it is a leaf, or a view of one: nothing that was computed of examples."""
-    node, _ = one
-    while not _is_leaf(node):
-        if node.name() not in _NAMES_OF_VIEWS:
-            return False
-        node, _ = node.next_functions[0]
-    return True
+_NAMES_OF_RESHAPES = frozenset(_numbered("View UnsafeView ReshapeAlias"))
+#: Of what has one input, and no other that is not differentiated.
+_OF_ONE = _NAMES_OF_RESHAPES.union(
+    _numbered("T Transpose Permute Unsqueeze Expand Clone Slice Select Split SplitWithSizes Unbind Repeat ToCopy Neg"),
+    _numbered("Exp Sigmoid Tanh Softplus Relu"),
+)
+
+
+def _views_of_parameter(one: _From) -> list[_From] | None:
+    """A leaf and what is computed of it alone, up to this; None if it may have been computed of examples."""
+    views = [one]
+    while not _is_leaf(views[-1][0]):
+        if views[-1][0].name() not in _OF_ONE:
+            return None
+        views.append(views[-1][0].next_functions[0])
+    return views
 
 
 def _rule(*names: str) -> Callable[[_Rule], _Rule]:
@@ -80,112 +137,142 @@ def _rule(*names: str) -> Callable[[_Rule], _Rule]:
     return register
 
 
-def _rows_of(shape: torch.Size) -> Callable[[_From], bool]:
-    """Whether inputs have the rows, and as many axes, of an output."""
-
-    def alike(one: _From) -> bool:
-        if one[0] is None:
-            return True
-        found = _shape(one)
-        return len(found) == len(shape) and found[0] == shape[0]
-
-    return alike
-
-
-def _numbered(names: str) -> list[str]:
-    return [f"{name}Backward0" for name in names.split()]
+def _on(axis: int, inputs: Iterable[_From]) -> list[tuple[_From, int]]:
+    return [(one, axis) for one in inputs]
 
 
 @_rule(
     *_numbered("Relu LeakyRelu Elu Celu Gelu Silu Mish Softplus Softshrink Hardshrink Hardtanh Hardswish Hardsigmoid"),
     *_numbered("LogSigmoid Sigmoid Tanh Threshold Exp Expm1 Log Log1P Sqrt Rsqrt Reciprocal Neg Abs Sign Sin Cos Tan"),
     *_numbered("Atan Erf Pow Clamp ClampMin ClampMax Clone Alias ToCopy Add Sub Rsub Mul Div Where Maximum Minimum"),
-    *("AddBackward1", "ClampBackward1", "PowBackward1"),
+    *_numbered("MaskedFill Expand"),
+    *("AddBackward1", "SubBackward1", "MulBackward1", "DivBackward1", "ClampBackward1", "PowBackward1"),
 )
-def _entry_by_entry(node: Any, shape: torch.Size) -> Sequence[_From]:
-    return list(filter(_rows_of(shape), node.next_functions))
+def _entry_by_entry(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]]:
+    """Axes are matched from the last one; an input that has one entry there, or no such axis, has no example."""
+    found = []
+    for one in node.next_functions:
+        a = axis if one[0] is None else axis + len(_shape(one)) - len(shape)
+        if one[0] is not None and a >= 0 and _shape(one)[a] == shape[axis]:
+            found.append((one, a))
+    return found
 
 
-def _first(node: Any, shape: torch.Size) -> Sequence[_From] | None:
+def _first(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
     """Of what has the same rows as its first input, and beside it parameters."""
-    x = node.next_functions[0]
-    return [x] if _rows_of(shape)(x) else None
+    return _on(0, node.next_functions[:1]) if axis == 0 else None
+
+
+_rule("ConvolutionBackward0", "NativeGroupNormBackward0", "MmBackward0")(_first)
 
 
 _rule(
     *_numbered("AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices"),
     *_numbered("AdaptiveMaxPool2D AdaptiveMaxPool3D UpsampleNearest2D UpsampleBilinear2D"),
-)(lambda node, shape: _first(node, shape) if len(shape) > 3 else None)
+)(lambda node, shape, axis: _first(node, shape, axis) if len(shape) > 3 else None)
 
 
 @_rule("NativeBatchNormBackward0")
-def _held_statistics(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return None if node._saved_training else _first(node, shape)
+def _held_statistics(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    return None if node._saved_training else _first(node, shape, axis)
 
 
 @_rule("NativeLayerNormBackward0")
-def _last_axes(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return _first(node, shape) if len(node._saved_normalized_shape) < len(shape) else None
+def _normalised(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    return _on(axis, node.next_functions[:1]) if axis < len(shape) - len(node._saved_normalized_shape) else None
 
 
 @_rule("AddmmBackward0")
-def _addmm(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return [node.next_functions[1]] if _rows_of(shape)(node.next_functions[1]) else None
+def _addmm(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    return _on(0, node.next_functions[1:2]) if axis == 0 else None
 
 
-_rule("ConvolutionBackward0", "NativeGroupNormBackward0", "MmBackward0", "ExpandBackward0")(_first)
+@_rule("BmmBackward0")
+def _matrix_by_matrix(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]]:
+    """Rows of the product are of those of the first factor, columns of those of the second."""
+    one, other = node.next_functions
+    return _on(axis, ([one, other], [one], [other])[axis])
 
 
-@_rule("BmmBackward0", "ScaledDotProductFlashAttentionForCpuBackward0")
-def _matrix_by_matrix(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return node.next_functions if all(map(_rows_of(shape), node.next_functions)) else None
+@_rule("ScaledDotProductFlashAttentionForCpuBackward0")
+def _attention(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Each head of each example by itself."""
+    return _on(axis, node.next_functions[:3]) if axis < 2 else None
+
+
+@_rule("MkldnnRnnLayerBackward0")
+def _recurrent(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Outputs ``(T, B, H)`` and states ``(B, H)``, of inputs ``(T, B, I)``, weights and states; what its batch_first
+    says was done before.
+    """
+    if node._saved_batch_sizes or axis != len(shape) - 2:
+        return None
+    x, *_, h, c = node.next_functions
+    states = [s for s in (h, c) if s[0] is not None]
+    return [(x, 1), *((s, len(_shape(s)) - 2) for s in states)]
 
 
 @_rule("EmbeddingBackward0")
-def _look_up(node: Any, shape: torch.Size) -> Sequence[_From]:
+def _look_up(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]]:
     return []
 
 
-@_rule("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-def _view(node: Any, shape: torch.Size) -> Sequence[_From]:
-    """The order of entries stays, and with it that of examples; whether rows are of one example each is seen by how
-    many there are.
-    """
-    return node.next_functions
-
-
-@_rule(*_numbered("Slice Select Split SplitWithSizes Unbind Unsqueeze Cat Stack Softmax LogSoftmax Transpose Glu"))
-@_rule(*_numbered("Amax Logsumexp Std Var LinalgVectorNorm Max Min Cumsum Flip Roll"))
-@_rule("SqueezeBackward1", "MeanBackward1", "SumBackward1")
-def _along_other_axes(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    """Of what changes, joins or sums axes, if the first is none of them."""
+@_rule(*_numbered("Slice Split UnsafeSplit SplitWithSizes Cat Softmax LogSoftmax Glu Cumsum Flip Roll Topk"))
+@_rule("SafeSoftmaxBackward0")
+def _along_others(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Of what changes, joins or cuts other axes."""
     axes = _axes(node, len(shape))
-    return _with_rows(node, shape) if axes and 0 not in axes else None
+    return _on(axis, node.next_functions) if axes and axis not in axes else None
+
+
+@_rule(*_numbered("Amax Amin Logsumexp Std Var LinalgVectorNorm Max Min Select Unbind"))
+@_rule("SqueezeBackward1", "MeanBackward1", "SumBackward1")
+def _over_others(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Of what sums over other axes, or takes entries of them, and may leave them out."""
+    (one,) = node.next_functions
+    if one[0] is None:
+        return []
+    before = len(_shape(one))
+    axes = sorted(set(_axes(node, before)))
+    if before > len(shape):
+        if before - len(shape) != len(axes):
+            return None
+        for a in axes:
+            axis += a <= axis
+    return _on(axis, [one]) if axes and axis not in axes else None
+
+
+@_rule(*_numbered("Unsqueeze Stack"))
+def _with_another(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Of what has one axis more than its inputs."""
+    (new,) = _axes(node, len(shape))
+    return _on(axis - (new < axis), node.next_functions) if axis != new else None
+
+
+@_rule(*_numbered("Transpose T"), "TransposeBackward1")
+def _transpose(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    one, other = _axes(node, len(shape)) or (0, 1)
+    return _on({one: other, other: one}.get(axis, axis), node.next_functions)
 
 
 @_rule("PermuteBackward0")
-def _permute(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return node.next_functions if _signed(node._saved_dims[0]) % len(shape) == 0 else None
+def _permute(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    return _on(_signed(node._saved_dims[axis]) % len(shape), node.next_functions)
 
 
 @_rule("ConstantPadNdBackward0")
-def _pad(node: Any, shape: torch.Size) -> Sequence[_From] | None:
-    return _first(node, shape) if len(node._saved_pad) < 2 * len(shape) else None
+def _pad(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """Pairs of numbers, those of the last axis first."""
+    return _on(axis, node.next_functions) if axis < len(shape) - len(node._saved_pad) // 2 else None
 
 
-def _with_rows(node: Any, shape: torch.Size) -> Sequence[_From]:
-    return [one for one in node.next_functions if one[0] is None or _shape(one)[:1] == shape[:1]]
-
-
-def _axes(node: Any, made: int) -> list[int]:
-    """The axes along which a node works, none if that is not known. made: how many its output has."""
-    counted = [made] if node.name() in ("UnsqueezeBackward0", "StackBackward0") else []
-    counted += [len(_shape(one)) for one in node.next_functions if one[0] is not None]
+def _axes(node: Any, of: int) -> list[int]:
+    """The axes along which a node works, counted among so many; none if that is not known."""
     axes: list[int] = []
     for attribute in ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims"):
         found = getattr(node, attribute, ())
         axes += found if isinstance(found, tuple) else [0 if found is None else found]
-    return [_signed(a) % counted[0] for a in axes]
+    return [_signed(a) % of for a in axes]
 
 
 def _signed(axis: int) -> int:

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, product
-from math import hypot
+from math import hypot, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -218,7 +218,7 @@ class Probed(Recorded):
         f, calls = self._forward(sites, batch, plan)
         like = len(f), plan.axes
         new = plan.looked and len(f) > _PROBED and calls and like not in self._apart
-        if new and not (_rows_are_examples(plan) and recorded_apart(f, len(f))):
+        if new and not _proven_apart(f, calls, plan.layouts):
             s, weights = _generic_cotangent(f), powers(f)
             edges = [e for c in calls for e in c.edges]
             with self._back(calls, self.within(batch)), operations_named():
@@ -446,11 +446,19 @@ def _has_no_form(site: Site) -> bool:
     return site.kind.function is None and not site.kind.whole
 
 
-def _rows_are_examples(plan: Plan) -> bool:
-    """Whether examples are along the first axis of all outputs of calls that are used."""
-    return all(
-        layout.expand is None and not any(axis for axis, used in zip(layout.outputs, layout.used, strict=True) if used)
-        for layout in plan.layouts
+def _proven_apart(f: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
+    """Whether the operations that were recorded tell that examples are apart, where they were found in outputs of
+    calls.
+    """
+    blocks = recorded_apart(f, len(f))
+    return blocks is not None and all(
+        layout.expand is None
+        and all(
+            axis is not None and blocks.get((edge.node, edge.output_nr)) == prod(y.shape[:axis])
+            for y, edge, axis, used in zip(call.outputs, call.edges, layout.outputs, layout.used, strict=True)
+            if used
+        )
+        for call, layout in zip(calls, layouts, strict=True)
         if layout is not None
     )
 
