@@ -25,6 +25,21 @@ class Applied(nn.Module):
         return self.function(self.linear(x))
 
 
+class Recurrent(nn.Module):
+    """The outputs of an LSTM with its last states and cells; its first ones are learnt, or zero."""
+
+    def __init__(self, learnt=True, **options):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, **options)
+        count = self.lstm.num_layers * (1 + self.lstm.bidirectional)
+        self.first = nn.Parameter(torch.randn(2, count, 1, 2)) if learnt else None
+
+    def forward(self, x):
+        n = x.shape[0 if self.lstm.batch_first else 1]
+        y, (h, c) = self.lstm(x, None if self.first is None else tuple(self.first.expand(-1, -1, n, -1)))
+        return torch.cat([t.flatten() for t in (y, h, c)])
+
+
 def scaled(norm):
     for p in norm.parameters():
         nn.init.normal_(p)
@@ -72,6 +87,10 @@ KINDS = {
     "product with a constant": (Applied(lambda x: torch.linspace(0, 1, 18).double().view(2, 3, 3) @ x), (2, 3, 5)),
     "product of stacks of matrices": (Applied(lambda x: x.view(2, 3, 2, 2).matmul(x.view(2, 3, 2, 2))), (2, 3, 5)),
     "product with one matrix": (Applied(lambda x: x @ x[0].mT), (2, 3, 5)),
+    "lstm": (Recurrent(), (4, 3, 3)),
+    "lstm from zero": (Recurrent(learnt=False, batch_first=True, bias=False), (2, 4, 3)),
+    "lstm of layers": (Recurrent(learnt=False, num_layers=2), (3, 2, 3)),
+    "lstm in both directions": (Recurrent(num_layers=2, bidirectional=True, batch_first=True), (2, 3, 3)),
     "attention": (Applied(lambda x: (x @ x.mT / 2).softmax(-1) @ x), (2, 3, 5)),
 }
 

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..changes import hooks_on_saved
 from .composites import COMPOSITES, normalised
+from .lstm import lstm_of_operations
 from .operations import OPERATIONS, Maybe, Operation
 
 
@@ -47,6 +48,10 @@ class CheapDerivatives(TorchFunctionMode):
         finally:
             self.record = None
 
+    def _value(self, operation: Operation, *inputs: Any) -> Tensor:
+        found: Tensor = Value.apply(self, operation, *inputs)
+        return found
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         hooked = _hooked()
@@ -56,11 +61,18 @@ class CheapDerivatives(TorchFunctionMode):
             if recognise is not None and _plain(args[0] if args else kwargs["input"]):
                 operation = recognise(*args, **kwargs)
                 if operation is not None:
-                    return Value.apply(self, *operation)
+                    return self._value(*operation)
+            of_parts = _OF_PARTS.get(func)
+            if of_parts is not None and _plain(args[0] if args else kwargs["input"]):
+                return of_parts(self._value, *args, **kwargs)
             composite = COMPOSITES.get(func)
             if composite is not None:
                 return composite(*args, **kwargs)
         return normalised(func, args, kwargs)
+
+
+#: From a function of torch to what makes it of several operations, given how the value of one is recorded.
+_OF_PARTS: dict[Any, Callable[..., Any]] = {torch.lstm: lstm_of_operations}
 
 
 def _hooked() -> bool:
@@ -88,11 +100,9 @@ class Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mode: CheapDerivatives, operation: Operation, *inputs: Any) -> Tensor:
-        output = operation.value(*inputs)
-        if output._is_view():  # of nothing else, and users may write into it
-            output = torch.ops.aten._unsafe_view(output, output.shape)
+        output, saved = operation.value_and_saved(inputs)
         ctx.mode, ctx.operation = mode, operation
-        ctx.save_for_backward(*operation.saved(inputs, output))
+        ctx.save_for_backward(*saved)
         return output
 
     @staticmethod
@@ -157,8 +167,7 @@ class SecondPull(torch.autograd.Function):
         _, _, _, upstream, *wanted = ctx.needs_input_grad
         if all(t is None for t in tangents):
             return None, None, None, None, *[None] * len(saved)
-        pushed = ctx.operation.push(tangents, saved, cotangent.shape) if upstream else None
-        bent = ctx.operation.second_pull(tangents, cotangent, saved, wanted)
+        pushed, bent = ctx.operation.push_with_second_pull(tangents, cotangent, saved, upstream, wanted)
         return None, None, None, pushed, *bent, *[None] * (len(saved) - len(bent))
 
 

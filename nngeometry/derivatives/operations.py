@@ -28,6 +28,11 @@ class Operation(ABC):
         """What its derivative is known from: for each input a tensor of its shape, and what else there is."""
         return inputs
 
+    def value_and_saved(self, inputs: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:
+        """Both, of which the second may be what the first was made of."""
+        output = owned(self.value(*inputs))
+        return output, self.saved(inputs, output)
+
     @abstractmethod
     def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
         """Its derivative along tangents of its inputs, at least one of them; shape: that of the output."""
@@ -52,6 +57,13 @@ class Operation(ABC):
             if wanted[1] and dx is not None
             else None,
         )
+
+    def push_with_second_pull(
+        self, tangents: Sequence[Maybe], cotangent: Tensor, saved: Sequence[Any], upstream: bool, wanted: Sequence[bool]
+    ) -> tuple[Maybe, Sequence[Maybe]]:
+        """:meth:`push`, None unless upstream, and :meth:`second_pull`, which may have much in common."""
+        pushed = self.push(tangents, saved, cotangent.shape) if upstream else None
+        return pushed, self.second_pull(tangents, cotangent, saved, wanted)
 
 
 class Symmetric(Operation):
@@ -79,6 +91,11 @@ class Symmetric(Operation):
         (d,) = tangents
         assert d is not None
         return (self.curve(d, cotangent, saved[0]),)
+
+
+def owned(output: Tensor) -> Tensor:
+    """A value that is a view of nothing else as no view, since users may write into it."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _sum(terms: Sequence[Maybe]) -> Tensor:
