@@ -24,6 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--accelerator", type=Path, nargs="+", help="JSON of run.py --device, for another table")
     parser.add_argument("--steps", type=Path, nargs="+", help="JSON of run.py --jobs ten_steps ..., the same")
+    parser.add_argument("--nets", type=Path, nargs="+", help="JSON of run.py --settings vit lstm experts, the same")
     parser.add_argument("--spectra", type=Path, nargs="+", help="JSON of run.py --jobs hessian_trace ..., the same")
     parser.add_argument("--uses", type=Path, nargs="+", help="JSON of run.py --jobs posterior_fit_kron ..., the same")
     parser.add_argument("--sweep", type=Path, help="JSON of run.py --sweep, for the pictures")
@@ -33,6 +34,7 @@ def main() -> None:
     tables = {
         "table": args.results,
         "accelerator": args.accelerator,
+        "nets": args.nets,
         "steps": args.steps,
         "spectra": args.spectra,
         "uses": args.uses,

@@ -533,7 +533,7 @@ SETTINGS = {
     "vit": Setting(
         partial(_VisionTransformer, side=32, patch=4, width=64, depth=4, heads=4),
         _noise_images,
-        128,
+        256,
         32,
         small=4,
         jobs=("kfac", "diag", "diag_mc", *_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),
@@ -550,7 +550,7 @@ SETTINGS = {
     "lstm": Setting(
         partial(_Lstm, vocabulary=100, width=64, hidden=128, depth=2),
         _labelled_sequences(100, 32),
-        128,
+        512,
         32,
         small=4,
         jobs=("kfac", "diag", "diag_mc", *_ONE_COTANGENT, *_PRODUCTS),
@@ -567,7 +567,7 @@ SETTINGS = {
     "experts": Setting(
         partial(_Experts, vocabulary=500, positions=32, width=64, hidden=36, depth=2),
         _sequences(500, 32),
-        128,
+        512,
         32,
         small=4,
         jobs=(*_ONE_COTANGENT, *_PRODUCTS, *INFLUENCE),

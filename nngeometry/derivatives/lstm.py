@@ -62,20 +62,20 @@ def _of_parts(linear: Linear, steps: OverTime, input: Tensor, *args: Any) -> tup
 
 def over_time(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> Tensor:
     """The steps, one after the other."""
-    across, hs, cs = w.mT, [], []
-    for a in into.unbind(0):
-        h, c, *_ = _step(a, across, h, c)
-        hs.append(h)
-        cs.append(c)
+    hs, cs, *_ = _made(into, w, h, c)
     return _both(hs, cs)
 
 
-def _step(a: Tensor, across: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """The next state and cell, and the gates i, f, g and o."""
-    i, f, g, o = torch.addmm(a, h, across).chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = (f * c).addcmul(i, g)
-    return o * c.tanh(), c, i, f, g, o
+def _made(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> Sequence[Sequence[Tensor]]:
+    """All states, all cells, and all gates i, f, g and o."""
+    across, made = w.mT, []
+    for a in into.unbind(0):
+        i, f, g, o = torch.addmm(a, h, across).chunk(4, -1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c = (f * c).addcmul(i, g)
+        h = o * c.tanh()
+        made.append((h, c, i, f, g, o))
+    return list(zip(*made, strict=True))
 
 
 def _both(hs: Sequence[Tensor], cs: Sequence[Tensor]) -> Tensor:
@@ -96,15 +96,9 @@ class Steps(Operation):
 
     def value_and_saved(self, inputs: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:
         """Beside its inputs it saves the states and cells before each step, and the gates."""
-        into, w, first, first_c = inputs
-        h, c, across = first, first_c, w.mT
-        made = []
-        for a in into.unbind(0):
-            h, c, *gates = _step(a, across, h, c)
-            made.append((h, c, *gates))
-        hs, cs, *each = zip(*made, strict=True)
-        before = torch.stack([first, *hs[:-1]]), torch.stack([first_c, *cs[:-1]])
-        return owned(_both(hs, cs)), (*inputs, *before, *map(torch.stack, each))
+        hs, cs, *gates = _made(*inputs)
+        before = (torch.stack([first, *made[:-1]]) for first, made in zip(inputs[2:], (hs, cs), strict=True))
+        return owned(_both(hs, cs)), (*inputs, *before, *map(torch.stack, gates))
 
     def push(self, tangents: Sequence[Maybe], saved: Sequence[Any], shape: torch.Size) -> Tensor:
         saved = self._now(saved)
