@@ -66,7 +66,7 @@ def over_time(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> Tensor:
     return _both(hs, cs)
 
 
-def _made(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> Sequence[Sequence[Tensor]]:
+def _made(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> list[tuple[Tensor, ...]]:
     """All states, all cells, and all gates i, f, g and o."""
     across, made = w.mT, []
     for a in into.unbind(0):
