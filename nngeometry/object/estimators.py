@@ -238,16 +238,24 @@ def maps(layer: Layer) -> Estimator:
         for name, k in names.items()
         if len(layer.params[k][1]) > 1
     ]
-    each = kron(layer, thin=False)
 
     def observe(js: Sequence[LayerJacobian], n: int) -> State:
         (j,) = js
         assert isinstance(j, Beside)
         found = {m.weight: m.form for m in j.maps}
         state: list[Any] = []
+        lefts: dict[Any, Tensor] = {}
+
+        def factors(form: forms.Outer) -> tuple[Tensor, Any, int]:
+            g = form.g
+            key = g.data_ptr(), g.shape, g.stride()  # maps that are added have the same derivatives, held once
+            if key not in lefts:
+                lefts[key] = form.left_factor(False)
+            return lefts[key], *(form.right_factor(False) if n else (0, 0))
+
         for k, _ in pairs:
             size = prod(shapes[k][1:])
-            of_maps = (each.observe([found[starts[k] + m * size]], n) for m in range(shapes[k][0]))
+            of_maps = (factors(found[starts[k] + m * size]) for m in range(shapes[k][0]))
             left, right, counts = zip(*of_maps, strict=True)
             state += [torch.cat(left), torch.cat(right) if n else 0, left[0].new_tensor(counts).view(-1, 1, 1)]
         return tuple(state) if len(state) % 2 else (*state, 0)  # of an odd length, unlike that of axes
