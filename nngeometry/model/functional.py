@@ -204,8 +204,19 @@ def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **sca
             return uses.add(v.home, v.form, two, y, True)
         part = uses.part(one)
         if part is not None and _of_examples(two, y) and _alike_for_all(part, y):
-            return uses.add(part.home, part.form, two, y, False)
+            return uses.add(part.home, _along(uses, one) or part.form, two, y, False)
     return y
+
+
+def _along(uses: Uses, t: Tensor) -> Callable[..., LayerJacobian] | None:
+    """How a bias is added that has its entries along another axis than the last one, ``bias[:, None]``, so that it keeps
+    Kronecker factors; None if t is something else.
+    """
+    axes = [k for k in range(-t.ndim, 0) if t.shape[k] > 1]
+    v = uses.vector(t.flatten()) if len(axes) == 1 else None
+    if v is None or not v.in_last_column:
+        return None
+    return lambda gy, x: v.form(gy.movedim(axes[0], -1), x)
 
 
 @_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
@@ -333,7 +344,7 @@ def _conv(
 ) -> Tensor:
     y, d = compute(), weight.dim() - 2
     found, (b, slope) = uses._base(weight), uses.scaled(bias) or (None, None)
-    home = None if found is None or found[1] is not weight or input.ndim < d + 2 else found[0]
+    home = None if found is None or not _all_of(weight, found[1]) or input.ndim < d + 2 else found[0]
     together = home is not None and b is not None and slope is None and b.home.layer is home.layer and b.start == 0
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
@@ -346,6 +357,12 @@ def _conv(
 
         y = uses.add(b.home, form, y, y, False)
     return y
+
+
+def _all_of(t: Tensor, base: Tensor) -> bool:
+    """Whether a tensor has the entries of a parameter in their order, in whatever shape."""
+    same = t.numel() == base.numel() and t.dtype == base.dtype
+    return same and t.is_contiguous() and base.is_contiguous() and t.data_ptr() == base.data_ptr()
 
 
 def _of_convolution(weight: Tensor, bias: bool, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
