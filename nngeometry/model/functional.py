@@ -174,11 +174,27 @@ def _matmul(
     uses: Uses, compute: _Compute, input: Tensor, other: Any = None, *, mat2: Any = None, out: Any = None
 ) -> Tensor:
     other = mat2 if other is None else other
+    if out is None and isinstance(other, Tensor) and other.ndim == 3 <= input.ndim:
+        return _matrices(uses, compute, input, other)
     if out is None and uses.matrix(other) is not None and input.ndim > 0:
         return uses.linear(input, other.mT, None, compute())
     if out is None and uses.matrix(input) is not None and other.ndim > 1:  # the same from the left
         return uses.linear(other.mT, input, None, compute().mT).mT
     return compute()
+
+
+@_reads(torch.bmm, Tensor.bmm)
+def _bmm(uses: Uses, compute: _Compute, input: Tensor, mat2: Tensor, *, out: Any = None) -> Tensor:
+    return compute() if out is not None else _matrices(uses, compute, input, mat2)
+
+
+def _matrices(uses: Uses, compute: _Compute, x: Tensor, w: Tensor) -> Tensor:
+    """``x @ w`` with a matrix for each group ``(groups, in, out)``, as batched experts have them."""
+    y, part = compute(), uses.part(w)
+    if part is None or x.shape[-3] != w.shape[0]:
+        return y
+    y = uses.add(part.home, part.matrices, x.movedim(-3, -2), y.movedim(-3, -2), True)
+    return y.movedim(-2, -3)
 
 
 @_reads(Tensor.__rmatmul__)
@@ -209,8 +225,8 @@ def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **sca
 
 
 def _along(uses: Uses, t: Tensor) -> Callable[..., LayerJacobian] | None:
-    """How a bias is added that has its entries along another axis than the last one, ``bias[:, None]``, so that it keeps
-    Kronecker factors; None if t is something else.
+    """How a bias is added that has its entries along another axis than the last one, ``bias[:, None]``: it keeps its
+    Kronecker factors. None if t is something else.
     """
     axes = [k for k in range(-t.ndim, 0) if t.shape[k] > 1]
     v = uses.vector(t.flatten()) if len(axes) == 1 else None
