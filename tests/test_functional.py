@@ -169,6 +169,17 @@ def test_kfac_of_parts():
     assert oracle.relative(found[W:, W:], expected[:, D, :, D]) < 1e-10
 
 
+def test_weights_in_another_precision():
+    """As models of half precision have those of which they compute in single."""
+    model, batch = net("linear")
+    model[1].use = lambda m, x: F.linear(x.double(), m.weight.double(), m.bias.to(torch.float64)).type_as(x)
+    M = oracle.fim(model, [batch], "classif_logits")
+    F32, x = FIM(model.float(), (batch[0].float(),), PMatDiag), batch[0].float()
+    assert oracle.relative(F32.get_diag().double(), M.diag()) < 1e-5
+    model[1].use = lambda m, x: F.linear(x.float(), m.weight.float(), m.bias.to(x.dtype).float()).type_as(x)
+    assert oracle.relative(FIM(model.bfloat16(), (x.bfloat16(),), PMatDiag).get_diag().double(), M.diag()) < 0.1
+
+
 def test_what_is_computed_from_a_weight_is_refused():
     model, batch = net("linear")
     model[1].use = lambda m, x: F.linear(x, 2 * m.weight, m.bias)

@@ -46,6 +46,8 @@ class Uses(TorchFunctionMode):
             for name, k in names.items()
             if name in site.params
         }
+        #: Parameters in another precision, as they were made of these.
+        self._casts: dict[int, tuple[Home, Tensor]] = {}
         #: The parameters of the modules that are being called, whose calls are recorded as such.
         self._inside: list[set[int]] = []
 
@@ -72,13 +74,19 @@ class Uses(TorchFunctionMode):
         """The parameter that a tensor is, or is a view of, if its use counts."""
         if not isinstance(t, Tensor):
             return None
-        key = id(t) if id(t) in self._homes else id(t._base)
-        if key not in self._homes or any(key in own for own in self._inside):
+        key = id(t) if id(t) in self._homes or id(t) in self._casts else id(t._base)
+        found = self._homes.get(key) or self._casts.get(key)
+        if found is None or any(key in own for own in self._inside):
             return None
         if key != id(t) and t.grad_fn is None:  # a view made under torch.no_grad is a constant
             return None
-        home, base = self._homes[key]
-        return home, base
+        return found
+
+    def cast(self, t: Any, y: Tensor) -> None:
+        """Remember a parameter in another precision, whose derivative is that of the parameter."""
+        found = self._base(t)
+        if found is not None and found[1] is t and y is not t and y.requires_grad:
+            self._casts[id(y)] = found[0], y
 
     def matrix(self, t: Any) -> Matrix | None:
         """What part of a parameter a tensor is, None if it is none or not a matrix."""
@@ -167,6 +175,13 @@ def _reads(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]
 @_reads(F.linear)
 def _linear(uses: Uses, compute: _Compute, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return uses.linear(input, weight, bias, compute())
+
+
+@_reads(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
+def _to(uses: Uses, compute: _Compute, t: Any, *how: Any, **named: Any) -> Tensor:
+    y = compute()
+    uses.cast(t, y)
+    return y
 
 
 @_reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
