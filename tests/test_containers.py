@@ -105,6 +105,16 @@ def test_what_is_seen_needs_no_call_of_the_container(name):
     assert ("" in plan.opened) == model.seen
 
 
+@pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-8])
+def test_what_is_not_seen_counts_however_small_it_is(small):
+    model = Container(lambda m, h: h + m.p0 + small * m.p1.tanh(), (T, D), (T, D))
+    batches = [(torch.randn(4, T, 2),)]
+    M = oracle.fim(model, batches, "classif_logits").diagonal()
+    of_p1 = slice(T * D, 2 * T * D)
+    d = FIM(model.float(), [(batches[0][0].float(),)], PMatDiag).get_diag().to(M.dtype)
+    assert oracle.relative(d[of_p1], M[of_p1]) < 1e-3
+
+
 def test_another_use_is_noticed():
     model = CASES["positions"]()
     batches = [(torch.randn(4, T, 2),), (torch.randn(4, T, 2),)]
