@@ -31,7 +31,6 @@ from nngeometry import (
     PMatEKFAC,
     PMatImplicit,
     PMatKFAC,
-    PMatLowRank,
     Posterior,
     PVector,
 )
@@ -79,13 +78,13 @@ def last_layer(model: torch.nn.Module) -> LayerCollection:
 
 def influence(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Of each picture on each, by the last layer."""
-    head = GGN(model, (x, y), PMatLowRank, layer_collection=last_layer(model))
+    head = GGN(model, (x, y), PMatKFAC, layer_collection=last_layer(model))
     return Influence(model, head).scores((x, y), (x, y))
 
 
 def variance(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Of the outputs, by a posterior of the last layer."""
-    head = FIM(model, (x,), PMatLowRank, layer_collection=last_layer(model))
+    head = FIM(model, (x,), PMatKFAC, layer_collection=last_layer(model))
     return Posterior(model, head, num_data=len(x)).variance(x)
 
 

@@ -176,9 +176,7 @@ def ctc_loss(
     return loss.sum() if reduction == "sum" else loss[0] if alone else loss
 
 
-def normalize(
-    input: Tensor, p: float = 2.0, dim: int | tuple[int, ...] = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Tensor:
+def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
     """Of a vector shorter than eps, zero above all, torch's second derivative is not a number, though all that is done
     is a division by eps.
     """
