@@ -22,11 +22,16 @@ from nngeometry import (
     GGN,
     EmpiricalFisher,
     FIM_MonteCarlo,
+    GramMatrix,
     Hessian,
+    Influence,
+    Jacobian,
+    LayerCollection,
     PMatDiag,
     PMatEKFAC,
     PMatImplicit,
     PMatKFAC,
+    Posterior,
     PVector,
 )
 from nngeometry.spectrum import extreme_eigenpairs
@@ -37,23 +42,52 @@ MODELS: dict[str, dict[str, Any]] = {
     "convnext_tiny": {},
     "densenet121": {},
     "efficientnet_b0": {},
+    "efficientnet_v2_s": {},
     "googlenet": {"init_weights": False, "aux_logits": False},
+    "inception_v3": {"init_weights": False, "aux_logits": False},
     "maxvit_t": {},
     "mnasnet0_5": {},
+    "mobilenet_v2": {},
     "mobilenet_v3_small": {},
     "regnet_y_400mf": {},
     "resnet18": {},
+    "resnext50_32x4d": {},
     "shufflenet_v2_x0_5": {},
     "squeezenet1_1": {},
     "swin_t": {},
     "swin_v2_t": {},
     "vgg11_bn": {},
     "vit_b_16": {},
+    "wide_resnet50_2": {},
 }
-#: Those that take pictures of one size only.
-FIXED = {"maxvit_t": 224, "vit_b_16": 224}
+#: Those that take pictures of one size only, or none so small.
+FIXED = {"inception_v3": 75, "maxvit_t": 224, "vit_b_16": 224}
 
 Verb = Callable[..., Any]
+
+
+def first_output(model: torch.nn.Module) -> Verb:
+    """Of all that a model has."""
+    return lambda x: model(x)[:, :1]
+
+
+def last_layer(model: torch.nn.Module) -> LayerCollection:
+    """The head of a model, by itself."""
+    return LayerCollection.from_model(model, list(LayerCollection.from_model(model))[-1])
+
+
+def influence(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of each picture on each, by the last layer."""
+    head = GGN(model, (x, y), PMatKFAC, layer_collection=last_layer(model))
+    return Influence(model, head).scores((x, y), (x, y))
+
+
+def variance(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Of the outputs, by a posterior of the last layer."""
+    head = FIM(model, (x,), PMatKFAC, layer_collection=last_layer(model))
+    return Posterior(model, head, num_data=len(x)).variance(x)
+
+
 VERBS: dict[str, Verb] = {
     "diagonal": lambda m, x, y: EmpiricalFisher(m, (x, y), PMatDiag),
     "kfac": lambda m, x, y: FIM_MonteCarlo(m, (x,), PMatKFAC, n_output=1000),
@@ -61,6 +95,11 @@ VERBS: dict[str, Verb] = {
     "fim product": lambda m, x, y: FIM(m, (x,), PMatImplicit).mv(PVector.from_model(m).detach()),
     "ggn product": lambda m, x, y: GGN(m, (x, y), PMatImplicit).mv(PVector.from_model(m).detach()),
     "hessian product": lambda m, x, y: Hessian(m, (x, y), PMatImplicit).mv(PVector.from_model(m).detach()),
+    "sampled": lambda m, x, y: FIM_MonteCarlo(m, (x,), PMatDiag, n_output=1000),
+    "jacobian": lambda m, x, y: Jacobian(m, (x,), first_output(m)),
+    "kernel": lambda m, x, y: GramMatrix(m, (x,), function=first_output(m)),
+    "influence": influence,
+    "variance": variance,
     "top eigenvalue": lambda m, x, y: extreme_eigenpairs(GGN(m, (x, y), PMatImplicit), 1, tol=1e-2),
 }
 

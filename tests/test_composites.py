@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nngeometry import FIM, PMatDiag, PMatImplicit
-from nngeometry.derivatives.composites import OneExample, embedding_bag, hardsigmoid, prelu
+from nngeometry import FIM, Hessian, PMatDense, PMatDiag, PMatImplicit
+from nngeometry.derivatives.composites import OneExample, embedding_bag, hardsigmoid, normalize, prelu
 
 
 def _bags():
@@ -50,6 +50,32 @@ def test_hardsigmoid():
     y = x * 1.0
     assert hardsigmoid(y, inplace=True) is y
     assert torch.autograd.gradgradcheck(hardsigmoid, torch.tensor([-3.5, -1.0, 0.5, 3.5], requires_grad=True))
+
+
+@pytest.mark.parametrize("dim", [1, -1, (1, 2)])
+def test_normalize(dim):
+    x = torch.randn(3, 4, 2)
+    x[0], x[1, :, 0] = 0.0, 1e-3
+    x.requires_grad_()
+    mine, theirs = (f(x, dim=dim, eps=0.5) for f in (normalize, F.normalize))
+    torch.testing.assert_close(mine, theirs)
+    g = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (mine, theirs)))
+    assert torch.autograd.gradgradcheck(lambda x: normalize(x, dim=dim, eps=0.5), x)
+
+
+class Directions(nn.Linear):
+    """As Swin V2 has them of what is around a picture."""
+
+    def forward(self, x):
+        return F.normalize(super().forward(x), dim=-1).sum(1)
+
+
+def test_the_hessian_of_what_has_no_direction():
+    model, x = Directions(2, 3, bias=False), torch.randn(4, 3, 2)
+    y, some = torch.tensor([0, 1, 2, 0]), torch.cat([x, torch.zeros(4, 2, 2)], 1)
+    H, truth = (Hessian(model, (data, y), PMatDense, nn.CrossEntropyLoss()).to_torch() for data in (some, x))
+    torch.testing.assert_close(H, truth)
 
 
 @pytest.mark.parametrize(("shape", "count"), [((4, 3), 1), ((4, 3), 3), ((2, 3, 5), 3), ((3,), 1)])

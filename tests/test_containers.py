@@ -39,6 +39,16 @@ def later(m, h):
     return (h.transpose(0, 1) + m.p0).transpose(0, 1)
 
 
+def experts(m, h):
+    """All tokens for each expert, as Llama 4 has them."""
+    tokens = h.flatten(0, 1).repeat(2, 1).view(2, -1, D)
+    return torch.bmm(torch.bmm(tokens, m.p0).tanh(), mat2=m.p1).sum(0).view_as(h)
+
+
+def heads(m, h):
+    return (h.unflatten(-1, (2, D // 2)).transpose(1, 2) @ m.p0[:, 1:3]).transpose(1, 2).flatten(2)
+
+
 CASES = {
     "positions": partial(Container, lambda m, h: h + m.p0, (1, T, D)),
     "positions without an axis": partial(Container, lambda m, h: m.p0 + h, (T, D)),
@@ -50,6 +60,11 @@ CASES = {
     "scale as a number": partial(Container, lambda m, h: h * m.p0, ()),
     "transposed": partial(Container, lambda m, h: h + m.p0.T, (D, T)),
     "in front": partial(Container, lambda m, h: torch.cat([m.p0.expand(h.shape[0], -1, -1), h], 1), (1, 1, D)),
+    "a matrix for each expert": partial(Container, experts, (2, D, D), (2, D, D)),
+    "a matrix for each head": partial(Container, heads, (2, D, D // 2)),
+    "a matrix for each position": partial(
+        Container, lambda m, h: (h.transpose(0, 1) @ m.p0).transpose(0, 1), (T, D, D)
+    ),
     "as another": partial(Container, lambda m, h: h * h.sin() + m.p0.expand_as(h), (1, T, D)),
     "twice": partial(Container, lambda m, h: (h + m.p0) * m.p0.sigmoid() + m.p0, (T, D), seen=False),
     "thrice": partial(Container, lambda m, h: ((h + m.p0) * m.p0 + m.p0).sin(), (T, D)),
@@ -88,6 +103,16 @@ def test_what_is_seen_needs_no_call_of_the_container(name):
     generator = Generator(model, lc, rowwise(lambda f, batch, k: Gaussian().sqrt(f)))
     plan = generator.probe(lc.sites(model), next(generator.minibatches([(torch.randn(4, T, 2),)])))
     assert ("" in plan.opened) == model.seen
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-8])
+def test_what_is_not_seen_counts_however_small_it_is(small):
+    model = Container(lambda m, h: h + m.p0 + small * m.p1.tanh(), (T, D), (T, D))
+    batches = [(torch.randn(4, T, 2),)]
+    M = oracle.fim(model, batches, "classif_logits").diagonal()
+    of_p1 = slice(T * D, 2 * T * D)
+    d = FIM(model.float(), [(batches[0][0].float(),)], PMatDiag).get_diag().to(M.dtype)
+    assert oracle.relative(d[of_p1], M[of_p1]) < 1e-3
 
 
 def test_another_use_is_noticed():

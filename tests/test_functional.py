@@ -64,6 +64,7 @@ USES = {
     "matmul": (lambda: nn.Linear(D, 4), lambda m, x: x @ m.weight.T + m.bias),
     "bias first": (lambda: nn.Linear(D, 4), lambda m, x: m.bias + torch.matmul(x, m.weight.mT)),
     "from the left": (lambda: nn.Linear(D, 4), lambda m, x: (m.weight @ x.mT).mT),
+    "from the left, bias": (lambda: nn.Linear(D, 4), lambda m, x: (m.weight @ x.mT + m.bias[:, None]).mT),
     "the other way": (lambda: nn.Linear(4, D), lambda m, x: x @ m.weight),
     "both ways": (lambda: nn.Linear(4, D, bias=False), lambda m, x: F.linear((x @ m.weight).tanh(), m.weight)),
     "addmm": (lambda: nn.Linear(D, 4), lambda m, x: torch.addmm(m.bias, x[:, 0], m.weight.t())),
@@ -84,6 +85,11 @@ USES = {
     "a bias times": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight, 2 * m.bias.exp())),
     "other groups": (lambda: nn.Conv1d(1, 4, 2), lambda m, x: F.conv1d(x, m.weight, m.bias, groups=T)),
     "same": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight, m.bias, padding="same", dilation=2)),
+    "other views": (
+        lambda: nn.Conv1d(T, T, 2, groups=T),
+        lambda m, x: F.conv1d(x, m.weight.squeeze(1).unsqueeze(1), m.bias, padding=1, groups=T),
+    ),
+    "a matrix as a convolution": (lambda: nn.Linear(T, 4), lambda m, x: F.conv1d(x, m.weight[..., None], m.bias)),
     "a convolution as a matrix": (lambda: nn.Conv1d(D, 4, 1), lambda m, x: F.linear(x, m.weight.squeeze(-1), m.bias)),
     "table": (lambda: nn.Embedding(5, 4), lambda m, x: F.embedding(_ids(x), m.weight)),
     "table, padding": (lambda: nn.Embedding(5, 4), lambda m, x: F.embedding(_ids(x), m.weight, padding_idx=-4)),
@@ -161,6 +167,17 @@ def test_kfac_of_parts():
     flat = expected[:, :D, :, :D].reshape(W, W)
     assert oracle.relative(found[:W, :W], flat) < 1e-10
     assert oracle.relative(found[W:, W:], expected[:, D, :, D]) < 1e-10
+
+
+def test_weights_in_another_precision():
+    """As models of half precision have those of which they compute in single."""
+    model, batch = net("linear")
+    model[1].use = lambda m, x: F.linear(x.double(), m.weight.double(), m.bias.to(torch.float64)).type_as(x)
+    M = oracle.fim(model, [batch], "classif_logits")
+    F32, x = FIM(model.float(), (batch[0].float(),), PMatDiag), batch[0].float()
+    assert oracle.relative(F32.get_diag().double(), M.diag()) < 1e-5
+    model[1].use = lambda m, x: F.linear(x.float(), m.weight.float(), m.bias.to(x.dtype).float()).type_as(x)
+    assert oracle.relative(FIM(model.bfloat16(), (x.bfloat16(),), PMatDiag).get_diag().double(), M.diag()) < 0.1
 
 
 def test_what_is_computed_from_a_weight_is_refused():

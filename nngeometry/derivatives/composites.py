@@ -176,12 +176,24 @@ def ctc_loss(
     return loss.sum() if reduction == "sum" else loss[0] if alone else loss
 
 
+def normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None) -> Tensor:
+    """Of a vector shorter than eps, zero above all, torch's second derivative is not a number, though all that is done
+    is a division by eps.
+    """
+    if p != 2 or out is not None or not input.requires_grad:
+        return F.normalize(input, p, dim, eps, out)
+    short = torch.linalg.vector_norm(input.detach(), 2, dim, keepdim=True) < eps
+    size = torch.linalg.vector_norm(torch.where(short, 1.0, input), 2, dim, keepdim=True)
+    return input / torch.where(short, eps, size)
+
+
 #: From a function of torch to what is used in its place where derivatives of derivatives are wanted.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     F.ctc_loss: ctc_loss,
+    F.normalize: normalize,
     torch.cdist: cdist,
     F.pdist: pdist,
     torch.pdist: pdist,

@@ -11,7 +11,7 @@ from .beside import Beside, LinearMap, Routed, RoutedMap
 from .combine import add, dense_rows, gram, rows, stack, write_rows
 from .contraction import Contraction
 from .gather import Gather
-from .lazy import Lazy
+from .lazy import Lazy, Placed
 from .moments import add_gram, copy_transposed, mirror, moment_with_one, second_moment, total_of
 from .outer import Outer
 from .uses import Sum, Transposed
@@ -27,6 +27,7 @@ __all__ = [
     "LinearMap",
     "Map",
     "Outer",
+    "Placed",
     "Places",
     "Routed",
     "RoutedMap",

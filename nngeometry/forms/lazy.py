@@ -77,3 +77,24 @@ class Lazy(LayerJacobian):
             return whole.unflatten(1, (-1, ratio)).sum(2)
 
         return Lazy(compute, self.cotangents, self.examples // ratio, self.shape, self.dtype, self.device)
+
+
+class Placed(Lazy):
+    """Another Jacobian, whose entries are put elsewhere when they are asked for.
+
+    Args:
+        of: The other one.
+        place: From its entries ``(C, B, *of.shape)`` to ``(C, B, *shape)``.
+        shape: Of one of its rows.
+    """
+
+    def __init__(self, of: LayerJacobian, place: Map, shape: tuple[int, ...]) -> None:
+        def compute(start: int, stop: int, first: int, last: int) -> Tensor:
+            return place(of.narrow(start, stop, first, last).dense())
+
+        super().__init__(compute, of.cotangents, of.examples, shape, of.dtype, of.device)
+        self.of = of
+        self.place = place
+
+    def fold(self, ratio: int) -> Placed:
+        return Placed(self.of.fold(ratio), self.place, self.shape)

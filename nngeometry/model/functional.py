@@ -46,6 +46,8 @@ class Uses(TorchFunctionMode):
             for name, k in names.items()
             if name in site.params
         }
+        #: Parameters in another precision, as they were made of these.
+        self._casts: dict[int, tuple[Home, Tensor]] = {}
         #: The parameters of the modules that are being called, whose calls are recorded as such.
         self._inside: list[set[int]] = []
 
@@ -72,13 +74,19 @@ class Uses(TorchFunctionMode):
         """The parameter that a tensor is, or is a view of, if its use counts."""
         if not isinstance(t, Tensor):
             return None
-        key = id(t) if id(t) in self._homes else id(t._base)
-        if key not in self._homes or any(key in own for own in self._inside):
+        key = id(t) if id(t) in self._homes or id(t) in self._casts else id(t._base)
+        found = self._homes.get(key) or self._casts.get(key)
+        if found is None or any(key in own for own in self._inside):
             return None
         if key != id(t) and t.grad_fn is None:  # a view made under torch.no_grad is a constant
             return None
-        home, base = self._homes[key]
-        return home, base
+        return found
+
+    def cast(self, t: Any, y: Tensor) -> None:
+        """Remember a parameter in another precision, whose derivative is that of the parameter."""
+        found = self._base(t)
+        if found is not None and found[1] is t and y is not t and y.requires_grad:
+            self._casts[id(y)] = found[0], y
 
     def matrix(self, t: Any) -> Matrix | None:
         """What part of a parameter a tensor is, None if it is none or not a matrix."""
@@ -169,16 +177,39 @@ def _linear(uses: Uses, compute: _Compute, input: Tensor, weight: Tensor, bias: 
     return uses.linear(input, weight, bias, compute())
 
 
+@_reads(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16)
+def _to(uses: Uses, compute: _Compute, t: Any, *how: Any, **named: Any) -> Tensor:
+    y = compute()
+    uses.cast(t, y)
+    return y
+
+
 @_reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 def _matmul(
     uses: Uses, compute: _Compute, input: Tensor, other: Any = None, *, mat2: Any = None, out: Any = None
 ) -> Tensor:
     other = mat2 if other is None else other
+    if out is None and isinstance(other, Tensor) and other.ndim == 3 <= input.ndim:
+        return _matrices(uses, compute, input, other)
     if out is None and uses.matrix(other) is not None and input.ndim > 0:
         return uses.linear(input, other.mT, None, compute())
     if out is None and uses.matrix(input) is not None and other.ndim > 1:  # the same from the left
         return uses.linear(other.mT, input, None, compute().mT).mT
     return compute()
+
+
+@_reads(torch.bmm, Tensor.bmm)
+def _bmm(uses: Uses, compute: _Compute, input: Tensor, mat2: Tensor, *, out: Any = None) -> Tensor:
+    return compute() if out is not None else _matrices(uses, compute, input, mat2)
+
+
+def _matrices(uses: Uses, compute: _Compute, x: Tensor, w: Tensor) -> Tensor:
+    """``x @ w`` with a matrix for each group ``(groups, in, out)``, as batched experts have them."""
+    y, part = compute(), uses.part(w)
+    if part is None or x.shape[-3] != w.shape[0]:
+        return y
+    y = uses.add(part.home, part.matrices, x.movedim(-3, -2), y.movedim(-3, -2), True)
+    return y.movedim(-2, -3)
 
 
 @_reads(Tensor.__rmatmul__)
@@ -204,8 +235,19 @@ def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **sca
             return uses.add(v.home, v.form, two, y, True)
         part = uses.part(one)
         if part is not None and _of_examples(two, y) and _alike_for_all(part, y):
-            return uses.add(part.home, part.form, two, y, False)
+            return uses.add(part.home, _along(uses, one) or part.form, two, y, False)
     return y
+
+
+def _along(uses: Uses, t: Tensor) -> Callable[..., LayerJacobian] | None:
+    """How a bias is added that has its entries along another axis than the last one, ``bias[:, None]``: it keeps its
+    Kronecker factors. None if t is something else.
+    """
+    axes = [k for k in range(-t.ndim, 0) if t.shape[k] > 1]
+    v = uses.vector(t.flatten()) if len(axes) == 1 else None
+    if v is None or not v.in_last_column:
+        return None
+    return lambda gy, x: v.form(gy.movedim(axes[0], -1), x)
 
 
 @_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
@@ -333,7 +375,7 @@ def _conv(
 ) -> Tensor:
     y, d = compute(), weight.dim() - 2
     found, (b, slope) = uses._base(weight), uses.scaled(bias) or (None, None)
-    home = None if found is None or found[1] is not weight or input.ndim < d + 2 else found[0]
+    home = None if found is None or not _all_of(weight, found[1]) or input.ndim < d + 2 else found[0]
     together = home is not None and b is not None and slope is None and b.home.layer is home.layer and b.start == 0
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
@@ -346,6 +388,12 @@ def _conv(
 
         y = uses.add(b.home, form, y, y, False)
     return y
+
+
+def _all_of(t: Tensor, base: Tensor) -> bool:
+    """Whether a tensor has the entries of a parameter in their order, in whatever shape."""
+    same = t.numel() == base.numel() and t.dtype == base.dtype
+    return same and t.is_contiguous() and base.is_contiguous() and t.data_ptr() == base.data_ptr()
 
 
 def _of_convolution(weight: Tensor, bias: bool, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:

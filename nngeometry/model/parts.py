@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..forms import LayerJacobian, Lazy, Outer, Transposed
+from ..forms import LayerJacobian, Lazy, Outer, Placed, Transposed
 from ..layercollection import Layer, Site
 
 
@@ -174,6 +174,19 @@ class Part:
             return self.home.flat(flat, 0)
 
         return late(entries, gy, x, self.home.layer)
+
+    def matrices(self, gy: Tensor, x: Tensor) -> LayerJacobian:
+        """The same of matrices ``(groups, in, out)``, from cotangents ``(C, B, ..., groups, out)`` and inputs
+        ``(B, ..., groups, in)``.
+        """
+
+        def placed(found: Tensor) -> Tensor:
+            flat = found.new_zeros(*found.shape[:2], prod(self.home.shape))
+            flat.index_add_(2, self.index.flatten(), found.mT.flatten(2))
+            return self.home.flat(flat, 0)
+
+        a, g = x.reshape(len(x), -1, *x.shape[-2:]), gy.reshape(*gy.shape[:2], -1, *gy.shape[-2:])
+        return Placed(Outer(a, g), placed, self.home.layer.packing.shape)
 
 
 def _offset(t: Tensor, base: Tensor) -> int:

@@ -406,24 +406,37 @@ class Probed(Recorded):
                 [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
                 most,
                 f,
+                plan.opened,
             )
 
-    def _check_sum(self, found: Mapping[str, LayerJacobian], truth: Sequence[Tensor], most: float, f: Tensor) -> None:
+    def _check_sum(
+        self,
+        found: Mapping[str, LayerJacobian],
+        truth: Sequence[Tensor],
+        most: float,
+        f: Tensor,
+        opened: frozenset[str],
+    ) -> None:
         """Raise, naming the layer, unless the forms of all examples add up to the gradients of the parameters.
 
-        most: how far they may be from that, relative to these. f: the output of the model.
+        most: how far they may be from that, relative to these. f: the output of the model. opened: the layers of which
+        some parameters may be seen, and others not: each has to add up by itself, however small its gradient is.
         """
         norm = torch.linalg.vector_norm
         layers = self.layer_collection.layers
         remaining = iter(truth)
         every = [list(islice(remaining, len(one.params))) for one in layers.values()]
-        sizes = [hypot(*(float(norm(g, dtype=self.dtype)) for g in of_layer)) for of_layer in every]
-        floor = 1e-3 * hypot(*sizes)
-        for (name, layer), of_layer, size in zip(layers.items(), every, sizes, strict=True):
+        sizes = [[float(norm(g, dtype=self.dtype)) for g in of_layer] for of_layer in every]
+        floor = 1e-3 * hypot(*(size for of_layer in sizes for size in of_layer))
+        for (name, layer), of_layer, of_each in zip(layers.items(), every, sizes, strict=True):
+            size = hypot(*of_each)
             with no_grad():  # one layer at a time, for all may be most of the memory
-                expected = torch.cat([g.flatten() for g in of_layer]) if len(of_layer) > 1 else of_layer[0].flatten()
-                wrong = float(norm(layer.packing.unpack(found[name].total()) - expected))
-            if wrong > most * max(floor, size):
+                total = layer.packing.unpack(found[name].total()).split([g.numel() for g in of_layer])
+                off = [float(norm(a - g.flatten())) for a, g in zip(total, of_layer, strict=True)]
+                wrong, least = hypot(*off), 0.0 if name in opened else most * floor
+                lost = any(s > least and not a.any() for a, s in zip(total, of_each, strict=True))
+            apart = name in opened and any(w > most * max(floor, s) for w, s in zip(off, of_each, strict=True))
+            if lost or apart or wrong > most * max(floor, size):
                 what = f"layer {name!r} ({layer.kind_name}): its per-example derivatives do not add up to the gradient"
                 coarse = coarsest([f], self.dtype)
                 if most < tolerance(coarse) and wrong <= tolerance(coarse) * max(floor, size):
