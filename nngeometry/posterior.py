@@ -210,7 +210,7 @@ class Posterior:
 
     def _information(self, f: Tensor, v: Tensor) -> Tensor:
         cotangents = self.likelihood.sqrt(f)
-        s = cotangents.take(0, cotangents.count).flatten(2)
+        s = cotangents.take(0, cotangents.count).reshape(cotangents.count, len(f), -1)
         inner = torch.einsum("rnc,ncd,snd->nrs", s, v, s)
         eye = torch.eye(inner.shape[1], dtype=f.dtype, device=f.device)
         return torch.linalg.slogdet(eye + inner)[1] / 2
@@ -255,7 +255,8 @@ class Posterior:
     def _drawn(self, f: Tensor, v: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         """The mean of y over draws of outputs."""
         l, q = torch.linalg.eigh(v)
-        root = q * l.clamp(min=0).sqrt().unsqueeze(1)
+        # The symmetric root: of equal eigenvalues, rounding alone tells which vectors are found.
+        root = (q * l.clamp(min=0).sqrt().unsqueeze(1)) @ q.mT
         total = torch.zeros_like(f)
         for noise in gaussian(samples, f.numel(), like=f, generator=generator):
             draw = f + torch.einsum("ncd,nd->nc", root, noise.view(len(f), -1)).view(f.shape)

@@ -40,6 +40,15 @@ class Recurrent(nn.Module):
         return torch.cat([t.flatten() for t in (y, h, c)])
 
 
+class Written(Recurrent):
+    """An LSTM whose outputs are written into while others are still needed as they were."""
+
+    def forward(self, x):
+        y, (h, c) = self.lstm(x)
+        both = c * y[-1].clone()
+        return both * h.add_(c).square() + y.mul_(2).sum(0)
+
+
 def scaled(norm):
     for p in norm.parameters():
         nn.init.normal_(p)
@@ -90,6 +99,7 @@ KINDS = {
     "lstm": (Recurrent(), (4, 3, 3)),
     "lstm from zero": (Recurrent(learnt=False, batch_first=True, bias=False), (2, 4, 3)),
     "lstm of layers": (Recurrent(learnt=False, num_layers=2), (3, 2, 3)),
+    "lstm that is written into": (Written(learnt=False), (3, 2, 3)),
     "lstm in both directions": (Recurrent(num_layers=2, bidirectional=True, batch_first=True), (2, 3, 3)),
     "attention": (Applied(lambda x: (x @ x.mT / 2).softmax(-1) @ x), (2, 3, 5)),
 }

@@ -726,3 +726,26 @@ def test_files_of_something_else(tmp_path):
             Posterior.load(tmp_path / name, model)
     with pytest.raises(FileNotFoundError):
         Posterior.load(tmp_path / "none.pt", model)
+
+
+@pytest.mark.parametrize("likelihood", ["classif_binary_logits", Gaussian(NOISE)])
+def test_information_of_one_output_without_an_axis(likelihood):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(4, 1), torch.randn(5, 4)
+    flat, kept = nn.Sequential(linear, nn.Flatten(0)), nn.Sequential(linear)
+    found, expected = (
+        Posterior(m, FIM(m, x, PMatDense, likelihood), likelihood, num_data=N).information(x) for m in (flat, kept)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_draws_of_outputs_that_vary_alike_do_not_depend_on_rounding():
+    """Positions with the same covariance: which vectors a decomposition finds is open."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(7, 2, 4)
+    lc = LayerCollection.from_model(model).select("2")
+    posterior = Posterior(model, FIM(model, x, PMatDense, Gaussian(), layer_collection=lc), Gaussian(), num_data=N)
+    one, several = (
+        posterior.predict(of, "mc", 5, torch.Generator().manual_seed(0)) for of in (x, [(x[:3],), (x[3:4],), (x[4:],)])
+    )
+    torch.testing.assert_close(several, one)

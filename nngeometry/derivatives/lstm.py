@@ -41,9 +41,9 @@ def _of_parts(linear: Linear, steps: OverTime, input: Tensor, *args: Any) -> tup
     if len(args) != 8 or isinstance(args[0], Tensor) or input.device.type != "cpu":
         return torch.lstm(input, *args)
     (h, c), weights, biased, layers, dropout, train, bidirectional, batch_first = args
-    if h.shape != c.shape or (train and dropout) or torch.is_autocast_enabled("cpu"):
-        return torch.lstm(input, *args)
     x, directions = input.transpose(0, 1) if batch_first else input, 1 + bidirectional
+    if len(x) == 0 or h.shape != c.shape or (train and dropout) or torch.is_autocast_enabled("cpu"):
+        return torch.lstm(input, *args)
     each = len(weights) // (layers * directions)
     last = []
     for layer in range(layers):
@@ -54,9 +54,9 @@ def _of_parts(linear: Linear, steps: OverTime, input: Tensor, *args: Any) -> tup
             into = linear(x, w_ih, biases[0] + biases[1] if biased else None)
             made = steps(into.flip(0) if d else into, w_hh, h[k], c[k])
             outputs.append(made[0].flip(0) if d else made[0])
-            last.append(made[:, -1])
+            last.append(made[:, -1].unbind(0))
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    last_h, last_c = torch.stack(last, 1).unbind(0)
+    last_h, last_c = map(torch.stack, zip(*last, strict=True))  # each by itself, since users may write into it
     return x.transpose(0, 1) if batch_first else x, last_h, last_c
 
 

@@ -52,13 +52,14 @@ def recorded_apart(f: Tensor, examples: int) -> dict[_From, int] | None:
         before = _before(one, blocks, examples)
         if before is None:
             return None
-        with_examples = [other for other, _ in before]
-        for other in one[0].next_functions:
-            if other not in with_examples:
-                views = _views_of_parameter(other)
-                if views is None:
-                    return None
-                otherwise.update(views)
+        as_whole = list(one[0].next_functions)
+        for other, _ in before:
+            as_whole.remove(other)  # once: it may also be the other factor of a product with itself
+        for other in as_whole:
+            views = _views_of_parameter(other)
+            if views is None:
+                return None
+            otherwise.update(views)
         remaining.extend(before)
     return {one: blocks for one, blocks in found.items() if one not in otherwise}
 
