@@ -67,14 +67,15 @@ def over_time(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> Tensor:
 
 
 def _made(into: Tensor, w: Tensor, h: Tensor, c: Tensor) -> list[tuple[Tensor, ...]]:
-    """All states, all cells, and all gates i, f, g and o."""
+    """All states, all cells, all gates i, f, g and o, and the tanh of the cells."""
     across, made = w.mT, []
     for a in into.unbind(0):
         i, f, g, o = torch.addmm(a, h, across).chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
         c = (f * c).addcmul(i, g)
-        h = o * c.tanh()
-        made.append((h, c, i, f, g, o))
+        t = c.tanh()
+        h = o * t
+        made.append((h, c, i, f, g, o, t))
     return list(zip(*made, strict=True))
 
 
@@ -95,7 +96,7 @@ class Steps(Operation):
         return over_time(into, w, h, c)
 
     def value_and_saved(self, inputs: Sequence[Any]) -> tuple[Tensor, Sequence[Any]]:
-        """Beside its inputs it saves the states and cells before each step, and the gates."""
+        """Beside its inputs it saves the states and cells before each step, the gates, and the tanh of the cells."""
         hs, cs, *gates = _made(*inputs)
         before = (torch.stack([first, *made[:-1]]) for first, made in zip(inputs[2:], (hs, cs), strict=True))
         return owned(_both(hs, cs)), (*inputs, *before, *map(torch.stack, gates))
@@ -206,9 +207,8 @@ class _Slopes:
     """
 
     def __init__(self, saved: Sequence[Any]) -> None:
-        *_, before, i, f, g, o = saved
+        *_, before, i, f, g, o, self.tanh = saved
         self.i, self.f, self.g, self.o, self.before = i, f, g, o, before
-        self.tanh = (f * before + i * g).tanh()
         self.by_i = g * i * (1 - i)
         self.by_f = before * f * (1 - f)
         self.by_g = i * (1 - g * g)
