@@ -140,9 +140,10 @@ COUNTS: dict[str, Callable[[Work], float]] = {
 
 def count(setting: str, job: str) -> float | None:
     """The multiplications of a job over those of a gradient, of layers alone; symmetric products count half. None
-    where there is no count.
+    where there is no count: of jobs that have none, and where other parameters count than those of linear layers and
+    convolutions.
     """
-    if setting not in ALL or job not in COUNTS:
+    if setting not in ALL or job not in COUNTS or ALL[setting].everything:
         return None
     work = _work(setting, job if job in ALL[setting].subsets else "")
     return COUNTS[job](work) / work.gradient
