@@ -100,7 +100,7 @@ KINDS = {
     "lstm from zero": (Recurrent(learnt=False, batch_first=True, bias=False), (2, 4, 3)),
     "lstm of layers": (Recurrent(learnt=False, num_layers=2), (3, 2, 3)),
     "lstm that is written into": (Written(learnt=False), (3, 2, 3)),
-    "lstm in both directions": (Recurrent(num_layers=2, bidirectional=True, batch_first=True), (2, 3, 3)),
+    "lstm in both directions": (Recurrent(bidirectional=True, batch_first=True), (2, 2, 3)),
     "attention": (Applied(lambda x: (x @ x.mT / 2).softmax(-1) @ x), (2, 3, 5)),
 }
 
