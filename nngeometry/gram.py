@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -220,7 +220,7 @@ def example_kernels(
                 f"example_kernels: the metric is {metric.dtype} on {metric.device}, the Jacobian {generator.dtype} on "
                 f"{generator.device}: move it with .to(device, dtype)"
             )
-    return torch.cat([own for _, own in linearised(generator, loader, metric, output)])
+    return joined(linearised(generator, loader, metric, output))[1]
 
 
 def linearised(generator: Generator, loader: Any, metric: PMat | None, output: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,6 +245,12 @@ def linearised(generator: Generator, loader: Any, metric: PMat | None, output: s
         assert f is not None
         assert made is not None
         yield f, made
+
+
+def joined(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Outputs and kernels of some examples after the other, as those of all."""
+    f, v = map(torch.cat, zip(*pairs, strict=True))
+    return f, v
 
 
 #: What Jacobians of examples that are looked at together may take is the memory budget divided by that.

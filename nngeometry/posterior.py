@@ -18,7 +18,7 @@ from .accumulator import Accumulator
 from .changes import no_grad
 from .evidence import Evidence, Prior, checked_prior, plain_prior
 from .generator import Generator
-from .gram import linearised
+from .gram import joined, linearised
 from .jacobian import of_outputs
 from .likelihood import VARIANTS, Bernoulli, Categorical, Gaussian, Likelihood, Poisson, likelihood_of
 from .linalg import gaussian
@@ -291,7 +291,7 @@ class Posterior:
     def _linearised(self, x: Any, output: str) -> tuple[Tensor, Tensor]:
         """Means and variances of the outputs."""
         arguments.one_of("output", output, ["diag", "full"])
-        f, v = (torch.cat(several) for several in zip(*self._each(x, output, lambda *pair: pair), strict=True))
+        f, v = joined(self._each(x, output, lambda *pair: pair))
         return f, v.view(f.shape) if output == "diag" else v
 
     def _of_covariances(self, x: Any, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -613,11 +613,11 @@ def _regrouped(
         few = together(pair[1])
         if sum(len(f) for f, _ in held) < few:
             continue
-        f, v = (torch.cat(several) for several in zip(*held, strict=True))
+        f, v = joined(held)
         whole = len(f) // few * few
         yield from zip(f[:whole].split(few), v[:whole].split(few), strict=True)
         held = [(f[whole:], v[whole:])]
-    f, v = (torch.cat(several) for several in zip(*held, strict=True))
+    f, v = joined(held)
     if len(f):
         yield f, v
 

@@ -19,7 +19,7 @@ from laplace.utils.matrix import Kron as LaplaceKron
 from torch import Tensor, nn
 
 from ..generator import Generator
-from ..gram import linearised
+from ..gram import joined, linearised
 from ..jacobian import Jacobian, of_outputs
 from ..layercollection import LayerCollection
 from ..likelihood import Categorical, Gaussian, Likelihood
@@ -281,8 +281,7 @@ class _Represented(ParametricLaplace):
         lc = self.H.layer_collection
         function, output = _whole(self.model, X), "diag" if diagonal_output else "full"
         source: Generator = of_outputs(self.model, function, lc)
-        f, v = (torch.cat(of) for of in zip(*linearised(source, _minibatch(X), metric, output), strict=True))
-        return f, v
+        return joined(linearised(source, _minibatch(X), metric, output))
 
 
 class EKFACLaplace(_Represented):
