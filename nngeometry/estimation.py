@@ -276,6 +276,7 @@ class OfJacobians(Estimation):
     def __init__(self, source: Source, estimators: Sequence[Estimator]) -> None:
         self.source = source
         self.estimators = list(estimators)
+        self._slices = source.layer_collection.slices()
         for e in self.estimators:
             if source.centred and e.centre is None:
                 raise NotImplementedError(
@@ -382,7 +383,6 @@ class OfJacobians(Estimation):
 
     def part(self, k: int, last: bool = False) -> Part:
         sums, n, e = self.sums, self._count(self.sums), self.estimators[k]
-        slices = self.source.layer_collection.slices()
         state = sums.refined[k] if k in self.refinements else sums.states[k]
         assert state is not None
         final = self.refinements[k].later if k in self.refinements else e
@@ -397,7 +397,7 @@ class OfJacobians(Estimation):
                 assert final.centre is not None
                 mean = torch.cat([sums.means[layer.name] for layer in e.layers]) / n
                 block = final.centre(block, mean.to(block.device, block.dtype))
-        return Part(_runs([slices[layer.name] for layer in e.layers]), e.packing, block)
+        return Part(_runs([self._slices[layer.name] for layer in e.layers]), e.packing, block)
 
     def statistic(self, k: int) -> Block:
         if k not in self.refinements:

@@ -20,6 +20,7 @@ from .likelihood import Cotangents, Likelihood, as_cotangents
 from .linearisation import gauss_newton
 from .memory import chunk_length, slices, tuning
 from .model import data
+from .model.back import Back
 from .model.evaluator import (
     MIXES,
     check_same,
@@ -352,7 +353,9 @@ class Generator(Probed):
         batch: data.Batch,
         minibatches: int,
     ) -> Iterator[Observation]:
-        outputs = f.detach()
+        outputs, within = f.detach(), self.within(batch)
+        with self._back(calls, within):
+            back = Back(f, calls, plan.layouts)
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
             if s.shape[1:] != f.shape:
@@ -363,18 +366,17 @@ class Generator(Probed):
             n, counted, begun = (0, 0.0, 0) if c.start else (len(f), weight, minibatches)
             last = c.stop == cotangents.count
             # Not kept here, so that who receives it can let go of it.
-            yield Observation(n, counted, self._pulled(f, calls, s, plan, last, batch), outputs, batch, begun, last)
+            yield Observation(
+                n, counted, self._pulled(f, calls, back, s, plan, last, batch), outputs, batch, begun, last
+            )
 
     def _pulled(
-        self, f: Tensor, calls: Sequence[Call], s: Tensor, plan: Plan, last: bool, batch: data.Batch
+        self, f: Tensor, calls: Sequence[Call], back: Back, s: Tensor, plan: Plan, last: bool, batch: data.Batch
     ) -> dict[str, LayerJacobian]:
-        edges = [e for c in calls for e in c.edges]
         within = self.within(batch)
         with self._back(calls, within), operations_named():
-            each = any(layout is not None and layout.each for layout in plan.layouts)
-            grads = self._pull([f], edges, [s], last and not each) if calls else []
-            if each:
-                grads = self._with_each(calls, plan.layouts, grads, s, lambda e, one: self._pull([f], e, [one], False))
+            pulled = self._pull([f], back.edges, [s], last and back.once) if calls else []
+            grads = back.gradients(pulled, s, lambda edges, one: self._pull([f], edges, [one]))
             found = self._forms(calls, plan.layouts, grads, len(s), len(f))
         if not within:
             return found

@@ -114,10 +114,10 @@ def test_apart(name):
     found = recorded_apart(f, 6)
     assert found
     s, weights = torch.randn_like(f), torch.arange(1.0, 7)
-    edges = [GradientEdge(node, k, ()) for node, k in found]
+    edges = [GradientEdge(node, k, ()) for node, k in found.blocks]
     of_all = torch.autograd.grad(f, edges, s, retain_graph=True, allow_unused=True)
     of_weighted = torch.autograd.grad(f, edges, s * weights.view(-1, *[1] * (s.ndim - 1)), allow_unused=True)
-    for blocks, g, other in zip(found.values(), of_all, of_weighted, strict=True):
+    for blocks, g, other in zip(found.blocks.values(), of_all, of_weighted, strict=True):
         if g is not None:
             expected = g.reshape(blocks, 6, -1) * weights[:, None]
             assert torch.allclose(other.reshape(blocks, 6, -1), expected, atol=1e-5)
@@ -136,7 +136,7 @@ def test_copies_of_a_parameter(again):
     copies = TOKEN.expand(6, -1, -1).clone()
     f = again(copies, torch.cat([copies, _of(lambda x: x)], 1))
     found = recorded_apart(f, 6)
-    apart = found is not None and (copies.grad_fn, 0) in found
+    apart = found is not None and (copies.grad_fn, 0) in found.blocks
     s, weights = torch.randn_like(f), torch.arange(6.0)
     g, other = (torch.autograd.grad(f, copies, t, retain_graph=True)[0] for t in (s, s * weights.view(-1, 1, 1)))
     assert apart == torch.allclose(other, g * weights.view(-1, 1, 1))

@@ -92,7 +92,7 @@ class Outer(LayerJacobian):
             return Outer(self.a[start:stop], g, filled=self.filled)
         return Outer(self.inputs[start:stop], g, self.expand, self.shape[2], self.moment, self.filled)
 
-    def pieces(self) -> Iterator[LayerJacobian]:
+    def pieces(self) -> Iterator[Outer]:
         groups, rows, cols = self.shape
         size = self.positions * groups * (self.cotangents * rows + cols) * self.dtype.itemsize
         few = panel_length(size, self.examples, self.device) if self.positions > 1 else self.examples  # a is there
@@ -130,12 +130,15 @@ class Outer(LayerJacobian):
         return out
 
     def total(self) -> Tensor:
-        g = self.g[0] if self.cotangents == 1 else self.g.sum(0)
-        groups, rows, cols = self.shape
-        if self.positions >= rows:  # the sum of each example takes less memory than a copy of its patches
-            each = torch.bmm(g.permute(0, 2, 3, 1).flatten(0, 1), self.a.transpose(1, 2).flatten(0, 1))
-            return each.view(-1, groups, rows, cols).sum(0)
-        return outer_sum(g.flatten(0, 1), self.a.flatten(0, 1))
+        if self.positions < self.shape[1]:
+            g = self.g[0] if self.cotangents == 1 else self.g.sum(0)
+            return outer_sum(g.flatten(0, 1), self.a.flatten(0, 1))
+        out = self.g.new_zeros(self.shape)  # the sum of each example takes less memory than a copy of its patches
+        for piece in self.pieces():
+            g = piece.g[0] if self.cotangents == 1 else piece.g.sum(0)
+            each = torch.bmm(g.permute(0, 2, 3, 1).flatten(0, 1), piece.a.transpose(1, 2).flatten(0, 1))
+            out += each.view(-1, *self.shape).sum(0)
+        return out
 
     def dot(self, V: Tensor) -> Tensor:
         return torch.einsum("cbtgo,kbtgo->kcb", self.g, torch.einsum("kgoi,btgi->kbtgo", V, self.a))

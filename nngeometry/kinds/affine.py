@@ -61,7 +61,7 @@ def conv(module: nn.Conv2d, gy: Tensor, x: Tensor) -> Outer:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 
     def expand(x: Tensor) -> Tensor:
-        return _patches(F.pad(x, pads, mode=mode), module, module.stride)
+        return _patches(F.pad(x, pads, mode=mode) if any(pads) else x, module, module.stride)
 
     cols = module.weight[0].numel() + (module.bias is not None)
     return Outer(x, _positions(gy, module.groups), expand, cols, _moment(module, x, pads, mode))
@@ -148,6 +148,8 @@ def _patches(x: Tensor, module: Any, stride: tuple[int, ...], flip: bool = False
         x = x.flip(tuple(range(2 + d, 2 + 2 * d)))
     x = x.permute(0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d)).unflatten(1, (groups, -1))
     sizes, out = x.shape[2 : 3 + d], x.shape[3 + d :]  # (B, G, C / G, *kernel, *out)
+    if module.bias is None and prod(module.kernel_size) == 1:  # the windows are the entries
+        return x.flatten(2, 2 + d).flatten(3).permute(0, 3, 1, 2)
     cols = prod(sizes)
     patches = x.new_empty(len(x), groups, cols + (module.bias is not None), *out)
     patches[:, :, :cols].unflatten(2, sizes).copy_(x)

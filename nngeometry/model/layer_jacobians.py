@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from .. import forms
 from ..changes import Borrowed, Change, entered, no_grad, trainable
@@ -117,38 +116,6 @@ class Recorded(Evaluator):
         if frozen or self.device.type == "cuda":
             return self.running(trainable(frozen), *within, record=False)
         return Borrowed(*within)
-
-    def _with_each(
-        self,
-        calls: Sequence[Call],
-        layouts: Sequence[Layout | None],
-        grads: Sequence[Tensor | None],
-        s: Tensor,
-        pull: Callable[[Sequence[GradientEdge], Tensor], Sequence[Tensor | None]],
-    ) -> list[Tensor | None]:
-        """Gradients in all outputs of calls; in those of which the examples have one in common the gradients of each,
-        ``(C, B, *shape)``.
-
-        s: cotangents ``(C, B, *outputs)``. pull: from edges and cotangents to the gradients in these, ``(C, *shape)``.
-        """
-        of_calls = zip(calls, layouts, strict=True)
-        edges = [(e, layout is not None and layout.each) for c, layout in of_calls for e in c.edges]
-        found = list(grads)
-        common = [k for k, (_, each) in enumerate(edges) if each]
-        if not common:
-            return found
-        of_each: list[Sequence[Tensor | None]] = []
-        for b in range(s.shape[1]):
-            if not s[:, b].any():  # a look at one example among others
-                of_each.append([None] * len(common))
-                continue
-            alone = torch.zeros_like(s)
-            alone[:, b] = s[:, b]
-            of_each.append(pull([edges[k][0] for k in common], alone))
-        for k, several in zip(common, zip(*of_each, strict=True), strict=True):
-            one = next((g for g in several if g is not None), None)
-            found[k] = None if one is None else torch.stack([one * 0 if g is None else g for g in several], 1)
-        return found
 
     def _forms(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,30 +18,63 @@ _Rule = Callable[[Any, torch.Size, int], Sequence[tuple[_From, int]] | None]
 _RULES: dict[str, _Rule] = {}
 
 
-def recorded_apart(f: Tensor, examples: int) -> dict[_From, int] | None:
+class Shared(NamedTuple):
+    """Where an operation takes what is alike for all examples beside what is of each.
+
+    node: the operation. position: which of its inputs is alike. axis: along which axis the examples are in what it
+    computes. runs: how many times all of them are along it, one after the other.
+    """
+
+    node: Any
+    position: int
+    axis: int
+    runs: int
+
+    @property
+    def taken(self) -> _From:
+        """What is alike."""
+        one: _From = self.node.next_functions[self.position]
+        return one
+
+
+class Apart(NamedTuple):
+    """What tells that examples are apart.
+
+    blocks: where they are in what was computed of the parameters on the way to the output, by how many blocks of
+    entries, in the order of :meth:`Tensor.flatten`, there are that have all examples one after the other: 1 where they
+    are along the first axis. met: what was met with examples, also if it is taken as a whole elsewhere, and then none
+    of these. shared: where what is alike for all comes in.
+    """
+
+    blocks: dict[_From, int]
+    met: set[_From]
+    shared: list[Shared]
+
+
+def recorded_apart(f: Tensor, examples: int) -> Apart | None:
     """Where the examples are in what was computed of the parameters on the way to ``f``, whose rows they are, if every
     operation is known to treat them one by one: so that a cotangent of one pulls back to what is that example's. None
     if one is not.
 
-    It is told by how many blocks of entries, in the order of :meth:`Tensor.flatten`, there are that have all examples
-    one after the other: 1 where they are along the first axis.
-
     >>> net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
     >>> f = net(x)
-    >>> list(recorded_apart(f.T.tanh().T, 5).values()), recorded_apart(f - f.mean(0), 5)
+    >>> list(recorded_apart(f.T.tanh().T, 5).blocks.values()), recorded_apart(f - f.mean(0), 5)
     ([1, 2, 2, 1], None)
     """
     if f.ndim == 0 or len(f) != examples:
         return None
     found: dict[_From, int] = {}
     followed: set[_From] = set()
+    met: set[_From] = set()
     otherwise: set[_From] = set()  # what parameters are seen through, and is not only taken one example at a time
+    shared: list[Shared] = []
     remaining: list[tuple[_From, int]] = [((f.grad_fn, f.output_nr), 1)]
     while remaining:
         one, blocks = remaining.pop()
         views = _views_of_parameter(one)
         same = found.setdefault(one, blocks) == blocks
         if views is not None:
+            met.update(views)
             otherwise.update(views[1:] if same else views)
             continue
         if one in followed:
@@ -52,16 +85,38 @@ def recorded_apart(f: Tensor, examples: int) -> dict[_From, int] | None:
         before = _before(one, blocks, examples)
         if before is None:
             return None
-        as_whole = list(one[0].next_functions)
-        for other, _ in before:
-            as_whole.remove(other)  # once: it may also be the other factor of a product with itself
-        for other in as_whole:
-            views = _views_of_parameter(other)
-            if views is None:
-                return None
-            otherwise.update(views)
+        shared += _shared(one, blocks, examples, [other for other, _ in before])
         remaining.extend(before)
-    return {one: blocks for one, blocks in found.items() if one not in otherwise}
+    alike = reached([each.taken for each in shared])
+    if not {node for node, _ in alike}.isdisjoint(node for node, _ in followed):
+        return None
+    otherwise |= alike
+    return Apart({one: blocks for one, blocks in found.items() if one not in otherwise}, met | followed, shared)
+
+
+def _shared(one: _From, blocks: int, examples: int, apart: Sequence[_From]) -> list[Shared]:
+    """The inputs of a node but for those that have examples."""
+    node, shape = one[0], _shape(one)
+    as_whole = list(enumerate(node.next_functions))
+    for other in apart:  # once for each: it may also be the other factor of a product with itself
+        as_whole.remove(next(found for found in as_whole if found[1] == other))
+    axis = _axis(shape, blocks, examples)
+    if axis is None:  # of a reshape, which has no other inputs
+        return []
+    runs = blocks // prod(shape[:axis])
+    return [Shared(node, k, axis, runs) for k, other in as_whole if other[0] is not None]
+
+
+def reached(ends: Iterable[_From]) -> set[_From]:
+    """What some things were computed from, themselves included."""
+    found: set[_From] = set()
+    remaining = list(ends)
+    while remaining:
+        one = remaining.pop()
+        if one[0] is not None and one not in found:
+            found.add(one)
+            remaining.extend(one[0].next_functions)
+    return found
 
 
 def _before(one: _From, blocks: int, examples: int) -> Sequence[tuple[_From, int]] | None:
@@ -171,6 +226,14 @@ _rule(
     *_numbered("AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MaxPool2DWithIndices MaxPool3DWithIndices"),
     *_numbered("AdaptiveMaxPool2D AdaptiveMaxPool3D UpsampleNearest2D UpsampleBilinear2D"),
 )(lambda node, shape, axis: _first(node, shape, axis) if len(shape) > 3 else None)
+
+
+@_rule("AsStridedBackward0", "AsStridedBackward1")
+def _pooled_channels_last(node: Any, shape: torch.Size, axis: int) -> Sequence[tuple[_From, int]] | None:
+    """How ``adaptive_avg_pool2d`` to one entry writes the strides of its mean, where channels are last in memory."""
+    (one,), strides = node.next_functions, (*shape[1:2], 1) + (*shape[1:2],) * 2
+    pooled = [*shape[2:]] == [1, 1] and tuple(node._saved_stride) == strides and one[0].name() == "MeanBackward1"
+    return _first(node, shape, axis) if pooled and _shape(one) == shape else None
 
 
 @_rule("NativeBatchNormBackward0")

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from ..changes import no_grad
 from ..derivatives.composites import normalises_one, require_derivative
@@ -22,6 +21,7 @@ from ..kinds import is_ours
 from ..layercollection import LayerCollection, Site
 from ..memory import BytesMade
 from . import data, remedies
+from .back import Back, junctions
 from .evaluator import (
     MIXES,
     DryRun,
@@ -33,7 +33,7 @@ from .evaluator import (
 from .functional import is_use
 from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
-from .operations_apart import recorded_apart
+from .operations_apart import reached, recorded_apart
 from .recording import Call, Layout
 from .refused import EXCLUDE, Refused, Unclear, named
 from .structure import Structure
@@ -41,12 +41,10 @@ from .weights import Weights
 
 
 class _Gradients(NamedTuple):
-    """Gradients in the outputs of calls and in the parameters, of one example between others, and of all."""
+    """Those of one cotangent in the outputs of calls, ``(1, *shape)``, and in the parameters."""
 
-    alone: Sequence[Tensor | None]
-    truth_alone: Sequence[Tensor | None]
-    of_all: Sequence[Tensor | None]
-    truth: Sequence[Tensor | None]
+    of_calls: Sequence[Tensor | None]
+    of_parameters: Sequence[Tensor | None]
 
 
 class _Some(NamedTuple):
@@ -102,7 +100,7 @@ class Probed(Recorded):
 
         The model, at a copy of its parameters and buffers, is run on two examples, and on three in another order: the
         axis whose length changes is that of examples, and an output that changes has others mixed into it. Then
-        :meth:`_check_derivatives`.
+        :meth:`_check_derivatives` of the two.
 
         measure: whether to count what the model makes.
         """
@@ -176,10 +174,10 @@ class Probed(Recorded):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            probed = self._probed(f3, three, parameters)
-            reached = iter(g is not None for g in probed.of_all)
+            self._require_dependence(f2, Back(f2, two))
+            ways = reached([(f2.grad_fn, f2.output_nr)])
             layouts = tuple(
-                Layout.of(one, other, list(islice(reached, len(other.edges))))
+                Layout.of(one, other, [(e.node, e.output_nr) in ways for e in one.edges])
                 for one, other in zip(two, three, strict=True)
             )
             plan = Plan(
@@ -195,9 +193,9 @@ class Probed(Recorded):
                 opened=opened,
             )
             if any(layout is not None and layout.constant for layout in layouts):
-                plan = self._with_copies(sites, few[1], plan, f3, parameters)
+                plan = self._with_copies(sites, few[0], plan, f2, two, parameters)
             else:
-                self._check_derivatives(f3, three, plan, parameters, probed)
+                self._check_derivatives(f2, two, plan, parameters)
         if three or not self.ignore_uncalled:
             weights.check_reached(graph, parameters, self._name_of)
         return plan
@@ -208,7 +206,7 @@ class Probed(Recorded):
         weights = Weights([self.model], parameters)
         with self.running(weights.in_place, *self.within(batch), State(self.model)):
             f, calls = self._forward(sites, batch, plan)
-            self._check_derivatives(f, calls, plan, parameters, self._probed(f, calls, parameters, plan.layouts))
+            self._check_derivatives(f, calls, plan, parameters)
         return replace(plan, one=True)
 
     def _forward_apart(self, sites: Sequence[Site], batch: data.Batch, plan: Plan) -> tuple[Tensor, list[Call]]:
@@ -256,10 +254,11 @@ class Probed(Recorded):
         batch: data.Batch,
         plan: Plan,
         expected: Tensor,
+        calls: Sequence[Call],
         parameters: Sequence[Tensor],
     ) -> Plan:
         """The plan with a way to give each example a copy of the outputs that have no axis of examples: one that
-        changes neither what the model returns nor that examples are apart.
+        changes neither what the model returns nor that examples are apart. Otherwise :meth:`_with_each_alone`.
         """
         constant = [k for k, layout in enumerate(plan.layouts) if layout is not None and layout.constant]
         names = list(dict.fromkeys(plan.names[k] for k in constant))
@@ -275,7 +274,9 @@ class Probed(Recorded):
         wrong: Exception | None = None
         alike = list(dict.fromkeys(tuple(of[0] if w not in of else w for of in ways) for w in ways[0]))
         others = (way for way in product(*ways) if way not in alike)
-        for tries, way in enumerate(islice(chain(alike, others), _MOST_WAYS)):
+        common = [edge for k in constant for edge in calls[k].edges]
+        taken_apart = junctions(expected, common) is not None  # which is as good
+        for tries, way in enumerate(islice(chain(alike, () if taken_apart else others), _MOST_WAYS)):
             if tries == len(alike) and not self._has_way(sites, batch, plan, constant[0], expected):
                 wrong = refused  # as it is with all others
                 break
@@ -284,23 +285,24 @@ class Probed(Recorded):
                 layouts[k] = replace(layouts[k], expand=expand)  # type: ignore[type-var]
             tried = replace(plan, layouts=tuple(layouts))
             try:
-                f, calls = self._forward(sites, batch, tried)
+                f, copied = self._forward(sites, batch, tried)
             except Exception:
                 wrong = wrong or refused
                 continue
-            if f.shape != expected.shape or not same_up_to_rounding(f, expected, expected):
+            same = f.shape == expected.shape and same_up_to_rounding(f, expected, expected)
+            if not same or (taken_apart and not _proven_apart(f, copied, tried.layouts)):
                 wrong = wrong or refused
                 continue
             try:
-                self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters))
+                self._check_derivatives(f, copied, tried, parameters)
             except Refused as error:
                 wrong = refused if error.layers[0] in names else error
             except ValueError as error:
                 wrong = error
             else:
                 return tried
-        if wrong is refused:
-            return self._with_each_alone(sites, batch, plan, constant, parameters)
+        if taken_apart or wrong is refused:
+            return self._with_each_alone(expected, calls, plan, constant, parameters)
         assert wrong is not None
         raise wrong
 
@@ -324,90 +326,71 @@ class Probed(Recorded):
         return False
 
     def _with_each_alone(
-        self,
-        sites: Sequence[Site],
-        batch: data.Batch,
-        plan: Plan,
-        constant: Sequence[int],
-        parameters: Sequence[Tensor],
+        self, f: Tensor, calls: Sequence[Call], plan: Plan, constant: Sequence[int], parameters: Sequence[Tensor]
     ) -> Plan:
-        """The plan by which the gradients of each example in the outputs that they have in common are taken one by
-        one, as many more pulls as there are examples.
+        """The plan by which the gradients of each example are taken in the outputs that they have in common: where
+        these come in, or one by one, as many more pulls as there are examples.
         """
         layouts = list(plan.layouts)
         for k in constant:
             layouts[k] = replace(layouts[k], each=True)  # type: ignore[type-var]
         tried = replace(plan, layouts=tuple(layouts))
-        f, calls = self._forward(sites, batch, tried)
-        self._check_derivatives(f, calls, tried, parameters, self._probed(f, calls, parameters, tried.layouts))
+        self._check_derivatives(f, calls, tried, parameters)
         return tried
 
-    def _probed(
-        self,
-        f: Tensor,
-        calls: Sequence[Call],
-        parameters: Sequence[Tensor],
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> _Gradients:
-        """The gradients of a few examples in the outputs of calls and in the parameters."""
-        edges = [e for c in calls for e in c.edges]
-        uncalled = not calls and self.ignore_uncalled
-        if uncalled and not f.requires_grad:
-            return _Gradients([], [None] * len(parameters), [], [None] * len(parameters))
-        if not f.requires_grad or not (edges or uncalled):
+    def _require_dependence(self, f: Tensor, back: Back) -> None:
+        uncalled = back.nothing and self.ignore_uncalled
+        if not uncalled and (back.nothing or not f.requires_grad):
             raise ValueError("the output of the model does not depend on the collected parameters")
-        cotangent = _generic_cotangent(f)
-        several, each = len(f) > 1, any(layout is not None and layout.each for layout in layouts or ())
-        every: list[Any] = [*edges, *parameters]
 
-        def pull(edges: Sequence[GradientEdge], s: Tensor) -> Sequence[Tensor | None]:
-            found = torch.autograd.grad(f, list(edges), s[0], retain_graph=True, allow_unused=True)
-            return [None if g is None else g.unsqueeze(0) for g in found]
+    def _gradients(self, f: Tensor, back: Back, parameters: Sequence[Tensor], s: Tensor) -> _Gradients:
+        """The gradients of a cotangent in the outputs of calls and in the parameters."""
+        self._require_dependence(f, back)
+        if not f.requires_grad:
+            return _Gradients([], [None] * len(parameters))
 
-        def of_each(grads: Sequence[Tensor | None], s: Tensor) -> Sequence[Tensor | None]:
-            if layouts is None or not each:
-                return grads
-            found = self._with_each(calls, layouts, [None if g is None else g[None] for g in grads], s[None], pull)
-            return [None if g is None else g[0] for g in found]
+        def pull(ends: Sequence[Any], s: Tensor) -> Sequence[Tensor | None]:
+            found = torch.autograd.grad(f, list(ends), s[0], retain_graph=True, allow_unused=True)
+            return [None if g is None else g[None] for g in found]
 
+        edges = back.edges
         with operations_named():
-            found = torch.autograd.grad(f, every, cotangent, retain_graph=several or each, allow_unused=True)
-        of_all, truth = of_each(found[: len(edges)], cotangent), found[len(edges) :]
-        if not several:
-            return _Gradients(of_all, truth, of_all, truth)
-        half = weighted(cotangent, every_other(f))
-        found = torch.autograd.grad(f, every, half, retain_graph=each, allow_unused=True)
-        return _Gradients(of_each(found[: len(edges)], half), found[len(edges) :], of_all, truth)
+            found = pull([*edges, *parameters], s[None])
+            of_calls = back.gradients(found[: len(edges)], s[None], pull)
+        return _Gradients(of_calls, [None if g is None else g[0] for g in found[len(edges) :]])
 
-    def _check_derivatives(
-        self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor], probed: _Gradients
-    ) -> None:
+    def _check_derivatives(self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor]) -> None:
         """Raise, naming the layer, unless examples are apart and the forms add up to what autograd says.
 
-        The gradient of one example, between others, may reach none of these, and its forms must add up to the gradient
-        in the parameters. So must those of all, since the one may have no derivative; only less precisely, for sums of
-        several may be made in a lower precision than the output has.
+        The forms of all must add up to the gradient in the parameters. Where these are sums of several that may be made
+        in a lower precision than the output has, and where the operations do not tell that examples are apart, so must
+        those of one example, between others, whose gradient may reach none of these.
         """
-        if len(f) > 1:
-            check_apart(calls, plan.layouts, probed.of_all, probed.alone, every_other(f))
+        s, back = _generic_cotangent(f), Back(f, calls, plan.layouts)
+        of_all = self._gradients(f, back, parameters, s)
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
         if any(call.cast for call in calls):  # the precision that the model asks for
             exact = max(exact, tolerance(coarsest([f], self.dtype)))
-        for grads, truth, most in (
-            (probed.alone, probed.truth_alone, exact),
-            (probed.of_all, probed.truth, max(exact, _OF_SUMS)),
-        ):
-            batched = [None if g is None else g.unsqueeze(0) for g in grads]
-            found = self._forms(calls, plan.layouts, batched, 1, len(f))
-            if grads is probed.alone and len(f) == _PROBED:  # of the others there is nothing
+
+        def check(grads: _Gradients, most: float, one: bool = False) -> None:
+            found = self._forms(calls, plan.layouts, grads.of_calls, 1, len(f))
+            if one and len(f) == _PROBED:  # of the other there is nothing
                 found = {name: form.narrow(1, 2) for name, form in found.items()}
-            self._check_sum(
-                found,
-                [_dense(g, p) for g, p in zip(truth, parameters, strict=True)],
-                most,
-                f,
-                plan.opened,
-            )
+            truth = [_dense(g, p) for g, p in zip(grads.of_parameters, parameters, strict=True)]
+            self._check_sum(found, truth, most, f, plan.opened)
+
+        if len(f) == 1:
+            check(of_all, exact)
+            return
+        if _proven_apart(f, calls, plan.layouts):
+            with suppress(Refused, NotImplementedError):
+                check(of_all, exact)
+                return
+        weights = every_other(f)
+        alone = self._gradients(f, back, parameters, weighted(s, weights))
+        check_apart(calls, plan.layouts, _first_of(of_all), _first_of(alone), weights)
+        check(alone, exact, one=True)
+        check(of_all, max(exact, _OF_SUMS))
 
     def _check_sum(
         self,
@@ -461,19 +444,27 @@ def _has_no_form(site: Site) -> bool:
 
 def _proven_apart(f: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
     """Whether the operations that were recorded tell that examples are apart, where they were found in outputs of
-    calls.
+    calls, and that what was found to be alike for all is.
     """
-    blocks = recorded_apart(f, len(f))
-    return blocks is not None and all(
-        layout.expand is None
-        and all(
-            axis is not None and blocks.get((edge.node, edge.output_nr)) == prod(y.shape[:axis])
-            for y, edge, axis, used in zip(call.outputs, call.edges, layout.outputs, layout.used, strict=True)
-            if used
-        )
-        for call, layout in zip(calls, layouts, strict=True)
-        if layout is not None
-    )
+    apart = recorded_apart(f, len(f))
+    if apart is None:
+        return False
+    for call, layout in zip(calls, layouts, strict=True):
+        if layout is None:
+            continue
+        for y, edge, axis, used in zip(call.outputs, call.edges, layout.outputs, layout.used, strict=True):
+            end, first = (edge.node, edge.output_nr), 0 if layout.expand is not None else axis
+            if layout.each:
+                if end in apart.met:
+                    return False
+            elif used and (first is None or apart.blocks.get(end) != prod(y.shape[:first])):
+                return False
+    return True
+
+
+def _first_of(grads: _Gradients) -> list[Tensor | None]:
+    """Those in the outputs of calls, without the axis of cotangents."""
+    return [None if g is None else g[0] for g in grads.of_calls]
 
 
 def _generic_cotangent(f: Tensor) -> Tensor:
@@ -489,8 +480,8 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
-#: How many examples the largest minibatch of a probe has.
-_PROBED = 3
+#: How many examples the derivatives of a probe are of.
+_PROBED = 2
 
 
 #: What counts as equal in sums that may be made in single precision.
