@@ -568,6 +568,14 @@ def test_a_kind_that_cannot_apply_is_named():
     with pytest.raises(ValueError, match=r"layer '0'.*do not add up"):
         streamed(model, (torch.randn(5, 4),), None)
 
+    @kind(Adapter, parameters=["A", "B", "c"])
+    def of_others(module, gy, x):  # whose sum over the examples is right
+        pieces = adapter_pieces(module, gy, x)
+        return forms.Dense(torch.cat([pieces[name].flatten(2) for name in ("A", "B", "c")], 2).roll(1, 1))
+
+    with pytest.raises(ValueError, match=r"layer '0'.*do not add up"):
+        streamed(model, (torch.randn(5, 4),), None)
+
 
 def test_a_tied_parameter_that_a_kind_does_not_know_is_named(registered):
     register_adapter, _ = registered

@@ -70,7 +70,7 @@ class Back:
         pulled: the gradients in :attr:`edges`. s: the cotangents, ``(C, B, *outputs)``. pull: what else is needed.
         """
         found: list[Tensor | None] = [None] * len(self._own)
-        for k, g in zip(self._kept, pulled, strict=False):
+        for k, g in zip(self._kept, pulled[: len(self._kept)], strict=True):
             found[k] = g
         if self._common:
             common = [self._own[k] for k in self._common]
