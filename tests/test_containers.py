@@ -218,3 +218,33 @@ def test_own_modules_are_seen_by_what_is_done_with_their_parameters(parts):
     M = oracle.fim(model, [batch], "classif_logits")
     assert oracle.relative(FIM(model, batch, PMatDense).to_torch(), M) < 1e-10
     assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diagonal()) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_recurrent_gemma(use_cache):
+    """Gates by baddbmm and softplus, and a state that it keeps from one call to the next, which no call reads. Its
+    recurrence is in single precision.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=3,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+        lru_width=4,
+        attention_window_size=8,
+        block_types=["recurrent", "attention"],
+    )
+    model = oracle.randomise(transformers.RecurrentGemmaForCausalLM(config).float())
+    ids = torch.randint(7, (3, 4))
+    function = partial(lambda ids, of: of(ids, use_cache=use_cache).logits[:, -1], of=model)
+    batches = [(ids,), (ids[:1],), (ids.flip(0),)]
+    M = oracle.fim(model, batches, "classif_logits", function)
+    assert oracle.relative(FIM(model, batches, PMatDiag, function=function).get_diag(), M.diagonal()) < 1e-5
+    F = FIM(model, batches, PMatEKFAC, function=function)
+    assert abs(F.trace() - M.trace()) < 1e-5 * M.trace()
