@@ -109,7 +109,7 @@ class Uses(TorchFunctionMode):
         generic = torch.cos(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).add_(2).view(t.shape)
         slope, again = (torch.autograd.grad(t, p, v, retain_graph=True)[0] for v in (torch.ones_like(t), generic))
         slope, again = slope.detach().flatten(), again.detach().flatten()
-        if not torch.allclose(slope * generic.flatten(), again, rtol=64 * torch.finfo(p.dtype).eps, atol=0.0):
+        if not torch.allclose(slope * generic.flatten(), again, rtol=16 * torch.finfo(p.dtype).eps, atol=0.0):
             return None
         made = home._replace(slope=slope if home.slope is None else slope * home.slope), t
         self._made[id(t), t._version] = made
