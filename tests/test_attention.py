@@ -63,12 +63,16 @@ def of_heads(h, y):
     return added(h, y).expand(len(h) * HEADS, -1, -1) * torch.arange(HEADS).repeat(len(h)).view(-1, 1, 1)
 
 
+#: Without weights torch takes the hint instead of the mask, also where it is another one.
+HINT = {"attn_mask": causal, "is_causal": lambda h, y: True, "need_weights": lambda h, y: False}
 CASES = {
     "itself": {},
     "without weights": {"of_call": {"need_weights": lambda h, y: False}},
     "without bias": {"bias": False},
     "sequence first": {"batch_first": False},
     "causal": {"of_call": {"attn_mask": causal, "is_causal": lambda h, y: True}},
+    "hint": {"add_zero_attn": True, "of_call": HINT},
+    "hint of another mask": {"of_call": {**HINT, "attn_mask": added}},
     "added mask": {"of_call": {"attn_mask": added}},
     "mask of heads": {"of_call": {"attn_mask": of_heads}},
     "zero": {"add_zero_attn": True, "of_call": {"attn_mask": causal}},
@@ -170,7 +174,9 @@ class Plain(nn.Module):
             k, v = (nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
         scores = q @ k.mT / (E // HEADS) ** 0.5
         mask = model.of_call.get("attn_mask")
-        if mask is not None:
+        if model.of_call.keys() == HINT.keys():
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        elif mask is not None:
             mask = mask(h, y)
             mask = mask.view(-1, HEADS, *mask.shape[1:]) if mask.ndim == 3 else mask
             mask = nn.functional.pad(mask, (0, scores.shape[-1] - mask.shape[-1]))

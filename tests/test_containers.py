@@ -23,9 +23,11 @@ class Container(nn.Module):
         self.first, self.second, self.head = nn.Linear(2, D), nn.Linear(D, D), nn.Linear(D, 3)
         for k, shape in enumerate(shapes):
             self.register_parameter(f"p{k}", nn.Parameter(torch.randn(shape)))
+        self.register_buffer("mask", torch.eye(D) + torch.ones(D, D).tril(-1))
         self.use, self.seen = use, seen
 
     def forward(self, x):
+        self.x = x
         h = self.use(self, torch.tanh(self.first(x)))
         return self.head(torch.tanh(self.second(h))).mean(1)
 
@@ -43,6 +45,36 @@ def experts(m, h):
     """All tokens for each expert, as Llama 4 has them."""
     tokens = h.flatten(0, 1).repeat(2, 1).view(2, -1, D)
     return torch.bmm(torch.bmm(tokens, m.p0).tanh(), mat2=m.p1).sum(0).view_as(h)
+
+
+def biased(m, h, **scales):
+    """The same with biases, by a call or added."""
+    tokens = h.flatten(0, 1).repeat(2, 1).view(2, -1, D)
+    inner = torch.baddbmm(m.p1, tokens, m.p0, **scales).tanh()
+    return ((inner @ m.p0) + m.p2[:, None]).sum(0).view_as(h)
+
+
+def gemma(m, h):
+    """A norm whose scale is one more, and one as torch has it."""
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True)) * (1.0 + m.p0.type_as(h))
+    return nn.functional.layer_norm(nn.functional.rms_norm(h, (D,), m.p1.exp()), (D,), m.p2, m.p3)
+
+
+def mamba(m, h):
+    return torch.exp(-torch.exp(m.p0)[None, None] * nn.functional.softplus(h + m.p1)[..., None]).sum(-1)
+
+
+def mixed(m, h):
+    """As RWKV does with the token before."""
+    return m.p0 * h + (1 - m.p0) * nn.functional.pad(h, (0, 0, 1, -1))
+
+
+def in_place(m, h):
+    h = h.clone().mul_(m.p0)
+    h -= m.p0.exp()
+    h[:, 0] *= m.p1
+    h /= m.p1.cosh()
+    return torch.sub(torch.add(h, m.p1, alpha=0.3), m.p1, alpha=2.0)
 
 
 def heads(m, h):
@@ -66,16 +98,26 @@ CASES = {
         Container, lambda m, h: (h.transpose(0, 1) @ m.p0).transpose(0, 1), (T, D, D)
     ),
     "as another": partial(Container, lambda m, h: h * h.sin() + m.p0.expand_as(h), (1, T, D)),
-    "twice": partial(Container, lambda m, h: (h + m.p0) * m.p0.sigmoid() + m.p0, (T, D), seen=False),
+    "matrices with biases": partial(Container, biased, (2, D, D), (2, 1, D), (2, D)),
+    "scaled matrices with biases": partial(
+        Container, partial(biased, alpha=2.0, beta=0.3), (2, D, D), (2, 1, D), (2, D)
+    ),
+    "as in Gemma": partial(Container, gemma, (D,), (D,), (D,), (D,)),
+    "as in Mamba": partial(Container, mamba, (D, 5), (D,)),
+    "as in RWKV": partial(Container, mixed, (D,)),
+    "softplus": partial(Container, lambda m, h: nn.functional.softplus(m.p0)[:, None] * h, (T,)),
+    "temperature": partial(Container, lambda m, h: h / m.p0.exp() + m.p0 / (h + 2), ()),
+    "frequencies": partial(Container, lambda m, h: h + torch.sin(m.x[..., :1] * m.p0), (D,)),
+    "a mask": partial(Container, lambda m, h: nn.functional.linear(h, m.p0 * m.mask), (D, D)),
+    "matrix of a function": partial(Container, lambda m, h: h @ m.p0.exp(), (D, D)),
+    "twice": partial(Container, lambda m, h: (h + m.p0) * m.p0.sigmoid() + m.p0, (T, D)),
     "thrice": partial(Container, lambda m, h: ((h + m.p0) * m.p0 + m.p0).sin(), (T, D)),
     "as in a vision transformer": partial(Container, classes, (1, 1, D), (1, T + 1, D), (D,)),
-    "not seen": partial(Container, lambda m, h: h + 2 * m.p0, (T, D), seen=False),
-    "not all seen": partial(Container, lambda m, h: h + m.p0 + m.p1.tanh(), (T, D), (D,), seen=False),
-    "in place": partial(Container, lambda m, h: h.clone().add_(m.p0), (T, D), seen=False),
+    "not seen": partial(Container, lambda m, h: h + m.p0.softmax(0), (T, D), seen=False),
+    "not all seen": partial(Container, lambda m, h: h + m.p0 + m.p1.flip(0), (T, D), (D,), seen=False),
+    "in place": partial(Container, in_place, (T, D), (D,)),
     "outer": partial(Container, lambda m, h: h + m.p0 * m.p1, (T, 1), (1, D), seen=False),
-    "features first": partial(
-        Container, lambda m, h: (h.transpose(0, 1) + m.p0).transpose(0, 1), (T, 1, D), seen=False
-    ),
+    "features first": partial(Container, lambda m, h: (h.transpose(0, 1) + m.p0).transpose(0, 1), (T, 1, D)),
 }
 
 
@@ -107,7 +149,7 @@ def test_what_is_seen_needs_no_call_of_the_container(name):
 
 @pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-8])
 def test_what_is_not_seen_counts_however_small_it_is(small):
-    model = Container(lambda m, h: h + m.p0 + small * m.p1.tanh(), (T, D), (T, D))
+    model = Container(lambda m, h: h + m.p0 + small * m.p1.softmax(0), (T, D), (T, D))
     batches = [(torch.randn(4, T, 2),)]
     M = oracle.fim(model, batches, "classif_logits").diagonal()
     of_p1 = slice(T * D, 2 * T * D)
@@ -160,7 +202,7 @@ class Odd(nn.Module):
         self.weight = nn.Parameter(torch.rand(D))
 
     def forward(self, h):
-        return h * self.weight.sigmoid()
+        return h * self.weight.softmax(0)
 
 
 @pytest.mark.parametrize("parts", [[Norm], [Router], [Odd], [Norm, Odd, Router, Norm]])
@@ -176,3 +218,33 @@ def test_own_modules_are_seen_by_what_is_done_with_their_parameters(parts):
     M = oracle.fim(model, [batch], "classif_logits")
     assert oracle.relative(FIM(model, batch, PMatDense).to_torch(), M) < 1e-10
     assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diagonal()) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_recurrent_gemma(use_cache):
+    """Gates by baddbmm and softplus, and a state that it keeps from one call to the next, which no call reads. Its
+    recurrence is in single precision.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=7,
+        hidden_size=4,
+        intermediate_size=3,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+        lru_width=4,
+        attention_window_size=8,
+        block_types=["recurrent", "attention"],
+    )
+    model = oracle.randomise(transformers.RecurrentGemmaForCausalLM(config).float())
+    ids = torch.randint(7, (3, 4))
+    function = partial(lambda ids, of: of(ids, use_cache=use_cache).logits[:, -1], of=model)
+    batches = [(ids,), (ids[:1],), (ids.flip(0),)]
+    M = oracle.fim(model, batches, "classif_logits", function)
+    assert oracle.relative(FIM(model, batches, PMatDiag, function=function).get_diag(), M.diagonal()) < 1e-5
+    F = FIM(model, batches, PMatEKFAC, function=function)
+    assert abs(F.trace() - M.trace()) < 1e-5 * M.trace()

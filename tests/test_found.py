@@ -33,7 +33,7 @@ def test_the_probe_sees_all_of_its_examples():
             self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
 
         def forward(self, x):
-            return torch.relu(self.a(x) + x @ (1.0 * self.b.weight).T + 0 * self.b(x))
+            return torch.relu(self.a(x) + x @ torch.linalg.inv(torch.linalg.inv(self.b.weight)).T + 0 * self.b(x))
 
     model = Net()
     with torch.no_grad():

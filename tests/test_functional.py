@@ -57,6 +57,11 @@ def _without_some(m, x):
     return F.linear(x, m.weight, bias)
 
 
+def _every_second(m, x):
+    even, odd = (F.linear(x, m.weight[k::2], m.bias[k::2]) for k in range(2))
+    return even * odd + x[..., ::2] @ m.weight[::2, ::2].T
+
+
 USES = {
     "linear": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, m.weight, m.bias)),
     "no bias": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, m.weight)),
@@ -68,6 +73,18 @@ USES = {
     "the other way": (lambda: nn.Linear(4, D), lambda m, x: x @ m.weight),
     "both ways": (lambda: nn.Linear(4, D, bias=False), lambda m, x: F.linear((x @ m.weight).tanh(), m.weight)),
     "addmm": (lambda: nn.Linear(D, 4), lambda m, x: torch.addmm(m.bias, x[:, 0], m.weight.t())),
+    "addmm, scaled": (
+        lambda: nn.Linear(D, 4),
+        lambda m, x: torch.addmm(m.bias, x[:, 0], m.weight.t(), beta=0.3, alpha=2.0),
+    ),
+    "addmm, to others": (lambda: nn.Linear(D, D), lambda m, x: x[:, 0].addmm(x[:, 1], m.weight, alpha=2.0)),
+    "every second": (lambda: nn.Linear(D, 6), _every_second),
+    "times a number": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, 0.3 * m.weight, 2 * m.bias)),
+    "table, times a number": (lambda: nn.Embedding(5, 4), lambda m, x: F.embedding(_ids(x), 2 * m.weight)),
+    "convolution, times a number": (lambda: nn.Conv1d(T, 4, 2), lambda m, x: F.conv1d(x, m.weight * 2, m.bias)),
+    "of a function": (lambda: nn.Linear(D, 4), lambda m, x: F.linear(x, F.softplus(m.weight), m.bias).relu_()),
+    "table, of a function": (lambda: nn.Embedding(5, 4), lambda m, x: F.embedding(_ids(x), m.weight.exp())),
+    "norm": (lambda: nn.LayerNorm(D), lambda m, x: F.layer_norm(x, (D,)) * (1 + m.weight) + m.bias),
     "einsum": (lambda: nn.Linear(D, 4), lambda m, x: torch.einsum("bti,oi->bto", x, m.weight)),
     "einsum, moved": (
         lambda: nn.Linear(D, 4),
@@ -98,9 +115,8 @@ USES = {
     "tied table": (lambda: nn.Linear(D, 5), lambda m, x: m((F.embedding(_ids(x), m.weight) * x).tanh())),
 }
 #: Those with Kronecker factors.
-KRONECKER = [
-    name for name in USES if name not in ("the other way", "both ways", "other groups", "tied head", "tied table")
-]
+KRONECKER = USES.keys() - {"the other way", "both ways", "other groups", "tied head", "tied table", "of a function"}
+KRONECKER = sorted(KRONECKER - {"table, of a function", "addmm, to others"})
 
 
 def _ids(x):
@@ -182,9 +198,15 @@ def test_weights_in_another_precision():
 
 def test_what_is_computed_from_a_weight_is_refused():
     model, batch = net("linear")
-    model[1].use = lambda m, x: F.linear(x, 2 * m.weight, m.bias)
+    model[1].use = lambda m, x: F.linear(x, m.weight / m.weight.norm(), m.bias)
     with pytest.raises(NotImplementedError, match=r"layer '1.child' .*nngeometry.whole\(Using\)"):
         FIM(model, batch, PMatDiag)
+
+
+def test_a_function_of_a_weight_has_no_kronecker_factors():
+    model, batch = net("of a function")
+    with pytest.raises(ValueError, match=r"layer '1.child'.* through a function \(softplus, .*use PMatDiag"):
+        FIM(model, batch, PMatKFAC)
 
 
 def test_what_mixes_entries_of_a_bias_is_refused():

@@ -136,6 +136,29 @@ def test_a_layer_without_factors_is_named():
     assert fitted(model, loader, "classification", "all", "ekfac").n_params == 36
 
 
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))).mean(1)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_what_comes_after_the_last_layer(structure):
+    """It is no part of that, so that its outputs are not those of the model, unless laplace-torch is told."""
+    torch.manual_seed(0)
+    model, x, y = oracle.randomise(Pooled()), torch.randn(9, 3, 2), torch.randint(3, (9,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    options = {"backend": ours.NNGeometryGGN}
+    with pytest.raises(NotImplementedError, match=r"last layer 'head' .*feature_reduction=.*subnetwork"):
+        fitted(model, loader, "classification", "last_layer", structure, **options)
+    la = fitted(model, loader, "classification", "last_layer", structure, feature_reduction="average", **options)
+    M = 9 * oracle.fim(model, [(x,)], "classif_logits")[-15:, -15:]
+    assert oracle.relative(la.H, M if structure == "full" else M.diagonal()) < 1e-10
+
+
 @pytest.mark.parametrize("structure", ["ekfac", "blockdiag", "lowrank_ggn"])
 def test_what_was_not_fitted_says_so(structure):
     model, x, _, loader = problem("classification")

@@ -62,8 +62,8 @@ class Reading(nn.Module):
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = F.linear(x, 1.5 * self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight.tanh(), self.proj.bias)
+        q, k, v = F.linear(x, self.qkv.weight.softmax(1), self.qkv.bias).chunk(3, -1)
+        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight.softmax(0), self.proj.bias)
 
 
 class Window(nn.Module):
@@ -108,7 +108,7 @@ class Mixer(nn.Module):
     def forward(self, x, cache):
         cache.state = x[:, :1] if cache.state is None else cache.state
         y = torch.cat([cache.state, x], 1).mT
-        return self.out(F.conv1d(y, self.conv.weight.tanh(), self.conv.bias, groups=D).mT.tanh())
+        return self.out(F.conv1d(y, self.conv.weight.softmax(0), self.conv.bias, groups=D).mT.tanh())
 
 
 class Cached(nn.Module):
@@ -132,7 +132,7 @@ class Heads(nn.Module):
         if bias is None:
             bias = self.table(torch.arange(T * T).view(T, T)).permute(2, 0, 1).repeat(len(x), 1, 1)
         q = (
-            F.linear(x, self.q.weight.tanh(), self.q.bias.tanh())
+            F.linear(x, self.q.weight.softmax(1), self.q.bias.softmax(0))
             .unflatten(-1, (2, D // 2))
             .transpose(1, 2)
             .flatten(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,8 +119,8 @@ def _one_by_one(
     return [None if gs[0] is None else torch.stack(gs) for gs in zip(*each, strict=True)]
 
 
-def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graphs of some tensors, once."""
+def nodes(roots: Sequence[Tensor], ends: Container[Any] = ()) -> Iterator[Any]:
+    """Every node of the autograd graphs of some tensors, once, up to where these end."""
     seen: set[Any] = set()
     stack = [t.grad_fn for t in roots]
     while stack:
@@ -128,7 +128,8 @@ def nodes(roots: Sequence[Tensor]) -> Iterator[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
+        if node not in ends:
+            stack.extend(following for following, _ in node.next_functions)
         yield node
 
 

@@ -47,11 +47,24 @@ class _Curvature:
         with torch.no_grad():
             if self.last_layer:
                 f, x = self.model.forward_with_features(x)
+                x = x.reshape(len(f), -1) if x.ndim < 2 else x  # of one example it drops the axis
+                self._check_last(f, x)
             else:
                 f = self.model(x)
             loss = self.factor * self.lossfunc(f, y)
         lc = LayerCollection.from_model(self._model)
         return loss.detach(), self._of(self._model, x, y, representation, lc), len(f)
+
+    def _check_last(self, f: Tensor, features: Tensor) -> None:
+        """Raise unless the last layer makes the outputs of the model from its features, as it is taken to do."""
+        found = self._model(features)
+        if found.shape != f.shape or not torch.allclose(found, f, rtol=torch.finfo(f.dtype).eps ** 0.5, atol=1e-6):
+            raise NotImplementedError(
+                f"the output of the model {tuple(f.shape)} is not that of its last layer "
+                f"{self.model._last_layer_name!r} {tuple(found.shape)}, so its derivatives are not either: pass "
+                'feature_reduction="average", "pick_first" or "pick_last" if that is what comes after it, or use '
+                'subset_of_weights="subnetwork" with the indices of its weights'
+            )
 
     def _order(self, lc: LayerCollection) -> Tensor:
         """Where each parameter of laplace-torch's flat vector is in ours."""

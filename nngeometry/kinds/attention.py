@@ -84,7 +84,9 @@ def _filled(x: Tensor, length: int, bias: bool) -> Tensor:
 
 def _masks(call: Mapping[str, Any], scores: Tensor) -> list[Tensor]:
     """What is added to the scores ``(N, H, T, S)``, or where they are left out."""
-    n, heads, _, keys = scores.shape
+    n, heads, queries, keys = scores.shape
+    if call["is_causal"] and call["key_padding_mask"] is None and not call["need_weights"]:
+        return [scores.new_ones(queries, keys, dtype=torch.bool).triu(1)]  # which torch takes for the mask
     masks = []
     if call.get("attn_mask") is not None:
         mask = call["attn_mask"]

@@ -1,8 +1,9 @@
 """Weights that are used without a call of their layer: ``F.linear(x, layer.weight)``, look-ups in a tied table, and
 parameters of containers that are added to activations, multiplied with them or given to every example.
 
-A use is one functional call on a parameter, or on consecutive rows and columns of it. Its input and its output are
-recorded as those of a call of the layer are, so that the layer keeps its form, and several uses add.
+A use is one functional call on a parameter, on rows and columns of it, or on what was made of it entry by entry
+(``softplus(p)``, ``1 + p``). Its input and its output are recorded as those of a call of the layer are, so that the
+layer keeps its form, and several uses add.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ class Uses(TorchFunctionMode):
             for name, k in names.items()
             if name in site.params
         }
-        #: Parameters in another precision, as they were made of these.
-        self._casts: dict[int, tuple[Home, Tensor]] = {}
+        #: Tensors without examples, as masks are.
+        self._constants = {id(b) for site in sites for b in site.module.buffers()}
+        self._sizes = {p.numel() for _, p in self._homes.values()}
+        #: What was made of parameters, as it was at a version: those in another precision, and those entry by entry.
+        self._made: dict[tuple[int, int], tuple[Home, Tensor]] = {}
         #: The parameters of the modules that are being called, whose calls are recorded as such.
         self._inside: list[set[int]] = []
 
@@ -66,70 +70,95 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen = _READ.get(func)
-        if seen is None or not any(self._base(t) is not None for t in _operands(*args, *kwargs.values())):
+        if seen is None or not any(self.of(t) is not None for t in _operands(*args, *kwargs.values())):
             return func(*args, **kwargs)
         return seen(self, lambda: func(*args, **kwargs), *args, **kwargs)
 
-    def _base(self, t: Any) -> tuple[Home, Tensor] | None:
-        """The parameter that a tensor is, or is a view of, if its use counts."""
+    def of(self, t: Any) -> tuple[Home, Tensor] | None:
+        """The parameter that a tensor is, or is a view of, or what was made of one, if its use counts."""
         if not isinstance(t, Tensor):
             return None
-        key = id(t) if id(t) in self._homes or id(t) in self._casts else id(t._base)
-        found = self._homes.get(key) or self._casts.get(key)
-        if found is None or any(key in own for own in self._inside):
-            return None
-        if key != id(t) and t.grad_fn is None:  # a view made under torch.no_grad is a constant
+        base = t if t._base is None or id(t) in self._homes else t._base
+        found = self._home(base) or self._made.get((id(base), base._version)) or self._entrywise(base)
+        if base is not t and t.grad_fn is None:  # a view made under torch.no_grad is a constant
             return None
         return found
 
+    def _home(self, p: Any) -> tuple[Home, Tensor] | None:
+        """A parameter, unless its module is being called."""
+        return None if any(id(p) in own for own in self._inside) else self._homes.get(id(p))
+
     def cast(self, t: Any, y: Tensor) -> None:
         """Remember a parameter in another precision, whose derivative is that of the parameter."""
-        found = self._base(t)
-        if found is not None and found[1] is t and y is not t and y.requires_grad:
-            self._casts[id(y)] = found[0], y
+        found = self.of(t)
+        if found is not None and found[1] is t and y is not t and y.requires_grad and y.is_floating_point():
+            self._made[id(y), y._version] = found[0], y
+
+    def _entrywise(self, t: Tensor) -> tuple[Home, Tensor] | None:
+        """What a tensor is that was made of one parameter and of nothing else, entry by entry and in its order: a bias
+        of which some entries were set to zero, on a copy, the exponential of a scale. Its derivative in that is looked
+        at. None for another one.
+        """
+        likely = t.requires_grad and t.numel() in self._sizes and t.is_floating_point() and t.is_contiguous()
+        if not likely:
+            return None
+        found = self._source(t)
+        if found is None or found[1].numel() != t.numel():
+            return None
+        home, p = found
+        generic = torch.cos(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).add_(2).view(t.shape)
+        slope, again = (torch.autograd.grad(t, p, v, retain_graph=True)[0] for v in (torch.ones_like(t), generic))
+        slope, again = slope.detach().flatten(), again.detach().flatten()
+        if not torch.allclose(slope * generic.flatten(), again, rtol=16 * torch.finfo(p.dtype).eps, atol=0.0):
+            return None
+        made = home._replace(slope=slope if home.slope is None else slope * home.slope), t
+        self._made[id(t), t._version] = made
+        return made
+
+    def _source(self, t: Tensor) -> tuple[Home, Tensor] | None:
+        """The only parameter of which a tensor was made, in the precision in which it was. None if it has been used on
+        the way there.
+        """
+        used = {edge.node for call in self._recorder.calls for edge in call.edges}
+        made = {y.grad_fn: (home, y) for (_, version), (home, y) in self._made.items() if y._version == version}
+        sources: dict[int, tuple[Home, Tensor]] = {}
+        for k, node in enumerate(nodes([t], made)):
+            if node in used or k == _MOST_NODES:
+                return None
+            found = made.get(node)
+            if found is None and hasattr(node, "variable"):
+                found = self._home(node.variable)
+                if found is None:
+                    return None
+            if found is not None:
+                sources[id(found[1])] = found
+        return next(iter(sources.values())) if len(sources) == 1 else None
+
+    def may_have_examples(self, x: Any) -> bool:
+        """Whether what a parameter is combined with may be activations."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return False
+        return id(x if x._base is None else x._base) not in self._constants and self.of(x) is None
 
     def matrix(self, t: Any) -> Matrix | None:
         """What part of a parameter a tensor is, None if it is none or not a matrix."""
-        found = self._base(t)
+        found = self.of(t)
         return None if found is None else Matrix.of(t, found[1], found[0])
 
     def vector(self, t: Any) -> Vector | None:
         """The same of one axis."""
-        found = self._base(t)
+        found = self.of(t)
         return None if found is None else Vector.of(t, found[1], found[0])
-
-    def scaled(self, t: Any) -> tuple[Vector, Tensor | None] | None:
-        """Of which vector a tensor is made, and by what its derivative is that of it, entry by entry: a bias of which
-        some entries were set to zero (on a copy), or one times a number. None for another tensor.
-        """
-        v = self.vector(t)
-        if v is not None:
-            return v, None
-        if not isinstance(t, Tensor) or t.ndim != 1 or not t.requires_grad:
-            return None
-        leaves: set[int] = set()
-        for k, node in enumerate(nodes([t])):
-            if k == _MOST_NODES:
-                return None
-            if hasattr(node, "variable"):
-                leaves.add(id(node.variable))
-        found = self._homes.get(leaves.pop()) if len(leaves) == 1 else None
-        if found is None or found[1].shape != t.shape or self._base(found[1]) is None:
-            return None
-        slope, again = _pulled(t, found[1], 1.0), _pulled(t, found[1], 2.0)
-        entries = _generic(t, 1.0), _generic(t, 2.0)
-        slope = slope / entries[0]
-        if not torch.allclose(slope * entries[1], again, rtol=8 * torch.finfo(t.dtype).eps, atol=0.0):
-            return None  # entries depend on each other
-        return Vector(found[0], 0, len(t)), slope
 
     def part(self, t: Any) -> Part | None:
         """The entries of a parameter that a tensor has, None if it has none."""
-        found = self._base(t)
+        found = self.of(t)
         return None if found is None else Part.of(t, found[1], found[0])
 
-    def add(self, home: Home, form: Callable[..., LayerJacobian], x: Tensor, y: Tensor, features_last: bool) -> Tensor:
-        """Record one use, and return the output that is passed on."""
+    def add(
+        self, home: Home, form: Callable[..., LayerJacobian], x: Tensor | None, y: Tensor, features_last: bool
+    ) -> Tensor:
+        """Record one use, and return the output that is passed on. x: None if derivatives do not depend on it."""
         if not y.requires_grad:
             return y
         layer = home.layer
@@ -139,18 +168,64 @@ class Uses(TorchFunctionMode):
         }
         kind = Kind(lambda _, gy, x: form(gy, x), features_last=features_last, ours=True)
         site = Site(home.site.name, home.site.module, kind, {k: params[k] for k in names}, ((layer, names),))
-        return self._recorder.add(site, (x,), {}, y)
+        return self._recorder.add(site, (y.new_zeros(()).expand(y.shape) if x is None else x,), {}, y)
 
-    def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor) -> Tensor:
-        """Record ``y = F.linear(x, weight, bias)``."""
-        w = self.matrix(weight) if x.layout == torch.strided else None
-        b, slope = self.scaled(bias) or (None, None)
-        together = w is not None and b is not None and slope is None and b.belongs_to(w)
+    def product(
+        self, x: Tensor, w: Tensor, y: Tensor, bias: Any = None, alpha: float = 1.0, beta: float = 1.0
+    ) -> Tensor:
+        """Record ``y = beta * bias + alpha * x @ w``."""
+        if w.ndim == 3 <= x.ndim:
+            part = self.part(w) if x.shape[-3] == len(w) else None
+            if part is not None:
+                x = (x if alpha == 1 else alpha * x).movedim(-3, -2)
+                y = self.add(part.home, part.matrices, x, y.movedim(-3, -2), True).movedim(-2, -3)
+        elif x.ndim > 0 and self.matrix(w) is not None:
+            return self.linear(x, w.mT, bias, y, alpha, beta)
+        elif w.ndim > 1 and self.matrix(x) is not None:  # the same from the left
+            y = self.linear(w.mT, x, None, y.mT, alpha).mT
+        return self.entrywise(bias, y, beta)
+
+    def linear(self, x: Tensor, weight: Any, bias: Any, y: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+        """Record ``y = beta * bias + alpha * F.linear(x, weight)``."""
+        w, b = self.matrix(weight) if x.layout == torch.strided else None, self.vector(bias)
+        together = w is not None and b is not None and alpha == beta == 1 and b.belongs_to(w)
         if w is not None:
+            x = x if alpha == 1 else alpha * x
             y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
-        if b is not None and not together:
-            y = self.add(b.home, lambda gy, x: b.form(gy if slope is None else gy * slope, x), y, y, True)
-        return y
+        return y if together else self.entrywise(bias, y, beta)
+
+    def entrywise(self, t: Any, y: Tensor, slope: Tensor | float = 1.0) -> Tensor:
+        """Record a use of t entry by entry, as it was broadcast to y. slope: of y in it, broadcast as well."""
+        found = self.of(t)
+        if found is None or y.ndim < max(1, t.ndim):
+            return y
+        x, number = (slope.detach().expand(y.shape), None) if isinstance(slope, Tensor) else (None, slope)
+
+        def of_all(form: Callable[..., LayerJacobian], axis: int = -1) -> Callable[..., LayerJacobian]:
+            def moved(gy: Tensor, x: Tensor) -> LayerJacobian:
+                gy, x = gy.movedim(axis, -1), x.movedim(axis, -1)
+                return form(gy, x, True) if number is None else form(gy if number == 1 else number * gy, x)
+
+            return moved
+
+        v = Vector.of(t, found[1], found[0])
+        if v is not None and v.size == y.shape[-1]:
+            return self.add(v.home, of_all(v.form), x, y, True)
+        t = t[(None,) * (y.ndim - t.ndim)]
+        examples = next((k for k, size in enumerate(t.shape) if size == 1), None)
+        if examples is None:  # it differs between examples, wherever these are
+            return y
+        t = t.movedim(examples, 0)
+        part = Part.of(t, found[1], found[0])
+        if part is None:
+            return y
+        axes = [k for k in range(-t.ndim, 0) if t.shape[k] > 1]
+        v = Vector.of(t.flatten(), found[1], found[0]) if len(axes) == 1 else None
+        form = of_all(part.form) if v is None or not v.in_last_column else of_all(v.form, axes[0])
+        if examples == 0:
+            return self.add(part.home, form, x, y, False)
+        x = None if x is None else x.movedim(examples, 0)
+        return self.add(part.home, form, x, y.movedim(examples, 0), False).movedim(0, examples)
 
 
 def _operands(*given: Any) -> Iterator[Any]:
@@ -188,111 +263,110 @@ def _to(uses: Uses, compute: _Compute, t: Any, *how: Any, **named: Any) -> Tenso
 def _matmul(
     uses: Uses, compute: _Compute, input: Tensor, other: Any = None, *, mat2: Any = None, out: Any = None
 ) -> Tensor:
-    other = mat2 if other is None else other
-    if out is None and isinstance(other, Tensor) and other.ndim == 3 <= input.ndim:
-        return _matrices(uses, compute, input, other)
-    if out is None and uses.matrix(other) is not None and input.ndim > 0:
-        return uses.linear(input, other.mT, None, compute())
-    if out is None and uses.matrix(input) is not None and other.ndim > 1:  # the same from the left
-        return uses.linear(other.mT, input, None, compute().mT).mT
-    return compute()
+    return compute() if out is not None else uses.product(input, mat2 if other is None else other, compute())
 
 
 @_reads(torch.bmm, Tensor.bmm)
 def _bmm(uses: Uses, compute: _Compute, input: Tensor, mat2: Tensor, *, out: Any = None) -> Tensor:
-    return compute() if out is not None else _matrices(uses, compute, input, mat2)
-
-
-def _matrices(uses: Uses, compute: _Compute, x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w`` with a matrix for each group ``(groups, in, out)``, as batched experts have them."""
-    y, part = compute(), uses.part(w)
-    if part is None or x.shape[-3] != w.shape[0]:
-        return y
-    y = uses.add(part.home, part.matrices, x.movedim(-3, -2), y.movedim(-3, -2), True)
-    return y.movedim(-2, -3)
+    return compute() if out is not None else uses.product(input, mat2, compute())
 
 
 @_reads(Tensor.__rmatmul__)
 def _rmatmul(uses: Uses, compute: _Compute, a: Tensor, b: Tensor) -> Tensor:
-    return _matmul(uses, compute, b, a)
+    return uses.product(b, a, compute())
 
 
 @_reads(torch.addmm, Tensor.addmm)
-def _addmm(uses: Uses, compute: _Compute, input: Tensor, mat1: Tensor, mat2: Any, *old: Any, **scales: Any) -> Tensor:
-    if old or scales or input.ndim != 1 or uses.matrix(mat2) is None:
-        return compute()
-    return uses.linear(mat1, mat2.mT, input, compute())
-
-
-@_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, **scales: Any) -> Tensor:
+def _addmm(uses: Uses, compute: _Compute, input: Any, mat1: Any, mat2: Any, *old: Any, **scales: Any) -> Tensor:
     y = compute()
-    if old or scales:
-        return y
-    for one, two in ((input, other), (other, input)):
-        v = uses.vector(one)
-        if v is not None and isinstance(two, Tensor) and two.shape == y.shape:
-            return uses.add(v.home, v.form, two, y, True)
-        part = uses.part(one)
-        if part is not None and _of_examples(two, y) and _alike_for_all(part, y):
-            return uses.add(part.home, _along(uses, one) or part.form, two, y, False)
-    return y
+    return y if old or "out" in scales else uses.product(mat1, mat2, y, input, **scales)
 
 
-def _along(uses: Uses, t: Tensor) -> Callable[..., LayerJacobian] | None:
-    """How a bias is added that has its entries along another axis than the last one, ``bias[:, None]``: it keeps its
-    Kronecker factors. None if t is something else.
-    """
-    axes = [k for k in range(-t.ndim, 0) if t.shape[k] > 1]
-    v = uses.vector(t.flatten()) if len(axes) == 1 else None
-    if v is None or not v.in_last_column:
-        return None
-    return lambda gy, x: v.form(gy.movedim(axes[0], -1), x)
+@_reads(torch.baddbmm, Tensor.baddbmm)
+def _baddbmm(uses: Uses, compute: _Compute, input: Any, batch1: Any, batch2: Any, *old: Any, **scales: Any) -> Tensor:
+    return _addmm(uses, compute, input, batch1, batch2, *old, **scales)
+
+
+@_reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_)
+def _add(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, alpha: float = 1, out: Any = None) -> Tensor:
+    y = compute()
+    return y if old or out is not None else _either(uses, input, other, y, lambda: 1.0, lambda: alpha)
+
+
+@_reads(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__, Tensor.sub_)
+def _sub(uses: Uses, compute: _Compute, input: Any, other: Any, *old: Any, alpha: float = 1, out: Any = None) -> Tensor:
+    y = compute()
+    return y if old or out is not None else _either(uses, input, other, y, lambda: 1.0, lambda: -alpha)
 
 
 @_reads(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 def _mul(uses: Uses, compute: _Compute, input: Any, other: Any, *, out: Any = None) -> Tensor:
     y = compute()
-    if out is not None:
-        return y
-    for one, two in ((input, other), (other, input)):
-        part = uses.part(one)
-        if part is not None and uses.part(two) is None and _of_examples(two, y) and _alike_for_all(part, y):
-            return uses.add(part.home, lambda gy, x, part=part: part.form(gy, x, True), two, y, False)
+    return y if out is not None else _either(uses, input, other, y, lambda: other, lambda: input)
+
+
+@_reads(Tensor.mul_)
+def _mul_in_place(uses: Uses, compute: _Compute, input: Tensor, other: Any) -> Tensor:
+    before = input.detach().clone()
+    return _either(uses, before, other, compute(), lambda: 1.0, lambda: before)
+
+
+@_reads(torch.div, torch.true_divide, Tensor.div, Tensor.true_divide, Tensor.__truediv__, Tensor.div_)
+def _div(uses: Uses, compute: _Compute, input: Any, other: Any, **how: Any) -> Tensor:
+    y = compute()
+    return y if how else _either(uses, input, other, y, lambda: 1 / other, lambda: -y / other)
+
+
+def _either(uses: Uses, one: Any, two: Any, y: Tensor, *slopes: Callable[[], Any]) -> Tensor:
+    """Record the use of one of two of which y was made entry by entry, if it is the other one that has examples.
+
+    slopes: of y in each.
+    """
+    for t, x, slope in ((one, two, slopes[0]), (two, one, slopes[1])):
+        # What a parameter is broadcast to, or what comes from others: not a constant, as it is in 2 * p.
+        seen = uses.of(t) is not None and uses.may_have_examples(x)
+        if seen and (x.shape == y.shape or x.requires_grad or t.shape != y.shape):
+            return uses.entrywise(t, y, slope())
     return y
+
+
+@_reads(F.layer_norm)
+def _layer_norm(
+    uses: Uses,
+    compute: _Compute,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    normal = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
+    return uses.entrywise(bias, uses.entrywise(weight, compute(), normal))
+
+
+@_reads(F.rms_norm)
+def _rms_norm(
+    uses: Uses,
+    compute: _Compute,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    return uses.entrywise(weight, compute(), F.rms_norm(input.detach(), normalized_shape, None, eps))
 
 
 @_reads(Tensor.expand, Tensor.expand_as)
 def _expand(uses: Uses, compute: _Compute, t: Tensor, *size: Any, **named: Any) -> Tensor:
     """What every example is given, where the first axis is theirs."""
-    y, part = compute(), uses.part(t)
-    if part is None or not _alike_for_all(part, y):
+    y = compute()
+    if t.ndim == y.ndim and t.shape[0] > 1:
         return y
-    return uses.add(part.home, part.form, y, y, False)
+    return uses.entrywise(t, y.clone())  # which is no view of it any more
 
 
-def _generic(t: Tensor, phase: float) -> Tensor:
-    """A vector like another one, without zeros, and another one for each phase."""
-    return torch.cos(torch.arange(len(t), dtype=t.dtype, device=t.device) + phase).add_(2)
-
-
-def _pulled(y: Tensor, t: Tensor, phase: float) -> Tensor:
-    """The derivative in t of a generic sum of what is made of it."""
-    return torch.autograd.grad(y, t, _generic(y, phase), retain_graph=True)[0].detach()
-
-
-#: Of how many operations what is made of a bias is looked through.
+#: Of how many operations what is made of a parameter is looked through.
 _MOST_NODES = 32
-
-
-def _of_examples(x: Any, y: Tensor) -> bool:
-    """Whether an operand has all entries of the result."""
-    return isinstance(x, Tensor) and x.shape == y.shape and x.is_floating_point()
-
-
-def _alike_for_all(part: Part, y: Tensor) -> bool:
-    """Whether it has no axis that meets the first one of the result."""
-    return part.index.ndim < y.ndim or (part.index.ndim == y.ndim and part.index.shape[0] == 1)
 
 
 @_reads(torch.einsum)
@@ -342,8 +416,8 @@ def _embedding(
 
     def form(gy: Tensor, ids: Tensor) -> LayerJacobian:
         found = embedding(like, gy, ids)
-        if packing.perm == (1, 2, 0) and packing.shape == found.shape:
-            return found
+        if packing.perm == (1, 2, 0) and packing.shape == found.shape and w.home.number is not None:
+            return found.scale(w.home.number)
 
         def entries(g: Tensor, ids: Tensor) -> Tensor:
             return w.placed(Gather(ids, g, size).dense()[:, :, 0].mT)
@@ -374,20 +448,19 @@ def _conv(
     groups: int = 1,
 ) -> Tensor:
     y, d = compute(), weight.dim() - 2
-    found, (b, slope) = uses._base(weight), uses.scaled(bias) or (None, None)
+    found, b = uses.of(weight), uses.vector(bias)
     home = None if found is None or not _all_of(weight, found[1]) or input.ndim < d + 2 else found[0]
-    together = home is not None and b is not None and slope is None and b.home.layer is home.layer and b.start == 0
+    together = (
+        home is not None
+        and b is not None
+        and b.home.layer is home.layer
+        and b.size == b.home.shape[0]
+        and home.slope is b.home.slope is None
+    )
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
         y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
-    if b is not None and not together:
-
-        def form(gy: Tensor, x: Tensor) -> LayerJacobian:
-            g = gy.movedim(2, -1)
-            return b.form(g if slope is None else g * slope, x)
-
-        y = uses.add(b.home, form, y, y, False)
-    return y
+    return y if together or bias is None else uses.entrywise(bias[(..., *[None] * d)], y)
 
 
 def _all_of(t: Tensor, base: Tensor) -> bool:
@@ -423,22 +496,24 @@ def _of_convolution(weight: Tensor, bias: bool, stride: Any, padding: Any, dilat
 
 
 def _convolved(like: Any, home: Home, gy: Tensor, x: Tensor) -> LayerJacobian:
+    if home.slope is not None and home.number is not None:
+        gy, home = gy * home.number, home._replace(slope=None)
     found, layer = conv(like, gy, x), home.layer
     assert isinstance(found, Outer)
     bias = like.bias is not None
     rows = like.weight.shape[0] // like.groups
     packing = Packing.matrix((like.groups, rows, like.weight[0].numel()), (0, 1, 2), (like.groups, rows), bias)
-    if packing == layer.packing:
+    if home.slope is None and packing == layer.packing:
         return found
-    if not bias and layer.packing.bias and packing == layer.packing.without_bias():
+    if home.slope is None and not bias and layer.packing.bias and packing == layer.packing.without_bias():
         return Outer(F.pad(found.a, (0, 1)), found.g)
 
     def compute(start: int, stop: int, first: int, last: int) -> Tensor:
         flat = packing.unpack(found.narrow(start, stop, first, last).dense())
         size = like.weight.numel()
-        total = home.flat(flat[..., :size], 0)
+        total = home.flat(flat[..., :size])
         if bias:
-            total = total + Home(home.site, layer, len(layer.params) - 1).flat(flat[..., size:], 0)
+            total = total + Home(home.site, layer, len(layer.params) - 1).flat(flat[..., size:])
         return total
 
     return Lazy(compute, found.cotangents, found.examples, layer.packing.shape, found.dtype, found.device)

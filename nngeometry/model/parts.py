@@ -16,11 +16,16 @@ from ..layercollection import Layer, Site
 
 
 class Home(NamedTuple):
-    """Where a collected parameter belongs: the module of its layer, and its position there."""
+    """Where a collected parameter belongs: the module of its layer, and its position there.
+
+    slope: by what the derivative of what was made of it, entry by entry, is that in itself, in its flat order; None for
+    the parameter.
+    """
 
     site: Site
     layer: Layer
     position: int
+    slope: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,11 +36,20 @@ class Home(NamedTuple):
         """Where it is in the flat parameters of the layer."""
         return sum(prod(shape) for _, shape in self.layer.params[: self.position])
 
-    def flat(self, j: Tensor, first: int) -> Tensor:
+    @property
+    def number(self) -> float | None:
+        """The slope, if it is the same everywhere."""
+        if self.slope is None:
+            return 1.0
+        return float(self.slope[0]) if bool((self.slope == self.slope[0]).all()) else None
+
+    def flat(self, j: Tensor, first: int = 0, step: int = 1) -> Tensor:
         """Derivatives in some entries of it ``(C, B, n)``, of which the first is given, in the packing of the layer."""
         out = j.new_zeros(*j.shape[:2], self.layer.numel())
-        start = self.start + first
-        out[..., start : start + j.shape[-1]] = j
+        own = out[..., self.start : self.start + prod(self.shape)]
+        own[..., _every(first, step, j.shape[-1])] = j
+        if self.slope is not None:
+            own *= self.slope
         return self.layer.packing.pack(out)
 
 
@@ -43,27 +57,31 @@ class Home(NamedTuple):
 class Matrix:
     """A matrix ``(out, in)`` that is part of a parameter, whose first axis is its rows and all others are its columns.
 
-    start: the first row and column. size: how many. crossed: whether the outputs are along the columns.
+    start: the first row and column. size: how many. step: from one to the next. crossed: whether the outputs are along
+    the columns.
     """
 
     home: Home
     start: tuple[int, int]
     size: tuple[int, int]
+    step: tuple[int, int]
     crossed: bool
 
     @classmethod
     def of(cls, t: Tensor, base: Tensor, home: Home) -> Matrix | None:
         """From a view of a parameter; None if it is no such part."""
-        if t.ndim != 2 or base.ndim < 2 or not base.is_contiguous() or t.dtype != base.dtype or 0 in t.shape:
+        if t.ndim != 2 or len(home.shape) < 2 or not base.is_contiguous() or t.dtype != base.dtype or 0 in t.shape:
             return None
-        rows, cols = base.shape[0], base[0].numel()
-        start = divmod(_offset(t, base), cols)
+        whole = home.shape[0], prod(home.shape[1:])
+        first = divmod(_offset(t, base), whole[1])
         for crossed in (False, True):
-            size = (t.shape[1], t.shape[0]) if crossed else (t.shape[0], t.shape[1])
-            strides = (t.stride(1), t.stride(0)) if crossed else (t.stride(0), t.stride(1))
-            fits = start[0] + size[0] <= rows and start[1] + size[1] <= cols
-            if fits and all(n == 1 or a == b for n, a, b in zip(size, strides, (cols, 1), strict=True)):
-                return cls(home, start, size, crossed)
+            m, n = (t.shape[1], t.shape[0]) if crossed else (t.shape[0], t.shape[1])
+            a, b = (t.stride(1), t.stride(0)) if crossed else (t.stride(0), t.stride(1))
+            step, rest = divmod(a, whole[1]) if m > 1 else (1, 0)
+            steps = step, b if n > 1 else 1
+            each = zip(first, (m, n), steps, whole, strict=True)
+            if not rest and all(s > 0 and k + s * (size - 1) < most for k, size, s, most in each):
+                return cls(home, first, (m, n), steps, crossed)
         return None
 
     @property
@@ -72,7 +90,9 @@ class Matrix:
         part of that matrix.
         """
         crossed = self.home.layer.packing.crossed
-        return None if self.home.position or crossed is None else crossed != self.crossed
+        if self.home.position or crossed is None or self.home.number is None:
+            return None
+        return crossed != self.crossed
 
     def form(self, gy: Tensor, x: Tensor, bias: bool) -> LayerJacobian:
         """From cotangents ``(C, B, ..., out)`` and inputs ``(B, ..., in)``. bias: whether one is added, in the same
@@ -82,14 +102,15 @@ class Matrix:
         g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
         if self.turned is None:
             return late(lambda g, x: self._entries(g, x), g, inputs, self.home.layer)
+        g = g if self.home.slope is None else g * (self.home.number or 0.0)
         (_, rows, cols), packing = self.home.layer.packing.shape, self.home.layer.packing
-        row, col = reversed(self.start) if packing.crossed else self.start
+        row, col = list(zip(self.start, self.step, strict=True))[:: -1 if packing.crossed else 1]
         if self.turned:
-            return Transposed(Outer(_among(inputs, row, rows).unsqueeze(2), _among(g, col, cols).unsqueeze(3)))
-        inputs = _among(inputs, col, cols - packing.bias)
+            return Transposed(Outer(_among(inputs, *row, rows).unsqueeze(2), _among(g, *col, cols).unsqueeze(3)))
+        inputs = _among(inputs, *col, cols - packing.bias)
         if packing.bias:
             inputs = F.pad(inputs, (0, 1), value=float(bias))
-        return Outer(inputs.unsqueeze(2), _among(g, row, rows).unsqueeze(3))
+        return Outer(inputs.unsqueeze(2), _among(g, *row, rows).unsqueeze(3))
 
     def _entries(self, g: Tensor, x: Tensor) -> Tensor:
         return self.placed(torch.einsum("cbto,bti->cbio" if self.crossed else "cbto,bti->cboi", g, x))
@@ -98,24 +119,26 @@ class Matrix:
         """Derivatives ``(C, B, rows, cols)`` of this part, in the packing of the layer."""
         shape = self.home.shape
         whole = found.new_zeros(*found.shape[:2], shape[0], prod(shape[1:]))
-        (i, j), (m, n) = self.start, self.size
-        whole[..., i : i + m, j : j + n] = found
-        return self.home.flat(whole.flatten(2), 0)
+        rows, cols = (_every(*of) for of in zip(self.start, self.step, self.size, strict=True))
+        whole[..., rows, cols] = found
+        return self.home.flat(whole.flatten(2))
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Consecutive entries of a parameter with one axis."""
+    """Entries of a parameter with one axis, from a first one on, with a step."""
 
     home: Home
     start: int
     size: int
+    step: int
 
     @classmethod
     def of(cls, t: Tensor, base: Tensor, home: Home) -> Vector | None:
-        if t.ndim != 1 or base.ndim != 1 or t.stride(0) != 1 or base.stride(0) != 1 or t.dtype != base.dtype:
+        if t.ndim != 1 or len(home.shape) != 1 or not base.is_contiguous() or t.dtype != base.dtype:
             return None
-        return cls(home, _offset(t, base), len(t))
+        step = t.stride(0) if len(t) > 1 else 1
+        return cls(home, _offset(t, base), len(t), step) if step > 0 else None
 
     @property
     def in_last_column(self) -> bool:
@@ -123,23 +146,34 @@ class Vector:
         packing, last = self.home.layer.packing, len(self.home.layer.params) - 1
         return packing.bias and packing.shape[0] == 1 and self.home.position == last > 0
 
-    def form(self, gy: Tensor, x: Tensor) -> LayerJacobian:
-        """The derivative of adding it, from cotangents ``(C, B, ..., size)``."""
-        g = gy.reshape(*gy.shape[:2], -1, gy.shape[-1])
+    def form(self, gy: Tensor, x: Tensor, times: bool = False) -> LayerJacobian:
+        """From cotangents ``(C, B, ..., size)`` to the derivative of adding it to x ``(B, ..., size)``, or of
+        multiplying it.
+        """
         if not self.in_last_column:
-            return late(lambda g, _: self.home.flat(g.sum(2), self.start), g, g[0], self.home.layer)
+
+            def entries(g: Tensor, x: Tensor) -> Tensor:
+                g = (g * x if times else g).reshape(*g.shape[:2], -1, self.size).sum(2)
+                return self.home.flat(g, self.start, self.step)
+
+            return late(entries, gy, x, self.home.layer)
+        g = (gy * x if times else gy).reshape(*gy.shape[:2], -1, self.size)
+        if self.home.slope is not None:
+            g = g * self.home.slope[_every(self.start, self.step, self.size)]
         _, rows, cols = self.home.layer.packing.shape
         one = F.pad(g.new_zeros(cols - 1), (0, 1), value=1.0)
-        return Outer(one.expand(g.shape[1], g.shape[2], 1, cols), _among(g, self.start, rows).unsqueeze(3))
+        g = _among(g, self.start, self.step, rows)
+        return Outer(one.expand(g.shape[1], g.shape[2], 1, cols), g.unsqueeze(3))
 
     def belongs_to(self, matrix: Matrix) -> bool:
         """Whether it is the bias of the rows that a matrix is in."""
-        row = matrix.start[1 if matrix.crossed else 0]
+        axis = 1 if matrix.crossed else 0
         return (
             self.home.layer is matrix.home.layer
+            and self.home.slope is matrix.home.slope is None
             and self.in_last_column
             and matrix.turned is False
-            and self.start == row
+            and (self.start, self.step) == (matrix.start[axis], matrix.step[axis])
         )
 
 
@@ -171,7 +205,7 @@ class Part:
             g = g.sum(summed, keepdim=True) if summed else g
             flat = g.new_zeros(*g.shape[:2], prod(self.home.shape))
             flat.index_add_(2, self.index.flatten(), g.flatten(2))
-            return self.home.flat(flat, 0)
+            return self.home.flat(flat)
 
         return late(entries, gy, x, self.home.layer)
 
@@ -183,7 +217,7 @@ class Part:
         def placed(found: Tensor) -> Tensor:
             flat = found.new_zeros(*found.shape[:2], prod(self.home.shape))
             flat.index_add_(2, self.index.flatten(), found.mT.flatten(2))
-            return self.home.flat(flat, 0)
+            return self.home.flat(flat)
 
         a, g = x.reshape(len(x), -1, *x.shape[-2:]), gy.reshape(*gy.shape[:2], -1, *gy.shape[-2:])
         return Placed(Outer(a, g), placed, self.home.layer.packing.shape)
@@ -194,10 +228,17 @@ def _offset(t: Tensor, base: Tensor) -> int:
     return int(t.storage_offset()) - int(base.storage_offset())
 
 
-def _among(t: Tensor, first: int, size: int) -> Tensor:
+def _every(first: int, step: int, count: int) -> slice:
+    return slice(first, first + step * count, step)
+
+
+def _among(t: Tensor, first: int, step: int, size: int) -> Tensor:
     """Some entries along the last axis as all of them, of which the others are zero."""
-    after = size - first - t.shape[-1]
-    return F.pad(t, (first, after)) if first or after else t
+    if t.shape[-1] == size:
+        return t
+    out = t.new_zeros(*t.shape[:-1], size)
+    out[..., _every(first, step, t.shape[-1])] = t
+    return out
 
 
 def late(entries: Callable[[Tensor, Tensor], Tensor], g: Tensor, x: Tensor, layer: Layer) -> Lazy:

@@ -359,9 +359,10 @@ def kron(layer: Layer, reduce: bool = False, thin: bool = True) -> Estimator:
             raise ValueError(
                 f'layer {layer.name!r}: its derivatives have no Kronecker factors here: those of unit="minibatch", of '
                 "loss=OwnLoss() and of attention whose weights are used beside what it reads never do, nor those of a "
-                "weight that is used in another order than the layer's own, so use PMatDiag, PMatBlockDiag, "
-                'PMatLowRank, ... (or unit="example", or the loss as a function of the output); otherwise the layer '
-                "collection is of another model, so build it with LayerCollection.from_model(model)"
+                "weight that is used in another order than the layer's own or through a function (softplus, a mask), "
+                'so use PMatDiag, PMatBlockDiag, PMatLowRank, ... (or unit="example", or the loss as a function of the '
+                "output); otherwise the layer collection is of another model, so build it with "
+                "LayerCollection.from_model(model)"
             )
         right, count = (j.right_squares if diagonal else j.right_factor)(reduce) if n else (0, 0)
         return j.left_factor(reduce), right, count
