@@ -115,6 +115,9 @@ CASES = {
     "as in a vision transformer": partial(Container, classes, (1, 1, D), (1, T + 1, D), (D,)),
     "not seen": partial(Container, lambda m, h: h + m.p0.softmax(0), (T, D), seen=False),
     "not all seen": partial(Container, lambda m, h: h + m.p0 + m.p1.flip(0), (T, D), (D,), seen=False),
+    "in place, of inputs": partial(
+        Container, lambda m, h: h + m.x.clone().add_(m.p0).sub_(m.p1).sin().sum(-1, True), (T, 2), (2,)
+    ),
     "in place": partial(Container, in_place, (T, D), (D,)),
     "outer": partial(Container, lambda m, h: h + m.p0 * m.p1, (T, 1), (1, D), seen=False),
     "features first": partial(Container, lambda m, h: (h.transpose(0, 1) + m.p0).transpose(0, 1), (T, 1, D)),
