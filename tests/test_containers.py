@@ -142,6 +142,14 @@ def test_exact(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_one_example(name):
+    """Of which a result may have as many entries as the parameter."""
+    model, batch = CASES[name](), (torch.randn(1, T, 2),)
+    M = oracle.fim(model, [batch], "classif_logits")
+    assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diagonal()) < 1e-10
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_what_is_seen_needs_no_call_of_the_container(name):
     model = CASES[name]()
     lc = LayerCollection.from_model(model)
