@@ -115,6 +115,9 @@ CASES = {
     "as in a vision transformer": partial(Container, classes, (1, 1, D), (1, T + 1, D), (D,)),
     "not seen": partial(Container, lambda m, h: h + m.p0.softmax(0), (T, D), seen=False),
     "not all seen": partial(Container, lambda m, h: h + m.p0 + m.p1.flip(0), (T, D), (D,), seen=False),
+    "in place, of inputs": partial(
+        Container, lambda m, h: h + m.x.clone().add_(m.p0).sub_(m.p1).sin().sum(-1, True), (T, 2), (2,)
+    ),
     "in place": partial(Container, in_place, (T, D), (D,)),
     "outer": partial(Container, lambda m, h: h + m.p0 * m.p1, (T, 1), (1, D), seen=False),
     "features first": partial(Container, lambda m, h: (h.transpose(0, 1) + m.p0).transpose(0, 1), (T, 1, D)),
@@ -136,6 +139,14 @@ def test_exact(name):
     G = oracle.loss_gradients(model, [(batches[0][0], y)], nn.CrossEntropyLoss(reduction="none"))
     E = EmpiricalFisher(model, (batches[0][0], y), PMatDiag)
     assert oracle.relative(E.get_diag(), G.square().mean(0)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_example(name):
+    """Of which a result may have as many entries as the parameter."""
+    model, batch = CASES[name](), (torch.randn(1, T, 2),)
+    M = oracle.fim(model, [batch], "classif_logits")
+    assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), M.diagonal()) < 1e-10
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -324,7 +324,7 @@ def _either(uses: Uses, one: Any, two: Any, y: Tensor, *slopes: Callable[[], Any
     """
     for t, x, slope in ((one, two, slopes[0]), (two, one, slopes[1])):
         # What a parameter is broadcast to, or what comes from others: not a constant, as it is in 2 * p.
-        seen = uses.of(t) is not None and uses.may_have_examples(x)
+        seen = uses.of(t) is not None and (x is y or uses.may_have_examples(x))  # in place x is what was made
         if seen and (x.shape == y.shape or x.requires_grad or t.shape != y.shape):
             return uses.entrywise(t, y, slope())
     return y
