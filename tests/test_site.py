@@ -36,7 +36,8 @@ OPENER = """<!doctype html><script>
   const fit = (frame, width) => new Promise(done => {
     frame.style.width = width + "px";
     setTimeout(() => {
-      const inside = frame.contentDocument, wide = Math.max(inside.documentElement.scrollWidth, inside.body.scrollWidth);
+      const inside = frame.contentDocument, root = inside.documentElement;
+      const wide = Math.max(root.scrollWidth, inside.body.scrollWidth);
       const beyond = wide <= width ? [] : [...inside.body.querySelectorAll("*")]
         .filter(e => e.getBoundingClientRect().right > width + 1).slice(0, 3).map(e => e.tagName + "." + e.className);
       done({width, wide, beyond});
@@ -44,7 +45,7 @@ OPENER = """<!doctype html><script>
   });
   const look = page => new Promise(done => {
     const frame = document.createElement("iframe");
-    Object.assign(frame.style, {width: widths[0] + "px", height: "900px", border: 0, visibility: "hidden"});  // not painted
+    Object.assign(frame.style, {height: "900px", border: 0, visibility: "hidden"});  // not painted
     frame.onload = async () => {
       const inside = frame.contentDocument;
       for (const image of inside.images) image.loading = "eager";
