@@ -19,7 +19,8 @@ def run(functions, size, at):
     """``function(group)`` of each name on each of so many processes, one after the other; by name what went wrong,
     empty if nothing.
     """
-    mp.spawn(_one, (functions, size, str(at)), nprocs=size, join=True)
+    mp.set_forkserver_preload(["torch._dynamo", "nngeometry"])  # imported once, not by each
+    mp.start_processes(_one, (functions, size, str(at)), nprocs=size, join=True, start_method="forkserver")
     found = {}
     for name in functions:
         errors = [(at / f"{name}.{rank}").read_text() for rank in range(size)]
