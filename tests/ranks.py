@@ -19,13 +19,20 @@ def run(functions, size, at):
     """``function(group)`` of each name on each of so many processes, one after the other; by name what went wrong,
     empty if nothing.
     """
-    mp.spawn(_one, (functions, size, str(at)), nprocs=size, join=True)
+    context()
+    mp.start_processes(_one, (functions, size, str(at)), nprocs=size, join=True, start_method="forkserver")
     found = {}
     for name in functions:
         errors = [(at / f"{name}.{rank}").read_text() for rank in range(size)]
         errors.sort(key=lambda e: any(word in e for word in ("Connection", "Timed out", "timeout")))  # the cause first
         found[name] = "\n".join(filter(None, errors))
     return found
+
+
+def context():
+    """Of processes that start with nothing but what takes long to import, which a server of theirs has done once."""
+    mp.set_forkserver_preload(["torch._dynamo", "nngeometry"])
+    return mp.get_context("forkserver")
 
 
 def folder():

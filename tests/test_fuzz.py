@@ -1,5 +1,7 @@
 """Random nets, data and questions, the same every time; ``make fuzz`` looks at others."""
 
+from functools import cache
+
 import pytest
 import torch
 from fuzz import case_of
@@ -14,19 +16,25 @@ CASES = 25
 SEEDS = range(0, 300, CASES)
 
 
+@cache
+def verdicts(k):
+    """Those of the k-th case, which two tests look at."""
+    return [verdict for _, verdict, _ in judge(case_of(k))]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_right_or_in_words_of_the_library(seed):
     found = [
         f"seed {k}: {verdict.kind}, {verdict.detail}"
         for k in range(seed, seed + CASES)
-        for _, verdict, _ in judge(case_of(k))
+        for verdict in verdicts(k)
         if verdict.finding
     ]
     assert not found, "\n".join([*found, "python tests/fuzz.py --cases 1 --seed ... shows the smallest case of each"])
 
 
 def test_most_cases_are_answered():
-    kinds = [verdict.kind for k in range(20) for _, verdict, _ in judge(case_of(k))]
+    kinds = [verdict.kind for k in range(20) for verdict in verdicts(k)]
     assert kinds.count(RIGHT) > len(kinds) / 2 > 20
     assert kinds.count(LEFT) < len(kinds) / 10
 

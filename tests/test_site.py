@@ -8,6 +8,7 @@ import queue
 import shutil
 import subprocess
 import threading
+from functools import cache
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,29 +30,37 @@ LISTENER = """<script>
   console.error = (...said) => complaints.push(said.join(" "));
 </script>"""
 
-#: The page that opens all others, a few at a time, and sends what it has seen.
+#: The page that opens all others, a few at a time, each at one width after the other, and sends what it has seen.
 OPENER = """<!doctype html><script>
-  const todo = %s, seen = [];
-  const look = (page, width) => new Promise(done => {
-    const frame = document.createElement("iframe");
-    Object.assign(frame.style, {width: width + "px", height: "900px", border: 0});
-    frame.onload = () => setTimeout(() => {
+  const todo = %s, widths = %s, seen = [];
+  const fit = (frame, width) => new Promise(done => {
+    frame.style.width = width + "px";
+    setTimeout(() => {
       const inside = frame.contentDocument, root = inside.documentElement;
-      for (const image of inside.images) image.loading = "eager";
       const wide = Math.max(root.scrollWidth, inside.body.scrollWidth);
-      const beyond = [...inside.body.querySelectorAll("*")]
+      const beyond = wide <= width ? [] : [...inside.body.querySelectorAll("*")]
         .filter(e => e.getBoundingClientRect().right > width + 1).slice(0, 3).map(e => e.tagName + "." + e.className);
-      Promise.all([...inside.images].map(image => image.decode().catch(() => image.src))).then(broken => {
-        const complaints = frame.contentWindow.complaints;
-        seen.push({page, width, wide, beyond, broken: broken.filter(Boolean), complaints});
-        frame.remove();
-        done();
-      });
+      done({width, wide, beyond});
     }, 50);
+  });
+  const look = page => new Promise(done => {
+    const frame = document.createElement("iframe");
+    Object.assign(frame.style, {height: "900px", border: 0, visibility: "hidden"});  // not painted
+    frame.onload = async () => {
+      const inside = frame.contentDocument;
+      for (const image of inside.images) image.loading = "eager";
+      const fits = [];
+      for (const width of widths) fits.push(await fit(frame, width));
+      const broken = await Promise.all([...inside.images].map(image => image.decode().catch(() => image.src)));
+      const complaints = frame.contentWindow.complaints;
+      for (const one of fits) seen.push({page, ...one, broken: broken.filter(Boolean), complaints});
+      frame.remove();
+      done();
+    };
     frame.src = "/" + page;
     document.body.append(frame);
   });
-  const worker = async () => { while (todo.length) await look(...todo.pop()); };
+  const worker = async () => { while (todo.length) await look(todo.pop()); };
   const send = () => fetch("/", {method: "POST", body: JSON.stringify(seen)});
   onload = () => Promise.all([1, 2, 3, 4].map(worker)).then(send);
 </script><body></body>"""
@@ -67,7 +76,7 @@ class Site(SimpleHTTPRequestHandler):
     def do_GET(self):
         name = unquote(urlsplit(self.path).path).lstrip("/")
         if name == "opener":
-            self.answer(OPENER % json.dumps([(page, width) for page in PAGES for width in WIDTHS]))
+            self.answer(OPENER % (json.dumps(PAGES), json.dumps(WIDTHS)))
         elif name in PAGES:
             self.answer((SITE / name).read_text().replace("<head>", "<head>" + LISTENER, 1))
         elif name == "favicon.ico":
@@ -136,19 +145,26 @@ class Links(HTMLParser):
         self.links += filter(None, (found.get("href"), found.get("src")))
 
 
+@cache
+def place(folder, path):
+    """The file of the site that a path leads to from a folder of it; none if there is no such file."""
+    target = (folder / unquote(path)).resolve()
+    inside = target.is_relative_to(SITE.resolve()) and target.exists()
+    return str(target.relative_to(SITE.resolve())) if inside else None
+
+
 def test_every_link_inside_leads_somewhere():
     parsed = {page: Links(page) for page in PAGES}
     lost = []
     for page, of in parsed.items():
+        folder = (SITE / page).parent
         for link in of.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = (SITE / page).parent / unquote(parts.path) if parts.path else SITE / page
-            target = target.resolve()
-            name = str(target.relative_to(SITE.resolve())) if target.is_relative_to(SITE.resolve()) else None
+            name = place(folder, parts.path) if parts.path else page
             names = parsed[name].names if name in parsed and parts.fragment else {unquote(parts.fragment)}
-            if name is None or not target.exists() or unquote(parts.fragment) not in names:
+            if name is None or unquote(parts.fragment) not in names:
                 lost.append((page, link))
     assert not lost, lost
 

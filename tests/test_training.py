@@ -2,16 +2,13 @@
 
 import copy
 import io
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,8 +28,6 @@ from nngeometry.training import (
     zoo,
 )
 from nngeometry.training.zoo import all_cnn, densenet, lenet, mlp, preresnet, resnet, resnext, vgg, wide_resnet
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def problem(seed=0):
@@ -132,41 +127,47 @@ def test_resumed_with_curvature_is_the_same_to_the_bit(kind, workers, tmp_path):
     assert same(whole, with_curvature(kind, tmp_path / "parts", 5, workers))
 
 
-SCRIPT = """
-import sys, time, torch
-sys.path.insert(0, {tests!r})
-import test_training as T
-torch.set_default_dtype(torch.float64)
-class Slow(torch.utils.data.DataLoader):
+class Slow(DataLoader):
+    """Minibatches that take a while."""
+
+    wait = 0.0
+
     def __iter__(self):
         for b in super().__iter__():
-            time.sleep(float(sys.argv[2]))
+            time.sleep(self.wait)
             yield b
-model, loader, test = T.problem()
-slow = Slow(loader.dataset, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
-given = T.parts(model)
-T.train(model, slow, given.pop("optimizer"), epochs=30, checkpoints=sys.argv[1], save_every=1, verbose=False, **given)
-torch.save(model.state_dict(), sys.argv[1] + "/final.state")
-"""
 
 
-def run_script(folder, wait):
-    code = SCRIPT.format(tests=str(ROOT / "tests"))
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(wait)], env=env)
+def trained_for_long(folder, wait=0.0):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    model, loader, _ = problem()
+    slow = Slow(loader.dataset, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
+    slow.wait = wait
+    given = parts(model)
+    optimizer = given.pop("optimizer")
+    train(model, slow, optimizer, epochs=30, checkpoints=folder, save_every=1, verbose=False, **given)
+    torch.save(model.state_dict(), folder / "final.state")
 
 
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    assert run_script(a, 0.0).wait() == 0
-    running = run_script(b, 0.02)
+    whole, running, resumed = (
+        ranks.context().Process(target=trained_for_long, args=args) for args in ((a,), (b, 0.02), (b,))
+    )
+    whole.start()
+    running.start()
     until = time.monotonic() + 120
     while not (b.is_dir() and len(list(b.glob("epoch-*.pt"))) > 4) and time.monotonic() < until:
         time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    running.kill()
+    running.join()
+    assert running.exitcode == -signal.SIGKILL
     assert not (b / "final.state").exists()
-    assert run_script(b, 0.0).wait() == 0
+    resumed.start()
+    for process in (whole, resumed):
+        process.join()
+        assert process.exitcode == 0
     one, other = (torch.load(f / "final.state", weights_only=True) for f in (a, b))
     assert same(one, other)
 

@@ -246,7 +246,7 @@ def test_many_samples_have_the_covariance():
     for _ in range(n // 10):
         with opt.sampled():
             rows.append(flat(model) - mean)
-    rows += [opt.covariance.sample(opt._generator).to_torch() for _ in range(n - len(rows))]
+    rows += [v.to_torch() for v in opt.covariance.sample(opt._generator, n - len(rows))]
     truth = opt.covariance.to_torch()
     for some in (torch.stack(rows[: n // 10]), torch.stack(rows)):
         spread = ((truth.square() + truth.diag().outer(truth.diag())) / len(some)).sqrt()
