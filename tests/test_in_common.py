@@ -169,3 +169,24 @@ def test_left_alone_after_an_exception(monkeypatch):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["other.weight"]
+
+
+class Hooked(nn.Module):
+    def __init__(self, hook):
+        super().__init__()
+        self.first, self.head, self.hook = nn.Linear(3, D), nn.Linear(D, 3), hook
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        h.register_hook(self.hook)
+        return self.head(h)
+
+
+def test_hooks_that_mix_examples_are_refused():
+    model = oracle.randomise(Hooked(lambda g: g - g.mean(0)))
+    with pytest.raises(RuntimeError, match="depends on the others"):
+        FIM(model, (torch.randn(4, 3),), PMatDiag)
+    model.hook = lambda g: 2 * g
+    batch = (torch.randn(4, 3),)
+    truth = oracle.fim(model, [batch], "classif_logits").diagonal()
+    assert oracle.relative(FIM(model, batch, PMatDiag).get_diag(), truth) < 1e-10
