@@ -21,12 +21,12 @@ from .recording import Call, Layout
 #: From edges and a cotangent for each example ``(C, B, *outputs)`` to the gradients in the edges, ``(C, *shape)``.
 Pull = Callable[[Sequence[GradientEdge], Tensor], Sequence[Tensor | None]]
 
-#: From a node and the number of an input to the derivative of what it computes in that input, entry by entry, None if
-#: that is one.
+#: From a node and the number of an input to what a gradient in the result is times to be one in that input, entry by
+#: entry, None if that is one.
 _SLOPES: dict[str, Callable[[Any, int], Any]] = {
     "AddBackward0": lambda node, k: node._saved_alpha if k and node._saved_alpha != 1 else None,
     "SubBackward0": lambda node, k: -node._saved_alpha if k else None,
-    "MulBackward0": lambda node, k: node._saved_self if k else node._saved_other,
+    "MulBackward0": lambda node, k: (node._saved_self if k else node._saved_other).detach().conj(),
     "ExpandBackward0": lambda node, k: None,
 }
 
@@ -115,7 +115,8 @@ class _Junction:
         front = g.ndim - 2 - len(taken.shape)
         g = g.sum(tuple(range(2, 2 + front))) if front else g
         once = tuple(k for k, size in enumerate(taken.shape, 2) if size == 1 and g.shape[k] > 1)
-        return (g.sum(once, keepdim=True) if once else g).to(taken.dtype)
+        g = g.sum(once, keepdim=True) if once else g
+        return (g.real if g.is_complex() and not taken.dtype.is_complex else g).to(taken.dtype)
 
 
 def junctions(f: Tensor, common: Sequence[GradientEdge]) -> list[_Junction] | None:

@@ -70,6 +70,7 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen = _READ.get(func)
+        self._recorder.hooked |= func is Tensor.register_hook
         if seen is None or not any(self.of(t) is not None for t in _operands(*args, *kwargs.values())):
             return func(*args, **kwargs)
         return seen(self, lambda: func(*args, **kwargs), *args, **kwargs)

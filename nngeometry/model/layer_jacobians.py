@@ -42,6 +42,7 @@ class Plan:
     something is normalised as one example however many there are. repeated: whether it saw one example several times,
     by which one cannot tell whether a model mixes examples. uses: whether weights are used without a call of their
     module. opened: the containers whose own parameters are seen by their uses, and not by calls of the container.
+    hooked: whether the model hooks tensors, so that operations do not tell all of what becomes of a gradient.
     """
 
     layouts: tuple[Layout | None, ...]
@@ -56,6 +57,7 @@ class Plan:
     repeated: bool = False
     uses: bool = False
     opened: frozenset[str] = frozenset()
+    hooked: bool = False
 
     def read(self, batch: data.Batch) -> data.Batch:
         """A minibatch, with what was found about those like it."""
@@ -74,6 +76,8 @@ class Recorded(Evaluator):
     def __init__(self, model: nn.Module, layer_collection: LayerCollection, **options: Any) -> None:
         super().__init__(model, layer_collection, **options)
         self.ignore_uncalled = layer_collection.ignore_uncalled
+        #: Whether the model hooked tensors when it was looked at last.
+        self._hooked = False
 
     def _forward(
         self, sites: Sequence[Site], batch: data.Batch, plan: Plan | None, opened: frozenset[str] = frozenset()
@@ -97,6 +101,7 @@ class Recorded(Evaluator):
         with self.running(*changes):
             f = self.outputs_of(batch)
             calls = list(recorder.calls)
+            self._hooked = recorder.hooked or (plan is not None and plan.hooked)
             if state is not None:
                 state.check(lambda: self.outputs_of(batch))
         recorder.check()

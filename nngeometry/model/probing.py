@@ -191,6 +191,7 @@ class Probed(Recorded):
                 repeated=n == 1,
                 uses=any(is_use(call, sites) for call in two),
                 opened=opened,
+                hooked=self._hooked,
             )
             if any(layout is not None and layout.constant for layout in layouts):
                 plan = self._with_copies(sites, few[0], plan, f2, two, parameters)
@@ -216,7 +217,7 @@ class Probed(Recorded):
         f, calls = self._forward(sites, batch, plan)
         like = len(f), plan.axes
         new = plan.looked and len(f) > _PROBED and calls and like not in self._apart
-        if new and not _proven_apart(f, calls, plan.layouts):
+        if new and not _proven_apart(f, calls, plan):
             s, weights = _generic_cotangent(f), powers(f)
             edges = [e for c in calls for e in c.edges]
             with self._back(calls, self.within(batch)), operations_named():
@@ -290,7 +291,7 @@ class Probed(Recorded):
                 wrong = wrong or refused
                 continue
             same = f.shape == expected.shape and same_up_to_rounding(f, expected, expected)
-            if not same or (taken_apart and not _proven_apart(f, copied, tried.layouts)):
+            if not same or (taken_apart and not _proven_apart(f, copied, tried)):
                 wrong = wrong or refused
                 continue
             try:
@@ -383,7 +384,7 @@ class Probed(Recorded):
             check(of_all, exact)
             return
         known = all(is_ours(call.site.kind) for call in calls)  # a form by a user may give them to other examples
-        if known and _proven_apart(f, calls, plan.layouts):
+        if known and _proven_apart(f, calls, plan):
             with suppress(Refused, NotImplementedError):
                 check(of_all, exact)
                 return
@@ -443,14 +444,14 @@ def _has_no_form(site: Site) -> bool:
     return site.kind.function is None and not site.kind.whole
 
 
-def _proven_apart(f: Tensor, calls: Sequence[Call], layouts: Sequence[Layout | None]) -> bool:
+def _proven_apart(f: Tensor, calls: Sequence[Call], plan: Plan) -> bool:
     """Whether the operations that were recorded tell that examples are apart, where they were found in outputs of
     calls, and that what was found to be alike for all is.
     """
-    apart = recorded_apart(f, len(f))
+    apart = None if plan.hooked else recorded_apart(f, len(f))
     if apart is None:
         return False
-    for call, layout in zip(calls, layouts, strict=True):
+    for call, layout in zip(calls, plan.layouts, strict=True):
         if layout is None:
             continue
         for y, edge, axis, used in zip(call.outputs, call.edges, layout.outputs, layout.used, strict=True):

@@ -81,6 +81,8 @@ class Recorder:
 
     def __init__(self, examples: int, constant: Sequence[Expand | None] = ()) -> None:
         self.calls: list[Call] = []
+        #: Whether a tensor got a hook, which may do anything to its gradient.
+        self.hooked = False
         self._examples = examples
         self._constant = constant
         self._thread = threading.get_ident()
