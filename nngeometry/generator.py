@@ -20,13 +20,13 @@ from .likelihood import Cotangents, Likelihood, as_cotangents
 from .linearisation import gauss_newton
 from .memory import chunk_length, slices, tuning
 from .model import data
-from .model.back import Back
 from .model.evaluator import (
     MIXES,
     check_same,
     counted,
 )
 from .model.probing import Plan, Probed
+from .model.pullback import Pullback
 from .model.recording import Call
 from .model.structure import Structure
 
@@ -355,7 +355,7 @@ class Generator(Probed):
     ) -> Iterator[Observation]:
         outputs, within = f.detach(), self.within(batch)
         with self._back(calls, within):
-            back = Back(f, calls, plan.layouts)
+            pullback = Pullback(f, calls, plan.layouts)
         for c in slices(cotangents.count, step):
             s = cotangents.take(c.start, c.stop).to(f.dtype)
             if s.shape[1:] != f.shape:
@@ -367,16 +367,16 @@ class Generator(Probed):
             last = c.stop == cotangents.count
             # Not kept here, so that who receives it can let go of it.
             yield Observation(
-                n, counted, self._pulled(f, calls, back, s, plan, last, batch), outputs, batch, begun, last
+                n, counted, self._pulled(f, calls, pullback, s, plan, last, batch), outputs, batch, begun, last
             )
 
     def _pulled(
-        self, f: Tensor, calls: Sequence[Call], back: Back, s: Tensor, plan: Plan, last: bool, batch: data.Batch
+        self, f: Tensor, calls: Sequence[Call], pullback: Pullback, s: Tensor, plan: Plan, last: bool, batch: data.Batch
     ) -> dict[str, LayerJacobian]:
         within = self.within(batch)
         with self._back(calls, within), operations_named():
-            pulled = self._pull([f], back.edges, [s], last and back.once) if calls else []
-            grads = back.gradients(pulled, s, lambda edges, one: self._pull([f], edges, [one]))
+            pulled = self._pull([f], pullback.edges, [s], last and pullback.once) if calls else []
+            grads = pullback.gradients(pulled, s, lambda edges, one: self._pull([f], edges, [one]))
             found = self._forms(calls, plan.layouts, grads, len(s), len(f))
         if not within:
             return found

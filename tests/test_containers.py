@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from nngeometry import FIM, Accumulator, EmpiricalFisher, LayerCollection, PMatDense, PMatDiag, PMatEKFAC, PMatKFAC
+from nngeometry import (
+    FIM,
+    Accumulator,
+    EmpiricalFisher,
+    Jacobian,
+    LayerCollection,
+    PMatDense,
+    PMatDiag,
+    PMatEKFAC,
+    PMatKFAC,
+)
 from nngeometry.generator import Generator, rowwise
 from nngeometry.likelihood import Gaussian
 
@@ -259,3 +269,26 @@ def test_recurrent_gemma(use_cache):
     assert oracle.relative(FIM(model, batches, PMatDiag, function=function).get_diag(), M.diagonal()) < 1e-5
     F = FIM(model, batches, PMatEKFAC, function=function)
     assert abs(F.trace() - M.trace()) < 1e-5 * M.trace()
+
+
+class TakenSeldom(nn.Module):
+    """One bare parameter is seen by its use, another one acts on some examples alone, through a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.shift = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(3))
+        self.floor, self.body = nn.Linear(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.maximum(self.body(x), self.floor(self.start)) + self.shift
+
+
+def test_a_parameter_without_a_use_is_not_lost_where_it_does_not_act_in_the_first_examples():
+    model = TakenSeldom().double()
+    with torch.no_grad():
+        model.body.weight.abs_()
+    x = torch.rand(4, 3, dtype=torch.float64) + 100 * torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    parameters = LayerCollection.from_model(model).parameters(model)
+    rows = [torch.autograd.grad(y, parameters, retain_graph=True) for y in model(x).T.flatten()]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).view(3, 4, -1)
+    assert torch.allclose(Jacobian(model, (x,)).to_torch(), expected, atol=1e-14)

@@ -20,7 +20,7 @@ from nngeometry import (
     PMatKFAC,
     memory_budget,
 )
-from nngeometry.model import back
+from nngeometry.model import pullback
 
 T, HEADS, D = 4, 2, 6
 
@@ -122,7 +122,7 @@ class Met(nn.Module):
 @pytest.mark.parametrize("sizes", [[3], [1, 4, 2]], ids=str)  # T and D are among multiples of these
 def test_where_it_comes_in(how, sizes, monkeypatch):
     found = []
-    monkeypatch.setattr(back, "junctions", lambda *a, of=back.junctions: found.append(of(*a)) or found[-1])
+    monkeypatch.setattr(pullback, "junctions", lambda *a, of=pullback.junctions: found.append(of(*a)) or found[-1])
     model = oracle.randomise(Met(how))
     batches = [(torch.randn(n, T, 3), torch.randint(3, (n,))) for n in sizes]
     truth = torch.cat([oracle.jacobian(model, (x[b : b + 1],)) for x, _ in batches for b in range(len(x))], 1)
@@ -158,7 +158,7 @@ def test_left_alone_after_an_exception(monkeypatch):
     def broken(*args):
         raise KeyError("in the middle")
 
-    monkeypatch.setattr(back, "_met", broken)
+    monkeypatch.setattr(pullback, "_met", broken)
     model = oracle.randomise(Met("product"))
     model.other.weight.requires_grad_(False)
     x = torch.randn(3, T, 3)

@@ -32,7 +32,7 @@ FLOORS = [
     ["model.evaluator", "model.recording", "model.remedies"],
     ["linearisation"],
     ["model.parts"],
-    ["model.back", "model.mixing", "model.functional"],
+    ["model.pullback", "model.mixing", "model.functional"],
     ["model.layer_jacobians"],
     ["model.probing"],
     ["generator", "minibatchloss"],

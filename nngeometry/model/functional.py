@@ -157,9 +157,17 @@ class Uses(TorchFunctionMode):
         return None if found is None else Part.of(t, found[1], found[0])
 
     def add(
-        self, home: Home, form: Callable[..., LayerJacobian], x: Tensor | None, y: Tensor, features_last: bool
+        self,
+        home: Home,
+        form: Callable[..., LayerJacobian],
+        x: Tensor | None,
+        y: Tensor,
+        features_last: bool,
+        bias: Home | None = None,
     ) -> Tensor:
-        """Record one use, and return the output that is passed on. x: None if derivatives do not depend on it."""
+        """Record one use, and return the output that is passed on. x: None if derivatives do not depend on it. bias: of
+        which parameter of the same layer the form is, too.
+        """
         if not y.requires_grad:
             return y
         layer = home.layer
@@ -169,7 +177,9 @@ class Uses(TorchFunctionMode):
         }
         kind = Kind(lambda _, gy, x: form(gy, x), features_last=features_last, ours=True)
         site = Site(home.site.name, home.site.module, kind, {k: params[k] for k in names}, ((layer, names),))
-        return self._recorder.add(site, (y.new_zeros(()).expand(y.shape) if x is None else x,), {}, y)
+        given = y.new_zeros(()).expand(y.shape) if x is None else x
+        used = (home.position,) if bias is None else (home.position, bias.position)
+        return self._recorder.add(site, (given,), {}, y, used)
 
     def product(
         self, x: Tensor, w: Tensor, y: Tensor, bias: Any = None, alpha: float = 1.0, beta: float = 1.0
@@ -192,7 +202,8 @@ class Uses(TorchFunctionMode):
         together = w is not None and b is not None and alpha == beta == 1 and b.belongs_to(w)
         if w is not None:
             x = x if alpha == 1 else alpha * x
-            y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True)
+            also = b.home if together and b is not None else None
+            y = self.add(w.home, lambda gy, x: w.form(gy, x, together), x, y, True, also)
         return y if together else self.entrywise(bias, y, beta)
 
     def entrywise(self, t: Any, y: Tensor, slope: Tensor | float = 1.0) -> Tensor:
@@ -460,7 +471,8 @@ def _conv(
     )
     if home is not None:
         like = _of_convolution(weight, together, stride, padding, dilation, groups)
-        y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False)
+        also = b.home if together and b is not None else None
+        y = uses.add(home, lambda gy, x: _convolved(like, home, gy, x), input, y, False, also)
     return y if together or bias is None else uses.entrywise(bias[(..., *[None] * d)], y)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,6 @@ from ..kinds import is_ours
 from ..layercollection import LayerCollection, Site
 from ..memory import BytesMade
 from . import data, remedies
-from .back import Back, junctions
 from .evaluator import (
     MIXES,
     DryRun,
@@ -34,6 +33,7 @@ from .functional import is_use
 from .layer_jacobians import Plan, Recorded
 from .mixing import check_apart, every_other, powers, weighted
 from .operations_apart import reached, recorded_apart
+from .pullback import Pullback, junctions
 from .recording import Call, Layout
 from .refused import EXCLUDE, Refused, Unclear, named
 from .structure import Structure
@@ -174,8 +174,9 @@ class Probed(Recorded):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            self._require_dependence(f2, Back(f2, two))
+            self._require_dependence(f2, Pullback(f2, two))
             ways = reached([(f2.grad_fn, f2.output_nr)])
+            _require_seen([site for site in sites if site.name in opened], two, {node for node, _ in ways})
             layouts = tuple(
                 Layout.of(one, other, [(e.node, e.output_nr) in ways for e in one.edges])
                 for one, other in zip(two, three, strict=True)
@@ -339,14 +340,14 @@ class Probed(Recorded):
         self._check_derivatives(f, calls, tried, parameters)
         return tried
 
-    def _require_dependence(self, f: Tensor, back: Back) -> None:
-        uncalled = back.nothing and self.ignore_uncalled
-        if not uncalled and (back.nothing or not f.requires_grad):
+    def _require_dependence(self, f: Tensor, pullback: Pullback) -> None:
+        uncalled = pullback.nothing and self.ignore_uncalled
+        if not uncalled and (pullback.nothing or not f.requires_grad):
             raise ValueError("the output of the model does not depend on the collected parameters")
 
-    def _gradients(self, f: Tensor, back: Back, parameters: Sequence[Tensor], s: Tensor) -> _Gradients:
+    def _gradients(self, f: Tensor, pullback: Pullback, parameters: Sequence[Tensor], s: Tensor) -> _Gradients:
         """The gradients of a cotangent in the outputs of calls and in the parameters."""
-        self._require_dependence(f, back)
+        self._require_dependence(f, pullback)
         if not f.requires_grad:
             return _Gradients([], [None] * len(parameters))
 
@@ -354,10 +355,10 @@ class Probed(Recorded):
             found = torch.autograd.grad(f, list(ends), s[0], retain_graph=True, allow_unused=True)
             return [None if g is None else g[None] for g in found]
 
-        edges = back.edges
+        edges = pullback.edges
         with operations_named():
             found = pull([*edges, *parameters], s[None])
-            of_calls = back.gradients(found[: len(edges)], s[None], pull)
+            of_calls = pullback.gradients(found[: len(edges)], s[None], pull)
         return _Gradients(of_calls, [None if g is None else g[0] for g in found[len(edges) :]])
 
     def _check_derivatives(self, f: Tensor, calls: Sequence[Call], plan: Plan, parameters: Sequence[Tensor]) -> None:
@@ -367,8 +368,8 @@ class Probed(Recorded):
         in a lower precision than the output has, and where the operations do not tell that examples are apart, so must
         those of one example, between others, whose gradient may reach none of these.
         """
-        s, back = _generic_cotangent(f), Back(f, calls, plan.layouts)
-        of_all = self._gradients(f, back, parameters, s)
+        s, pullback = _generic_cotangent(f), Pullback(f, calls, plan.layouts)
+        of_all = self._gradients(f, pullback, parameters, s)
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
         if any(call.cast for call in calls):  # the precision that the model asks for
             exact = max(exact, tolerance(coarsest([f], self.dtype)))
@@ -389,7 +390,7 @@ class Probed(Recorded):
                 check(of_all, exact)
                 return
         weights = every_other(f)
-        alone = self._gradients(f, back, parameters, weighted(s, weights))
+        alone = self._gradients(f, pullback, parameters, weighted(s, weights))
         check_apart(calls, plan.layouts, _first_of(of_all), _first_of(alone), weights)
         check(alone, exact, one=True)
         check(of_all, max(exact, _OF_SUMS))
@@ -442,6 +443,20 @@ class Probed(Recorded):
 def _has_no_form(site: Site) -> bool:
     """Whether a module has none of its own, as those that a user writes."""
     return site.kind.function is None and not site.kind.whole
+
+
+def _require_seen(opened: Sequence[Site], calls: Sequence[Call], on_the_way: Collection[Any]) -> None:
+    """Raise unless each parameter that the output depends on has a use that was recorded: its gradient may be zero in
+    the examples that are looked at.
+    """
+    leaves = {id(node.variable) for node in on_the_way if hasattr(node, "variable")}
+    for site in opened:
+        seen = {position for call in calls if call.site.name == site.name for position in call.parameters}
+        for layer, names in site.routes:
+            for name, position in names.items():
+                if layer.name == site.name and id(site.params[name]) in leaves and position not in seen:
+                    what = f"{named(site.name, site.module)}: what it does with {name} is not seen"
+                    raise Refused([site.name], what, EXCLUDE)
 
 
 def _proven_apart(f: Tensor, calls: Sequence[Call], plan: Plan) -> bool:

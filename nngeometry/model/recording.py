@@ -34,7 +34,9 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module, as its forward hook saw it. cast: whether inside of ``torch.autocast``."""
+    """One call of a module, as its forward hook saw it. cast: whether inside of ``torch.autocast``. parameters: the
+    positions in its layer of those that are used, if it is a use of these instead.
+    """
 
     site: Site
     inputs: Any  # (args, kwargs)
@@ -42,6 +44,7 @@ class Call:
     outputs: tuple[Output, ...]  # the differentiable ones
     edges: tuple[GradientEdge, ...]
     cast: bool = False
+    parameters: tuple[int, ...] = ()
 
     @property
     def what(self) -> str:
@@ -119,28 +122,31 @@ class Recorder:
 
         return hook
 
-    def add(self, site: Site, args: Any, kwargs: Any, output: Any) -> Any:
-        """Record one call, and return the output that is passed on."""
+    def add(self, site: Site, args: Any, kwargs: Any, output: Any, parameters: tuple[int, ...] = ()) -> Any:
+        """Record one call, and return the output that is passed on. parameters: as of :class:`Call`."""
         number = len(self.calls)
         expand = self._constant[number] if number < len(self._constant) else None
         if type(output) is not Tensor and has_packed((args, kwargs, output)):
             args, kwargs = arguments_padded((args, kwargs))
             output, again = outputs_padded(output)
-            return again(self._added(site, args, kwargs, output, expand))
-        return self._added(site, args, kwargs, output, expand)
+            return again(self._added(site, args, kwargs, output, expand, parameters))
+        return self._added(site, args, kwargs, output, expand, parameters)
 
-    def _added(self, site: Site, args: Any, kwargs: Any, output: Any, expand: Expand | None) -> Any:
+    def _added(
+        self, site: Site, args: Any, kwargs: Any, output: Any, expand: Expand | None, parameters: tuple[int, ...]
+    ) -> Any:
         found = self._passed_on(site, output, expand)
         one = not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(found, Tensor)
         if one and found.requires_grad:  # as nearly all, which needs no machinery to take apart
             x, y = args[0], Output(0, found.shape, found.dtype)
-            self.calls.append(Call(site, ((x.detach(),), {}), [x._version], (y,), (_edge(found),), is_cast()))
+            edge, before = _edge(found), [x._version]
+            self.calls.append(Call(site, ((x.detach(),), {}), before, (y,), (edge,), is_cast(), parameters))
             return found
         inputs = _detached((args, kwargs))
         leaves = differentiable(found)
         outputs = tuple(Output(k, y.shape, y.dtype) for k, y in leaves)
         edges = tuple(_edge(y) for _, y in leaves)
-        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges, is_cast()))
+        self.calls.append(Call(site, inputs, versions(inputs), outputs, edges, is_cast(), parameters))
         return found
 
     def _passed_on(self, site: Site, output: Any, expand: Expand | None) -> Any:

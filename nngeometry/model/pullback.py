@@ -31,7 +31,7 @@ _SLOPES: dict[str, Callable[[Any, int], Any]] = {
 }
 
 
-class Back:
+class Pullback:
     """From the output of a model to what was recorded of it.
 
     f: the output. calls: those. layouts: where the examples are in them, nothing as long as that is not known.
