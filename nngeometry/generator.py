@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import arguments
 from .blocks import Operator
-from .changes import Borrowed, no_grad
+from .changes import Borrowed, Change, no_grad
 from .derivatives.pulling import BatchedVJP, operations_named
 from .forms import LayerJacobian
 from .layercollection import Layer, LayerCollection, Site
@@ -367,13 +367,19 @@ class Generator(Probed):
             last = c.stop == cotangents.count
             # Not kept here, so that who receives it can let go of it.
             yield Observation(
-                n, counted, self._pulled(f, calls, pullback, s, plan, last, batch), outputs, batch, begun, last
+                n, counted, self._pulled(f, calls, pullback, s, plan, last, within), outputs, batch, begun, last
             )
 
     def _pulled(
-        self, f: Tensor, calls: Sequence[Call], pullback: Pullback, s: Tensor, plan: Plan, last: bool, batch: data.Batch
+        self,
+        f: Tensor,
+        calls: Sequence[Call],
+        pullback: Pullback,
+        s: Tensor,
+        plan: Plan,
+        last: bool,
+        within: Sequence[Change],
     ) -> dict[str, LayerJacobian]:
-        within = self.within(batch)
         with self._back(calls, within), operations_named():
             pulled = self._pull([f], pullback.edges, [s], last and pullback.once) if calls else []
             grads = pullback.gradients(pulled, s, lambda edges, one: self._pull([f], edges, [one]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -174,9 +174,9 @@ class Probed(Recorded):
             if [c.site.name for c in two] != [c.site.name for c in three]:
                 raise ValueError("the model calls different layers for different numbers of examples")
             self._check_called(sites, {c.site.name for c in two})
-            self._require_dependence(f2, Pullback(f2, two))
+            self._require_dependence(f2, two)
             ways = reached([(f2.grad_fn, f2.output_nr)])
-            _require_seen([site for site in sites if site.name in opened], two, {node for node, _ in ways})
+            _require_seen([site for site in sites if site.name in opened], two, graph)
             layouts = tuple(
                 Layout.of(one, other, [(e.node, e.output_nr) in ways for e in one.edges])
                 for one, other in zip(two, three, strict=True)
@@ -340,14 +340,13 @@ class Probed(Recorded):
         self._check_derivatives(f, calls, tried, parameters)
         return tried
 
-    def _require_dependence(self, f: Tensor, pullback: Pullback) -> None:
-        uncalled = pullback.nothing and self.ignore_uncalled
-        if not uncalled and (pullback.nothing or not f.requires_grad):
+    def _require_dependence(self, f: Tensor, calls: Sequence[Call]) -> None:
+        nothing = not any(call.edges for call in calls)
+        if not (nothing and self.ignore_uncalled) and (nothing or not f.requires_grad):
             raise ValueError("the output of the model does not depend on the collected parameters")
 
     def _gradients(self, f: Tensor, pullback: Pullback, parameters: Sequence[Tensor], s: Tensor) -> _Gradients:
         """The gradients of a cotangent in the outputs of calls and in the parameters."""
-        self._require_dependence(f, pullback)
         if not f.requires_grad:
             return _Gradients([], [None] * len(parameters))
 
@@ -368,6 +367,7 @@ class Probed(Recorded):
         in a lower precision than the output has, and where the operations do not tell that examples are apart, so must
         those of one example, between others, whose gradient may reach none of these.
         """
+        self._require_dependence(f, calls)
         s, pullback = _generic_cotangent(f), Pullback(f, calls, plan.layouts)
         of_all = self._gradients(f, pullback, parameters, s)
         exact = max(tolerance(f.dtype), *(tolerance(p.dtype) for p in parameters))
@@ -445,11 +445,11 @@ def _has_no_form(site: Site) -> bool:
     return site.kind.function is None and not site.kind.whole
 
 
-def _require_seen(opened: Sequence[Site], calls: Sequence[Call], on_the_way: Collection[Any]) -> None:
+def _require_seen(opened: Sequence[Site], calls: Sequence[Call], graph: Iterable[Any]) -> None:
     """Raise unless each parameter that the output depends on has a use that was recorded: its gradient may be zero in
-    the examples that are looked at.
+    the examples that are looked at. graph: the nodes of its graph.
     """
-    leaves = {id(node.variable) for node in on_the_way if hasattr(node, "variable")}
+    leaves = {id(node.variable) for node in graph if hasattr(node, "variable")}
     for site in opened:
         seen = {position for call in calls if call.site.name == site.name for position in call.parameters}
         for layer, names in site.routes:

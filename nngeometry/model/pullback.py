@@ -54,11 +54,6 @@ class Pullback:
         return self._junctions is not None
 
     @property
-    def nothing(self) -> bool:
-        """Whether nothing was recorded."""
-        return not self._own
-
-    @property
     def edges(self) -> list[GradientEdge]:
         """What has to be pulled to."""
         return [*(self._own[k] for k in self._kept), *(j.result for j in self._junctions or ())]
